@@ -172,7 +172,7 @@ def _source(tree: PrefixTree[DraftSlot], sequence: Sequence) -> tuple[DraftSlot 
 
     Each sequence keeps one token to feed.
     """
-    found = tree.longest(sequence.ids[:-1])
+    found = tree.longest(sequence.ids, len(sequence.ids) - 1)
     if found.length < _MIN_SHARED_PREFIX:
         return None, 0
     sources = (slot for slot in found.holders if slot.sequence is not sequence and not slot.nodes)

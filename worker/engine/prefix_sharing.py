@@ -71,8 +71,7 @@ class PrefixSharing:
 
     def _start(self, sequence: Sequence, selected: Container[Sequence] | None) -> None:
         """Copy the longest cached prefix, or wait for a longer one that is about to be prefilled."""
-        wanted = sequence.ids[:-1]  # the row of the last token computes the logits of the next one
-        upcoming = self._upcoming.longest(wanted)
+        upcoming = self._upcoming.longest(sequence.ids, _wanted(sequence))
         length = upcoming.length
         if length:
             self._upcoming.copy(next(iter(upcoming.holders)), sequence, length)
@@ -100,15 +99,15 @@ class PrefixSharing:
 
     def _longest_cached(self, sequence: Sequence) -> tuple[int, int]:
         """Return the slot with the longest cached prefix of a sequence, and its length."""
-        wanted = sequence.ids[:-1]
-        found = self._slots.longest_prefix(wanted)
-        if found.ends and found.length < len(wanted):
+        wanted = _wanted(sequence)
+        found = self._slots.longest_prefix(sequence.ids, wanted)
+        if found.ends and found.length < wanted:
             ends = [self._running[slot] for slot in found.ends if slot in self._running]
             grown = [other for other in ends if other.cached > found.length]
             for other in grown:  # its output may continue like the prompt of the sequence
                 self._slots.hold(other.slot, other.ids, other.cached)
             if grown:
-                found = self._slots.longest_prefix(wanted)
+                found = self._slots.longest_prefix(sequence.ids, wanted)
         return next(iter(found.holders), sequence.slot), found.length
 
     def _stop_waiting(self, sequence: Sequence) -> None:
@@ -123,3 +122,8 @@ class PrefixSharing:
         self._upcoming.remove(sequence)
         for follower in self._followers.pop(sequence, ()):
             self._look_again(follower)
+
+
+def _wanted(sequence: Sequence) -> int:
+    """Return how many tokens of a sequence a prefix can have: the last one's row computes the logits of the next."""
+    return len(sequence.ids) - 1

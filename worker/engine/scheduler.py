@@ -43,7 +43,7 @@ class Scheduler:
         self._running: PriorityQueue[Sequence] = PriorityQueue()
         self._prefilling: PriorityQueue[Sequence] = PriorityQueue()  # running ones
         self._by_unread: PriorityQueue[Sequence] = PriorityQueue()  # the same, the shortest first
-        self._decoding: dict[Sequence, None] = {}  # the other running ones
+        self._decoding: dict[Sequence, int] = {}  # the other running ones; tokens that their pages hold, or fewer
         self._chunks: list[Chunk] = []  # of the last step
         self._preempted: list[Sequence] = []  # in this step
         self._recheck_in = 0  # steps until admission is tried again after memory was short
@@ -177,10 +177,13 @@ class Scheduler:
         """Take a page for the newest token of each decoding sequence that needs one; preempt others if none is left."""
         if self.slots.available_pages < MAX_STEP_NODES + len(self._running):
             self._reclaim()
-        grow = self.slots.grow
-        for sequence in [*self._decoding] if selected is None else [s for s in self._decoding if s in selected]:
-            while sequence.slot >= 0 and not grow(sequence.slot, len(sequence.ids)):
+        for sequence in [s for s, held in self._decoding.items() if len(s.ids) > held]:
+            if selected is not None and sequence not in selected:
+                continue
+            while sequence.slot >= 0 and not self.slots.grow(sequence.slot, len(sequence.ids)):
                 self._preempt(self._victim())
+            if sequence.slot >= 0:
+                self._decoding[sequence] = self.slots.pages_for(len(sequence.ids)) * self.slots.page_tokens
 
     def _reclaim(self) -> None:
         """Free what the trees of earlier steps have left behind the texts."""
@@ -227,7 +230,7 @@ class Scheduler:
             else:
                 self._prefilling.discard(sequence)
                 self._by_unread.discard(sequence)
-                self._decoding[sequence] = None
+                self._decoding[sequence] = 0
         self._chunks = []
 
     def _next_chunks(self, selected: set[Sequence] | None) -> list[Chunk]:

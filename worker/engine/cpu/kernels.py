@@ -180,10 +180,11 @@ def bound(function: Any, *arguments: Any, result: Any = None) -> Callable[..., A
 
 
 def address(array: NDArray[Any]) -> int:
-    """Return the address of an array's data, four times as fast as `array.ctypes.data`."""
+    """Return the address of a contiguous array's data, four times as fast as `array.ctypes.data`."""
     try:
         return ctypes.addressof(_NO_BYTES.from_buffer(array))
-    except (BufferError, TypeError, ValueError):  # read-only, or not contiguous
+    except (BufferError, TypeError, ValueError):  # read-only
+        assert array.flags.c_contiguous, "C reads contiguous arrays"
         return array.ctypes.data
 
 

@@ -91,7 +91,7 @@ class CompiledKernels:
 
     def tree_rows(self, nodes: Nodes, trees: int, slots: IntArray, lengths: IntArray) -> tuple[Segments, IntArray]:
         """Return the rows of the first trees in order of their slots, and the node of each row."""
-        size, seen = nodes.size, nodes.size * (int(nodes.depth[-1]) + 1 if nodes.size else 0)
+        size, seen = nodes.size, nodes.size * (int(nodes.depth.max(initial=0)) + 1)
         out = np.empty(3 * trees + 5 * size + seen, np.int64)
         totals = np.empty(2, np.int64)
         given = (address(slots), address(lengths), address(out), address(totals))

@@ -1,8 +1,9 @@
 /* The host's part of a step: draft trees, their rows, what the target accepted of them.
  *
- * Nodes are columns of one buffer [5, capacity]: tree, parent, token, depth, value. The first `trees` are the roots, and
- * parents precede their children. A column of bytes says what grammars force. Sums run from the first element to the last, as NumPy's bincount and cumsum do, and
- * this file is compiled without reassociation: `numpy_kernels.py` computes the same, bit for bit. */
+ * Nodes are columns of one buffer [5, capacity]: tree, parent, token, depth, value; a column of bytes says what grammars
+ * force. The first `trees` are the roots, and parents precede their children. Sums run from the first element to the
+ * last, as NumPy's bincount and cumsum do, and this file is compiled without reassociation: `numpy_kernels.py` computes
+ * the same, bit for bit. */
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -159,7 +160,7 @@ void sizes(const buffer_t *b, i64 *counts, i64 *depths) {
     memset(depths, 0, n.trees * sizeof *depths);
     for (i64 i = n.trees; i < n.size; i++) {
         counts[n.tree[i]]++;
-        depths[n.tree[i]] = n.depth[i];
+        if (n.depth[i] > depths[n.tree[i]]) depths[n.tree[i]] = n.depth[i];
     }
 }
 

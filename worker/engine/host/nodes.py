@@ -30,7 +30,7 @@ class Nodes:
     tree: IntArray
     parent: IntArray  # -1: a root
     token: IntArray
-    depth: IntArray  # ascending; 0: a root
+    depth: IntArray  # 0: a root
     value: FloatArray
     forced: BoolArray  # nodes that a grammar forces below their parents
 

@@ -64,7 +64,7 @@ class NumpyKernels:
         """Return the draft nodes and the depth of each tree."""
         roots = nodes.trees
         depths = np.zeros(roots, np.int64)
-        depths[nodes.tree[roots:]] = nodes.depth[roots:]  # nodes are in order of depth: the deepest is written last
+        np.maximum.at(depths, nodes.tree[roots:], nodes.depth[roots:])
         return np.bincount(nodes.tree[roots:], minlength=roots), depths
 
     def prune(self, nodes: Nodes, kept: BoolArray, target: Nodes) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 Holder = TypeVar("Holder", bound=Hashable)
 
@@ -24,8 +24,7 @@ class _Node(Generic[Holder]):
     ends: dict[Holder, None] = field(default_factory=dict)  # those that have no token beyond
 
 
-@dataclass(frozen=True, slots=True)
-class Match(Generic[Holder]):
+class Match(NamedTuple, Generic[Holder]):
     """The longest prefix of a text that some holder has."""
 
     length: int  # tokens
@@ -98,11 +97,11 @@ class PrefixTree(Generic[Holder]):
         node.ends.pop(holder, None)
         self._leave(holder, node, self._root)
 
-    def longest(self, ids: list[int]) -> Match[Holder]:
-        """Return the longest prefix of `ids` that some holder has; length 0 if none has the first token."""
+    def longest(self, ids: list[int], end: int) -> Match[Holder]:
+        """Return the longest prefix of `ids[:end]` that some holder has; length 0 if none has the first token."""
         node, at = self._root, 0
-        while at < len(ids) and (child := node.children.get(ids[at])) is not None:
-            common = common_prefix_length(child.tokens, ids[at : at + len(child.tokens)])
+        while at < end and (child := node.children.get(ids[at])) is not None:
+            common = common_prefix_length(child.tokens, ids[at : min(end, at + len(child.tokens))])
             node, at = child, at + common
             if common < len(child.tokens):
                 return Match(at, node.holders, ())
@@ -127,6 +126,8 @@ class PrefixTree(Generic[Holder]):
 
 def common_prefix_length(a: list[int], b: list[int]) -> int:
     """Return the number of leading tokens that two texts have in common."""
+    if a == b:
+        return len(a)
     low, high = 0, min(len(a), len(b))
     if a[:high] == b[:high]:
         return high

@@ -66,9 +66,9 @@ class SlotAllocator:
         """Return the pages that a slot takes."""
         return self._pages_of[slot]
 
-    def longest_prefix(self, ids: list[int]) -> Match[int]:
-        """Return the longest prefix of `ids` that slots hold."""
-        return self._held.longest(ids)
+    def longest_prefix(self, ids: list[int], end: int) -> Match[int]:
+        """Return the longest prefix of `ids[:end]` that slots hold."""
+        return self._held.longest(ids, end)
 
     def shared_length(self, slot: int) -> int:
         """Return how many of the first entries of a slot another one holds, too."""
@@ -82,7 +82,7 @@ class SlotAllocator:
         """
         if not self.free_slots:
             raise OutOfSlots
-        found: Match[int] = self._held.longest(ids[:-1]) if self._cached else Match(0, (), ())
+        found: Match[int] = self._held.longest(ids, len(ids) - 1) if self._cached else Match(0, (), ())
         length = found.length if found.length >= MIN_SHARED_PREFIX else 0
         slot = next((slot for slot in found.ends if slot in self._cached), None) if length else None
         if slot is None and self._empty:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from worker.engine.cpu.compiler import EXACT, library
 from worker.engine.cpu.kernels import address, bound
+from worker.engine.paged import work
 from worker.engine.segments import IntArray, Segments
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ class BlockTables(ctypes.Structure):
 class ShapeSizes(ctypes.Structure):
     """`shape_t`: sizes of a forward."""
 
-    _fields_ = _fields("rows kept sequences listed causal shares tile", _SIZE)
+    _fields_ = _fields("rows kept sequences listed causal shares tile chunk max_listed", _SIZE)
 
 
 class CompiledLayout:
@@ -52,39 +54,40 @@ class CompiledLayout:
         """Bind the functions of a library compiled from layout.c."""
         functions = ctypes.PyDLL(compiled._name)
         self._unprepared = bound(functions.unprepared, _ADDRESS, _ADDRESS, result=_SIZE)
-        self._measure = bound(functions.measure, _ADDRESS, _ADDRESS)
+        self._measure = bound(functions.measure, _ADDRESS, _SIZE, _SIZE, _ADDRESS)
         self._lay_out = bound(functions.lay_out, *[_ADDRESS] * 4, result=_SIZE)
-        self._last: tuple[Segments | None, Any] = None, None  # a step's segments are read by three calls
+        # The arrays of the last segments: those of a step are read by three calls.
+        self._last: tuple[Segments | None, list[NDArray[Any]], Any] = None, [], None
 
     def prepared(self, segments: Segments, kv: PagedKv) -> bool:
         """Return whether `reserve` has nothing to do for these segments."""
         return not self._unprepared(self._arrays(segments), ctypes.addressof(kv.layout))
 
-    def measure(self, segments: Segments) -> tuple[bool, int, int, int]:
+    def measure(self, segments: Segments, max_listed: int) -> tuple[bool, int, int, int]:
         """Return whether all segments are chains of one row, and the most entries that a row would list.
 
-        Then the partial results if rows list none, and if they list some: see `total_parts`.
+        Then the partial results if rows list none, and if they list up to `max_listed`: see `total_parts`.
         """
         out = np.empty(4, np.int64)
-        self._measure(self._arrays(segments), address(out))
+        self._measure(self._arrays(segments), work.CHUNK, max_listed, address(out))
         plain, longest, parts, parts_if_listed = out.tolist()
         return bool(plain), longest, parts, parts_if_listed
 
-    def lay_out(self, segments: Segments, kv: PagedKv, shape: Shape, tile: int) -> IntArray:
-        """Return the flat tensor of `laid_out` for a shape with one slice."""
-        numbers = (shape.rows, shape.kept, shape.sequences, shape.listed, shape.causal, shape.queries > 1, tile)
-        sizes, flat = ShapeSizes(*numbers), np.empty(shape.size, np.int64)
+    def lay_out(self, segments: Segments, kv: PagedKv, shape: Shape, tile: int, max_listed: int) -> IntArray:
+        """Return the flat tensor of `laid_out` for a shape with one slice, and `tile` rows in a tile."""
+        numbers = (shape.rows, shape.kept, shape.sequences, shape.listed, shape.causal, shape.queries > 1)
+        sizes, flat = ShapeSizes(*numbers, tile, work.CHUNK, max_listed), np.empty(shape.size, np.int64)
         given = (self._arrays(segments), ctypes.addressof(kv.layout), ctypes.addressof(sizes), address(flat))
         return flat[: self._lay_out(*given)]
 
     def _arrays(self, segments: Segments) -> Any:
         """Return a pointer to the C structure of the segments, which it keeps."""
-        held, arrays = self._last
+        held, _, arrays = self._last
         if held is not segments:
             sizes = (len(segments), segments.num_rows, len(segments.kept))
-            addresses = [address(getattr(segments, name)) for name, _ in SegmentArrays._fields_[3:]]
-            arrays = ctypes.byref(SegmentArrays(*sizes, *addresses))
-            self._last = segments, arrays
+            columns = [np.ascontiguousarray(getattr(segments, name)) for name, _ in SegmentArrays._fields_[3:]]
+            arrays = ctypes.byref(SegmentArrays(*sizes, *map(address, columns)))
+            self._last = segments, columns, arrays
         return arrays
 
 

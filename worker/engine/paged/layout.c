@@ -6,9 +6,7 @@
 typedef int64_t i64;
 typedef uint8_t u8;
 
-#define CHUNK 256    /* of work.py, as is the next */
-#define ROW_SHIFT 32
-#define LISTED 16    /* of rows.py */
+#define ROW_SHIFT 32 /* of work.py */
 #define SCRATCH 0    /* of kv.py */
 
 /* `SegmentArrays` of compiled_layout.py */
@@ -27,14 +25,14 @@ typedef struct {
 
 /* `ShapeSizes` of compiled_layout.py */
 typedef struct {
-    i64 rows, kept, sequences, listed, causal, shares, tile;
+    i64 rows, kept, sequences, listed, causal, shares, tile, chunk, max_listed;
 } shape_t;
 
 static i64 entry_of(const tables_t *kv, i64 slot, i64 index) {
     return kv->tables[slot * kv->width + index / kv->block_size] * kv->block_size + index % kv->block_size;
 }
 
-static i64 chunks_of(i64 entries) { return (entries + CHUNK - 1) / CHUNK; }
+static i64 chunks_of(i64 entries, i64 chunk) { return (entries + chunk - 1) / chunk; }
 
 static i64 larger(i64 a, i64 b) { return a > b ? a : b; }
 
@@ -53,16 +51,16 @@ i64 unprepared(const segments_t *s, const tables_t *kv) {
 }
 
 /* Write whether every segment is a chain of one row, the most entries that a row would list, and the partial results if
- * rows list none, or up to LISTED. */
-void measure(const segments_t *s, i64 *out) {
+ * rows list none, or up to `max_listed`. */
+void measure(const segments_t *s, i64 chunk, i64 max_listed, i64 *out) {
     memset(out, 0, 4 * sizeof *out);
     out[0] = s->rows == s->segments;
     for (i64 i = 0; i < s->segments; i++) {
         i64 end = s->starts[i] + s->counts[i], prefix = s->prefixes[i];
         out[0] &= s->chains[i];
         if (s->chains[i]) out[1] = larger(out[1], s->counts[i]);
-        out[2] += s->counts[i] * chunks_of(end < prefix + 1 ? end : prefix + 1);
-        out[3] += s->counts[i] * chunks_of(end < prefix + LISTED ? end : prefix + LISTED);
+        out[2] += s->counts[i] * chunks_of(end < prefix + 1 ? end : prefix + 1, chunk);
+        out[3] += s->counts[i] * chunks_of(end < prefix + max_listed ? end : prefix + max_listed, chunk);
     }
     for (i64 row = 0; row < s->rows; row++) out[1] = larger(out[1], s->visible_counts[row]);
 }
@@ -73,7 +71,7 @@ static i64 lay_out_rows(const segments_t *s, const tables_t *kv, const shape_t *
     const i64 *visible = s->visible;
     i64 runs = 0, row = 0;
     for (i64 i = 0; i < s->segments; i++) {
-        i64 slot = s->slots[i], prefix = s->prefixes[i], is_long = s->chains[i] && s->counts[i] > LISTED;
+        i64 slot = s->slots[i], prefix = s->prefixes[i], is_long = s->chains[i] && s->counts[i] > shape->max_listed;
         i64 causal = !shape->listed || (is_long && shape->causal);
         i64 alone = shape->listed && shape->causal && !is_long; /* each row is a run */
         for (i64 at = 0; at < s->counts[i]; at++, row++) {
@@ -117,12 +115,13 @@ static i64 *items_of(i64 *items, i64 row, i64 first, i64 end) {
 }
 
 /* Write the items of the tiles of a run's rows first..end-1. */
-static i64 *tiles_of(i64 *items, i64 first, i64 end, i64 tile, const i64 *seen, const i64 *own_count) {
+static i64 *tiles_of(i64 *items, i64 first, i64 end, const shape_t *shape, const i64 *seen, const i64 *own_count) {
+    i64 tile = shape->tile, chunk = shape->chunk;
     for (i64 lead = first; lead < end; lead += tile) {
         i64 last = lead + tile < end ? lead + tile : end, most = 0;
         for (i64 row = lead; row < last; row++)
-            most = larger(most, own_count[row] ? seen[row] / CHUNK * CHUNK : seen[row]);
-        items = items_of(items, lead, 0, chunks_of(most));
+            most = larger(most, own_count[row] ? seen[row] / chunk * chunk : seen[row]);
+        items = items_of(items, lead, 0, chunks_of(most, chunk));
     }
     return items;
 }
@@ -141,14 +140,14 @@ i64 lay_out(const segments_t *s, const tables_t *kv, const shape_t *shape, i64 *
     pad(s, kv, shape, runs, entries, seen, starts, slots, own, own_count);
     for (i64 run = 0; run < shape->sequences; run++) {
         for (i64 row = starts[run]; row < starts[run + 1]; row++) sequence[row] = run;
-        if (shape->shares) items = tiles_of(items, starts[run], starts[run + 1], shape->tile, seen, own_count);
+        if (shape->shares) items = tiles_of(items, starts[run], starts[run + 1], shape, seen, own_count);
     }
     i64 tiles = items - first_item;
     for (i64 row = 0; row < rows; row++) {
-        i64 chunks = chunks_of(seen[row] + own_count[row]);
+        i64 chunks = chunks_of(seen[row] + own_count[row], shape->chunk);
         first_part[row + 1] = first_part[row] + chunks;
         if (!shape->shares) items = items_of(items, row, 0, chunks);
-        else if (own_count[row]) items = items_of(items, row, seen[row] / CHUNK, chunks);
+        else if (own_count[row]) items = items_of(items, row, seen[row] / shape->chunk, chunks);
     }
     bounds[0] = bounds[4] = 0;
     bounds[1] = bounds[2] = tiles;

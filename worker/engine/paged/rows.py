@@ -159,7 +159,7 @@ def bucket_needs(segments: Segments) -> BucketNeeds:
         longest = max(longest, int(segments.visible_counts.max(initial=0)))
         parts, parts_if_listed = total_parts(segments, 0), total_parts(segments, LISTED)
     else:
-        plain, longest, parts, parts_if_listed = compiled.measure(segments)
+        plain, longest, parts, parts_if_listed = compiled.measure(segments, LISTED)
     if plain:
         return BucketNeeds(0, parts)
     return BucketNeeds(LISTED if longest <= LISTED else None, parts_if_listed)
@@ -172,7 +172,7 @@ def laid_out(segments: Segments, kv: PagedKv, shape: Shape) -> IntArray:
     """
     compiled = compiled_layout()
     if compiled is not None and shape.slices == 1:
-        return compiled.lay_out(segments, kv, shape, tile_rows(kv))
+        return compiled.lay_out(segments, kv, shape, tile_rows(kv), LISTED)
     return laid_out_in_numpy(segments, kv, shape)
 
 

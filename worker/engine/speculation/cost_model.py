@@ -6,9 +6,11 @@ exactly what plain decoding costs. `PlainStepTimes` measures plain steps only: d
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
+from math import log2
 from typing import Any, Self
 
 import numpy as np
@@ -34,7 +36,8 @@ class CostModel:
 
     def __init__(self, rows_ms: Mapping[int, float], entry_ms: float = 0.0) -> None:
         """Take ms by rows of a step (at least one size), and ms per KV entry that one row attends to."""
-        self._rows = np.fromiter(sorted(rows_ms), np.float64)
+        self._sizes = [float(rows) for rows in sorted(rows_ms)]
+        self._rows, self._log_rows = np.array(self._sizes), np.log2(self._sizes)
         self._ms = np.maximum.accumulate([rows_ms[int(rows)] for rows in self._rows])
         self._entry_ms = entry_ms
         self._correction = np.ones(len(self._rows))  # at each measured size
@@ -47,24 +50,28 @@ class CostModel:
 
         It never falls with either.
         """
-        return self._drift * self._without_drift(np.asarray(rows, np.float64), np.asarray(entries, np.float64))
+        some, ms = np.asarray(rows, np.float64), np.interp(rows, self._rows, self._points)
+        if len(self._rows) > 1:  # np.interp is constant beyond the last point: extend its slope instead
+            ms = ms + self._last_slope(self._points) * np.maximum(some - self._rows[-1], 0.0)
+        result: FloatArray = self._drift * np.asarray(ms + self._entry_ms * np.asarray(entries, np.float64))
+        return result
 
     def calibrated_ms(self, rows: int, entries: float) -> float:
         """Return the step time for `rows` rows and `entries` KV entries as calibrated, without later corrections."""
-        return float(self._interpolate(self._ms, np.asarray(rows, np.float64), np.asarray(entries, np.float64)))
+        return self._ms_of_one(self._ms, rows) + self._entry_ms * entries
 
     def observe(self, rows: int, entries: float, step_ms: float) -> None:
         """Learn from a forward of a served step."""
         self._samples += 1
-        ratio = step_ms / float(self._without_drift(np.float64(rows), np.float64(entries)))
+        ratio = step_ms / (self._ms_of_one(self._points, rows) + self._entry_ms * entries)
         if self._samples > 1:
             ratio = clip_ratio(ratio, self._drift, TIME_OUTLIER)
         surprise = ratio / self._drift
         self._drift *= surprise ** max(TIME_WEIGHT, 1 / self._samples)
         # The sizes within a factor of two learn the rest; the drift has taken what all sizes have in common.
-        nearness = np.clip(1.0 - np.abs(np.log2(self._rows / rows)), 0.0, 1.0)
+        nearness = np.maximum(1.0 - np.abs(self._log_rows - log2(rows)), 0.0)
         correction = self._correction * surprise ** (SHAPE_WEIGHT * nearness)
-        self._correction = np.clip(correction, 1 / MAX_CORRECTION, MAX_CORRECTION)
+        self._correction = np.minimum(np.maximum(correction, 1 / MAX_CORRECTION), MAX_CORRECTION)
         self._points = np.maximum.accumulate(self._ms * self._correction)
 
     def as_json(self) -> dict[str, Any]:
@@ -83,18 +90,20 @@ class CostModel:
         rows_ms = {int(rows): float(ms) for rows, ms in stored["step_ms_by_rows"].items()}
         return cls(rows_ms, float(stored["ms_per_1000_entries"]) / 1000)
 
-    def _without_drift(self, rows: FloatArray | np.float64, entries: FloatArray | np.float64) -> FloatArray:
-        return self._interpolate(self._points, rows, entries)
+    def _ms_of_one(self, points: FloatArray, rows: int) -> float:
+        """Return the time of one number of rows on a curve; for one, this is much faster than NumPy."""
+        at = bisect_right(self._sizes, rows)
+        if at == 0:
+            return float(points[0])
+        slope = self._last_slope(points) if at == len(points) else self._slope(points, at)
+        return float(points[at - 1] + slope * (rows - self._sizes[at - 1]))
 
-    def _interpolate(
-        self, points: FloatArray, rows: FloatArray | np.float64, entries: FloatArray | np.float64
-    ) -> FloatArray:
-        ms = np.interp(rows, self._rows, points)
-        if len(points) > 1:  # np.interp is constant beyond the last point: extend its slope instead
-            slope = (points[-1] - points[-2]) / (self._rows[-1] - self._rows[-2])
-            ms = ms + slope * np.maximum(rows - self._rows[-1], 0.0)
-        result: FloatArray = np.asarray(ms + self._entry_ms * entries)
-        return result
+    def _last_slope(self, points: FloatArray) -> float:
+        return self._slope(points, len(points) - 1) if len(points) > 1 else 0.0
+
+    def _slope(self, points: FloatArray, at: int) -> float:
+        """Return the slope of a curve between a measured size and the one before."""
+        return float(points[at] - points[at - 1]) / (self._sizes[at] - self._sizes[at - 1])
 
 
 class PlainStepTimes:

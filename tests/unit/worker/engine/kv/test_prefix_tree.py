@@ -35,7 +35,7 @@ def test_a_lookup_finds_what_a_comparison_with_every_text_finds(
             tree.copy(other, holder, len(held[holder]))
         lengths = {one: common_prefix_length(text, wanted) for one, text in held.items()}
         longest = max(lengths.values(), default=0)
-        match = tree.longest(wanted)
+        match = tree.longest(wanted, len(wanted))
         assert match.length == longest
         if longest:
             assert set(match.holders) == {one for one, length in lengths.items() if length == longest}

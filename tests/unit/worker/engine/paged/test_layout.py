@@ -66,7 +66,7 @@ def test_the_same_bucket_is_chosen(monkeypatch: pytest.MonkeyPatch, step: str) -
         (chain(0, 49, [5], keep_last=True), True),
         (chain(0, 64, [5], keep_last=True), False),  # a block is missing
         (chain(0, 20, [5], keep_last=True), False),  # the block is shared
-        (chain(0, 40, [5] * 2, keep_last=True), True),
+        (chain(0, 40, [5] * 2, keep_last=True), False),  # a block behind it is stale
         (chain(1, 0, [5], keep_last=True), False),
         (chain(2, 31, [5], keep_last=True), False),
     ],
