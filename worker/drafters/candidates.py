@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from worker.engine.host.nodes import FloatArray
 from worker.engine.sampling.sampling import gumbel_scores, process, topk
 from worker.engine.segments import IntArray
-from worker.engine.speculation.draft_tree import FloatArray, Forest
+from worker.engine.speculation.draft_tree import Forest
 from worker.engine.speculation.tree_masks import TreeMasks
 
 _WIDTH = 8  # max children per node: more are rarely drawn, and cost time in every layer

@@ -14,7 +14,7 @@ from worker.engine.speculation.decision import Decision
 from worker.engine.token_logprobs import Logprobs
 
 if TYPE_CHECKING:
-    from worker.engine.speculation.draft_tree import FloatArray
+    from worker.engine.host.nodes import FloatArray
 
 REASONS: tuple[FinishReason | None, ...] = (None, *FinishReason)  # by their code in a `StepBatch`
 
@@ -239,13 +239,10 @@ def _restored(count: int, tokens: int, ints: bytes, floats: bytes, others: tuple
     """Return the batch that was pickled; its arrays are read-only."""
     columns = np.frombuffer(ints, np.int64)
     first = count * len(_INTS)
-    return StepBatch(
-        **dict(zip(_INTS, columns[:first].reshape(len(_INTS), count), strict=True)),
-        **dict(zip(_FLOATS, np.frombuffer(floats, np.float64).reshape(len(_FLOATS), count), strict=True)),
-        **dict(zip(_OTHERS, others, strict=True)),
-        tokens=columns[first : first + tokens],
-        reached=columns[first + tokens :].reshape(-1, 2),
-    )
+    given: dict[str, Any] = dict(zip(_OTHERS, others, strict=True))
+    given |= zip(_INTS, columns[:first].reshape(len(_INTS), count), strict=True)
+    given |= zip(_FLOATS, np.frombuffer(floats, np.float64).reshape(len(_FLOATS), count), strict=True)
+    return StepBatch(tokens=columns[first : first + tokens], reached=columns[first + tokens :].reshape(-1, 2), **given)
 
 
 def _drawn(children: int, rank: int) -> tuple[int, int | None]:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from worker.engine.engine import Engine
+from worker.engine.host.nodes import FloatArray
 from worker.engine.kv.hidden_states import HiddenStates
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.sampling.parameters import Sampling
 from worker.engine.segments import IntArray, KvMove, Segment
 from worker.engine.sequence import Sequence as EngineSequence
-from worker.engine.speculation.draft_tree import FloatArray
 from worker.engine.speculation.drafting import Drafter
 from worker.training.features import Example
 

@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 
 from storage import queries, writes
+from storage.dialect import insert_many
+from storage.models import PackedSteps
 from storage.records import NewRequest, RequestFailure
-from storage.session import Database
+from storage.session import DATABASE_UNAVAILABLE, Database
 from tests.factories import a_job, a_request, a_worker_card, some_requests
 from tests.unit.storage.acts import check_laws, claim, record, requests_of, view
 
@@ -131,3 +133,13 @@ def test_a_worker_registers_sends_heartbeats_and_stops(database: Database) -> No
         (worker,) = queries.workers(session)
         assert worker.stopped_at is not None
         assert queries.models(session) == []
+
+
+def test_rows_that_lose_their_connection_while_they_are_copied_say_so_as_every_statement_does(
+    postgresql: Database,
+) -> None:
+    with pytest.raises(DATABASE_UNAVAILABLE), postgresql.write() as session:
+        own = session.connection().exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
+        with postgresql.write() as other:
+            other.connection().exec_driver_sql(f"SELECT pg_terminate_backend({own})")
+        insert_many(session, PackedSteps, [{"job_id": "job-1"}])

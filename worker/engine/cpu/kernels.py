@@ -182,7 +182,7 @@ def bound(function: Any, *arguments: Any, result: Any = None) -> Callable[..., A
 def address(array: NDArray[Any]) -> int:
     """Return the address of a contiguous array's data, four times as fast as `array.ctypes.data`."""
     try:
-        return ctypes.addressof(_NO_BYTES.from_buffer(array))
+        return ctypes.addressof(_NO_BYTES.from_buffer(array))  # type: ignore[arg-type]  # arrays are buffers
     except (BufferError, TypeError, ValueError):  # read-only
         assert array.flags.c_contiguous, "C reads contiguous arrays"
         return array.ctypes.data

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from worker.engine.speculation.draft_tree import Candidates
 
 _SIZE, _ADDRESS, _REAL = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "add_layer": ([_ADDRESS, _ADDRESS, _SIZE, _SIZE, _ADDRESS, _ADDRESS, _REAL], _SIZE),
     "expandable": ([_ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _ADDRESS], _SIZE),
     "ranking": ([_ADDRESS] * 3, None),
@@ -135,7 +135,8 @@ class CompiledKernels:
         given = (counts, visited, slots, lengths, out, totals)
         self._c["moves"](nodes.layout, *map(address, given))
         moved, entries = totals.tolist()
-        return KvMoves(*out[: 3 * trees].reshape(3, trees)[:, :moved], out[3 * trees : 3 * trees + entries])
+        moved_slots, destinations, lengths = out[: 3 * trees].reshape(3, trees)[:, :moved]
+        return KvMoves(moved_slots, destinations, lengths, out[3 * trees : 3 * trees + entries])
 
     def drawn_ranks(
         self, nodes: Nodes, counts: IntArray, visited: IntArray, emitted: IntArray

@@ -64,7 +64,14 @@ class Nodes:
             self.resize(size)
 
     def append(
-        self, trees: IntArray, parents: IntArray, tokens: IntArray, depths: IntArray, values: FloatArray, *, forced: bool
+        self,
+        trees: IntArray,
+        parents: IntArray,
+        tokens: IntArray,
+        depths: IntArray,
+        values: FloatArray,
+        *,
+        forced: bool,
     ) -> None:
         """Add nodes below earlier ones or each other."""
         first = self.size

@@ -23,9 +23,7 @@ class NumpyKernels:
         values = np.where(certain, nodes.discount, nodes.value[frontier])[:, None] * offered.probabilities
         rows, ranks = np.nonzero(values > min_value)
         parents, tokens = frontier[rows], offered.tokens[rows, ranks]
-        nodes.append(
-            nodes.tree[parents], parents, tokens, nodes.depth[parents] + 1, values[rows, ranks], forced=False
-        )
+        nodes.append(nodes.tree[parents], parents, tokens, nodes.depth[parents] + 1, values[rows, ranks], forced=False)
 
     def expandable(self, nodes: Nodes, some: IntArray, ends: tuple[IntArray, IntArray], left: IntArray) -> IntArray:
         """Return those of the nodes whose children could be emitted."""
@@ -156,7 +154,8 @@ class NumpyKernels:
     ) -> FloatArray:
         """Return the probabilities of the offered times accepted over expected tokens of their bins."""
         ratio = (bins.accepted / bins.expected)[_bins(nodes, frontier, offered, sampled, bins)]
-        return np.minimum(offered.probabilities * ratio, limit)
+        probabilities: FloatArray = np.minimum(offered.probabilities * ratio, limit)
+        return probabilities
 
     def count_accepted(
         self, nodes: Nodes, frontier: IntArray, offered: Candidates, sampled: BoolArray, bins: Bins, drawn: IntArray

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from worker.engine.paged.rows import Shape
 
 _SIZE, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
+_COLUMNS = ("slots", "prefixes", "starts", "counts", "chains", "ids", "positions", "kept", "visible_counts", "visible")
 
 
 def _fields(names: str, kind: Any) -> list[tuple[str, Any]]:
@@ -31,8 +32,9 @@ class SegmentArrays(ctypes.Structure):
 
     _fields_ = (
         *_fields("segments rows kept_rows", _SIZE),
-        *_fields("slots prefixes starts counts chains ids positions kept visible_counts visible", _ADDRESS),
+        *((name, _ADDRESS) for name in _COLUMNS),
     )
+    columns: list[NDArray[Any]]  # keeps the arrays
 
 
 class BlockTables(ctypes.Structure):
@@ -56,8 +58,7 @@ class CompiledLayout:
         self._unprepared = bound(functions.unprepared, _ADDRESS, _ADDRESS, result=_SIZE)
         self._measure = bound(functions.measure, _ADDRESS, _SIZE, _SIZE, _ADDRESS)
         self._lay_out = bound(functions.lay_out, *[_ADDRESS] * 4, result=_SIZE)
-        # The arrays of the last segments: those of a step are read by three calls.
-        self._last: tuple[Segments | None, list[NDArray[Any]], Any] = None, [], None
+        self._last: tuple[Segments | None, Any] = None, None  # the segments of a step are read by three calls
 
     def prepared(self, segments: Segments, kv: PagedKv) -> bool:
         """Return whether `reserve` has nothing to do for these segments."""
@@ -82,13 +83,15 @@ class CompiledLayout:
 
     def _arrays(self, segments: Segments) -> Any:
         """Return a pointer to the C structure of the segments, which it keeps."""
-        held, _, arrays = self._last
+        held, pointer = self._last
         if held is not segments:
             sizes = (len(segments), segments.num_rows, len(segments.kept))
-            columns = [np.ascontiguousarray(getattr(segments, name)) for name, _ in SegmentArrays._fields_[3:]]
-            arrays = ctypes.byref(SegmentArrays(*sizes, *map(address, columns)))
-            self._last = segments, columns, arrays
-        return arrays
+            columns = [np.ascontiguousarray(getattr(segments, name)) for name in _COLUMNS]
+            arrays = SegmentArrays(*sizes, *map(address, columns))
+            arrays.columns = columns
+            pointer = ctypes.byref(arrays)
+            self._last = segments, pointer
+        return pointer
 
 
 @cache

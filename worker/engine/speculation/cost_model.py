@@ -16,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
+from worker.engine.host.nodes import FloatArray
 from worker.engine.speculation.constants import (
     MAX_CORRECTION,
     MIN_PLAIN_STEPS,
@@ -23,7 +24,6 @@ from worker.engine.speculation.constants import (
     TIME_OUTLIER,
     TIME_WEIGHT,
 )
-from worker.engine.speculation.draft_tree import FloatArray
 from worker.engine.speculation.running_mean import RunningMean, clip_ratio
 
 
@@ -50,7 +50,8 @@ class CostModel:
 
         It never falls with either.
         """
-        some, ms = np.asarray(rows, np.float64), np.interp(rows, self._rows, self._points)
+        some = np.asarray(rows, np.float64)
+        ms = np.interp(some, self._rows, self._points)
         if len(self._rows) > 1:  # np.interp is constant beyond the last point: extend its slope instead
             ms = ms + self._last_slope(self._points) * np.maximum(some - self._rows[-1], 0.0)
         result: FloatArray = self._drift * np.asarray(ms + self._entry_ms * np.asarray(entries, np.float64))

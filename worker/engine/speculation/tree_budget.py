@@ -11,12 +11,13 @@ from typing import Protocol
 
 import numpy as np
 
+from worker.engine.host.nodes import FloatArray
 from worker.engine.options import MAX_STEP_NODES
 from worker.engine.segments import BoolArray, IntArray
 from worker.engine.speculation.constants import MIN_NET_GAIN
 from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.draft_costs import DraftCosts
-from worker.engine.speculation.draft_tree import FloatArray, Forest
+from worker.engine.speculation.draft_tree import Forest
 
 _COUNTS = np.arange(MAX_STEP_NODES + 1)
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from tests.unit.worker.engine.harness import FLAT_COSTS, sequences
+from worker.engine.host.nodes import FloatArray
 from worker.engine.segments import BoolArray, IntArray
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.draft_costs import DraftCosts
-from worker.engine.speculation.draft_tree import Candidates, FloatArray, Forest
+from worker.engine.speculation.draft_tree import Candidates, Forest
 from worker.engine.speculation.drafting import grow
 from worker.engine.speculation.tree_budget import CostAwareBudget, FixedBudget
 
