@@ -138,8 +138,12 @@ def test_a_worker_registers_sends_heartbeats_and_stops(database: Database) -> No
 def test_rows_that_lose_their_connection_while_they_are_copied_say_so_as_every_statement_does(
     postgresql: Database,
 ) -> None:
-    with pytest.raises(DATABASE_UNAVAILABLE), postgresql.write() as session:
-        own = session.connection().exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
-        with postgresql.write() as other:
-            other.connection().exec_driver_sql(f"SELECT pg_terminate_backend({own})")
-        insert_many(session, PackedSteps, [{"job_id": "job-1"}])
+    def copy_without_connection() -> None:
+        with postgresql.write() as session:
+            own = session.connection().exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
+            with postgresql.write() as other:
+                other.connection().exec_driver_sql(f"SELECT pg_terminate_backend({own})")
+            insert_many(session, PackedSteps, [{"job_id": "job-1"}])
+
+    with pytest.raises(DATABASE_UNAVAILABLE):
+        copy_without_connection()
