@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,20 @@ class Bins:
         self.shape = (2, sources, depth_classes, len(edges) + 1)
         self.count = int(np.prod(self.shape))
         self.accepted, self.expected = np.full(self.count, prior), np.full(self.count, prior)
-        addresses = [address(table) for table in (edges, self.accepted, self.expected)]
-        numbers = (len(edges), sources, depth_classes, self.count)
-        self._layout = BinLayout(addresses[0], *numbers, *addresses[1:])  # the tables are changed in place
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Note the addresses of the tables, which are changed in place."""
+        edges, accepted, expected = (address(table) for table in (self.edges, self.accepted, self.expected))
+        numbers = (len(self.edges), self.sources, self.depth_classes, self.count)
+        self._layout = BinLayout(edges, *numbers, accepted, expected)
         self.layout = ctypes.addressof(self._layout)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy has, too: all but the addresses."""
+        return {name: value for name, value in vars(self).items() if name not in ("_layout", "layout")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of another."""
+        vars(self).update(state)
+        self._lay_out()

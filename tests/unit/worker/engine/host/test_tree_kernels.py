@@ -38,7 +38,7 @@ def offered(rng: np.random.Generator, rows: int) -> Candidates:
 
 
 def grown(seed: int) -> Forest:
-    """Return the trees of sequences of different lengths in mixed slots; some are roots alone."""
+    """Return the trees of sequences of different lengths in mixed slots, some roots alone, and a forced token."""
     rng = np.random.default_rng(seed)
     some = sequences([[2, 3]] * 7, max_tokens=9)
     for slot, sequence in zip(rng.permutation(20), some, strict=False):
@@ -46,7 +46,8 @@ def grown(seed: int) -> Forest:
         sequence.ids += [3] * int(rng.integers(0, 8))
         sequence.eos_ids = frozenset(rng.integers(0, VOCAB, 1).tolist())
     forest = Forest(some, 0.9)
-    frontier = np.sort(rng.permutation(7)[:5])
+    forest.append(np.array([6]), np.array([6]), np.array([2]), np.array([1]), np.ones(1), forced=True)
+    frontier = np.append(np.sort(rng.permutation(6)[:4]), 7)
     for _ in range(4):
         frontier = forest.add_layer(frontier, offered(rng, len(frontier)), 0.01)
     return forest
@@ -68,7 +69,9 @@ def _parts(some: object) -> Iterator[object]:
 
 
 def drawn_of(forest: Forest, seed: int) -> IntArray:
-    return np.random.default_rng(seed).integers(-1, VOCAB, forest.size)
+    drawn = np.random.default_rng(seed).integers(-1, VOCAB, forest.size)
+    drawn[6] = 2  # the forced token
+    return drawn
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -80,7 +83,7 @@ def test_growth_and_selection_are_the_same(twins: Twins, seed: int) -> None:
         copy, rng = grown(seed), np.random.default_rng(seed)
         frontier = np.flatnonzero(copy.depth == copy.depth[-1])
         kernels.add_layer(copy, frontier, offered(rng, len(frontier)), 0.1)
-        layers.append((copy.tree, copy.parent, copy.token, copy.depth, copy.value))
+        layers.append((copy.tree, copy.parent, copy.token, copy.depth, copy.value, copy.forced))
     assert same(*layers)
     everything, ends, left = np.arange(forest.size), forest.columns.end_keys, forest.remaining
     assert same(*(k.expandable(forest, everything, ends, left) for k in twins))
@@ -95,7 +98,7 @@ def test_growth_and_selection_are_the_same(twins: Twins, seed: int) -> None:
         for kernels, target in zip(twins, pruned, strict=True):
             target.allocate(forest.size)
             kernels.prune(forest, kept, target)
-        assert same(*((p.tree, p.parent, p.token, p.depth, p.value) for p in pruned))
+        assert same(*((p.tree, p.parent, p.token, p.depth, p.value, p.forced) for p in pruned))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
