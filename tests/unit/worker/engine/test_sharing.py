@@ -125,9 +125,9 @@ def test_a_prompt_is_looked_up_as_often_among_many_that_wait_as_among_few(monkey
     lookups: list[int] = []
     longest = PrefixTree.longest
 
-    def counted(tree: PrefixTree[Hashable], ids: list[int]) -> Match[Hashable]:
-        lookups.append(len(ids))
-        return longest(tree, ids)
+    def counted(tree: PrefixTree[Hashable], ids: list[int], end: int) -> Match[Hashable]:
+        lookups.append(end)
+        return longest(tree, ids, end)
 
     monkeypatch.setattr(PrefixTree, "longest", counted)
     for count in (4, 40):
