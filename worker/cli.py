@@ -70,6 +70,12 @@ def worker(
     tp: Annotated[
         int | None, typer.Option(min=1, help="Tensor-parallel ranks (GPUs or processes) of each replica.")
     ] = None,
+    generation_config: Annotated[
+        str | None, typer.Option(help="auto: sampling defaults of the model's generation_config.json; off: of the API.")
+    ] = None,
+    reasoning_parser: Annotated[
+        str | None, typer.Option(help="auto, off, or whose markers split the reasoning from the content.")
+    ] = None,
 ) -> None:
     """Load the models and serve jobs until a signal: in this process, or in supervised replicas.
 
@@ -77,7 +83,15 @@ def worker(
     """
     from worker.start import run
 
-    settings = settings_of(target=target, draft=draft, dtype=dtype, replicas=replicas, tp=tp)
+    settings = settings_of(
+        target=target,
+        draft=draft,
+        dtype=dtype,
+        replicas=replicas,
+        tp=tp,
+        generation_config=generation_config,
+        reasoning_parser=reasoning_parser,
+    )
     raise typer.Exit(run(settings))
 
 
