@@ -122,13 +122,14 @@ class ReasoningSplitter:
     """Splits a text into reasoning and content at the markers of a format.
 
     The reasoning starts at the start of the text: with the start marker, or without it if the prompt has opened it. It
-    ends with the first end marker; what follows is content, further markers included.
+    ends with the first end marker; what follows is content, further markers included. Each character is read once.
     """
 
     def __init__(self, form: ReasoningFormat) -> None:
         self._form = form
         self._state = _NextPart.START
-        self._held = ""  # text that may be a part of a marker
+        self._breaks: list[str] = []  # line breaks that may belong to a marker
+        self._held = ""  # text after them that may be a part of a marker
         self.found = form.opened  # the text has reasoning, possibly empty
 
     @property
@@ -139,27 +140,35 @@ class ReasoningSplitter:
     def push(self, text: str) -> tuple[str, str]:
         """Add text; return the new (reasoning, content)."""
         self._held += text
-        if self._state is _NextPart.START:
-            self._start()
+        content = self._start() if self._state is _NextPart.START else ""
         reasoning = self._take_reasoning() if self._state in (_NextPart.REASONING_START, _NextPart.REASONING) else ""
-        return reasoning, self._take_content() if not self.open else ""
+        return reasoning, content if self.open else content + self._take_content()
 
     def finish(self) -> tuple[str, str]:
         """Return what was held back, as (reasoning, content)."""
         held, self._held = self._held, ""
         if not self.found:
-            return "", held
-        return (held if self._state is _NextPart.REASONING else held.lstrip(_BREAKS)) if self.open else "", ""
+            return "", self._taken_breaks() + held
+        if not self.open:
+            return "", ""
+        return (self._taken_breaks() if self._state is _NextPart.REASONING else "") + held, ""
 
-    def _start(self) -> None:
-        """Decide whether the text starts with the start marker, once enough of it is there."""
+    def _start(self) -> str:
+        """Decide whether the text starts with the start marker, once enough of it is there; return what is content."""
         bare = self._held.lstrip(_BREAKS)
+        self._breaks.append(self._held[: len(self._held) - len(bare)])
+        self._held = bare
         if bare.startswith(self._form.start):
             self.found = True
             self._held = bare.removeprefix(self._form.start)
-            self._state = _NextPart.REASONING_START
-        elif not self._form.start.startswith(bare):
-            self._state = _NextPart.REASONING_START if self._form.opened else _NextPart.CONTENT
+        elif self._form.start.startswith(bare):
+            return ""
+        elif not self._form.opened:
+            self._state = _NextPart.CONTENT
+            return self._taken_breaks()
+        self._breaks.clear()
+        self._state = _NextPart.REASONING_START
+        return ""
 
     def _take_reasoning(self) -> str:
         if self._state is _NextPart.REASONING_START:
@@ -169,12 +178,15 @@ class ReasoningSplitter:
             self._state = _NextPart.REASONING
         text, marker, rest = self._held.partition(self._form.end)
         if marker:
-            self._held = rest
             self._state = _NextPart.CONTENT_START
-            return text.rstrip(_BREAKS)
-        kept = text[: len(text) - _partial_match_length(text, self._form.end)].rstrip(_BREAKS)
-        self._held = text[len(kept) :]
-        return kept
+        else:
+            certain = len(text) - _partial_match_length(text, self._form.end)
+            text, rest = text[:certain], text[certain:]
+        self._held = rest
+        taken = text.rstrip(_BREAKS)
+        before = self._taken_breaks() if taken else ""
+        self._breaks.append(text[len(taken) :])
+        return before + taken
 
     def _take_content(self) -> str:
         if self._state is _NextPart.CONTENT_START:
@@ -184,6 +196,11 @@ class ReasoningSplitter:
             self._state = _NextPart.CONTENT
         text, self._held = self._held, ""
         return text
+
+    def _taken_breaks(self) -> str:
+        breaks = "".join(self._breaks)
+        self._breaks.clear()
+        return breaks
 
 
 def _partial_match_length(text: str, marker: str) -> int:
