@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -130,10 +131,18 @@ def test_the_reasoning_is_switched_off_left_out_and_left_in_place(openai: OpenAI
     assert in_place.content is not None
     assert in_place.content.startswith(reasoning)
     assert "</think>" in in_place.content
-    with pytest.raises(BadRequestError, match="no token for </think>"):
-        openai.chat.completions.create(**GREEDY, response_format={"type": "json_object"})
     with pytest.raises(BadRequestError, match="set by the service"):
         openai.chat.completions.create(**GREEDY, extra_body={"chat_template_kwargs": {"add_generation_prompt": False}})
+
+
+def test_a_grammar_binds_the_content_and_not_the_reasoning(openai: OpenAI) -> None:
+    reasoning, _ = parts(openai.chat.completions.create(**GREEDY))
+    bound = {"guided_regex": "x[0-9]{2}"}
+    thought, content = parts(openai.chat.completions.create(**GREEDY, extra_body=bound))
+    assert thought == reasoning
+    assert re.fullmatch("x[0-9]{2}", content)
+    at_once = openai.chat.completions.create(**GREEDY, extra_body=bound | {"enable_thinking": False})
+    assert re.fullmatch("x[0-9]{2}", at_once.choices[0].message.content or "")
 
 
 def test_the_model_s_own_sampling_is_used_where_a_request_sets_none(service: Client) -> None:

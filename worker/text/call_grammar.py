@@ -1,8 +1,8 @@
-"""Grammars of answers with tool calls, in llguidance's Lark syntax (its docs/syntax.md).
+"""Grammars of answers with a reasoning or tool calls, in llguidance's Lark syntax (its docs/syntax.md).
 
-A forced call begins the answer. Otherwise the text is free until a call begins, and bound from there on: to a name, to
-arguments by its schema, and to another call or the end. Special tokens in a format are named by id, because text never
-matches them; text that only spells them is a call too.
+A reasoning is free, and so are line breaks after it. A forced call begins the answer. Otherwise the text is free until
+a call begins, and bound from there on: to a name, to arguments by its schema, and to another call or the end. Special
+tokens in a format are named by id, because text never matches them; text that only spells them is a call too.
 """
 
 from __future__ import annotations
@@ -112,6 +112,18 @@ class CallGrammar:
         return " ".join(
             f"<[{self.added_tokens[part]}]>" if part in self.added_tokens else _quoted(part) for part in parts if part
         )
+
+
+def after_reasoning(content: str, reasoning: ReasoningFormat, *, thought: bool) -> str:
+    """Return the grammar of a content after an opened reasoning, which the text holds unless it is `thought`.
+
+    The reasoning ends with the first end marker, whatever tokens spell it.
+    """
+    lines = ["start: BREAKS? @content" if thought else "start: thought BREAKS? @content"]
+    if not thought:
+        lines += [f"thought[lazy]: TEXT {_quoted(reasoning.end)}", _ANY]
+    answer = {"name": "answer", "lark_grammar": "\n".join([*lines, _BREAKS, ""])}
+    return json.dumps({"grammars": [answer, {**_single(content), "name": "content"}]})
 
 
 def _arguments_grammar(function: FunctionTool) -> str:

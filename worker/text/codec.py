@@ -31,7 +31,7 @@ from worker.engine.grammar.grammar import Grammar
 from worker.engine.sampling.parameters import Sampling, noise_key
 from worker.engine.sequence import Sequence as EngineSequence
 from worker.engine.token_logprobs import TokenLogprobs
-from worker.text.call_grammar import CallGrammar
+from worker.text.call_grammar import CallGrammar, after_reasoning
 from worker.text.chat import Chat, Special
 from worker.text.detokenizer import Detokenizer
 from worker.text.prompt_length import PromptLength
@@ -122,8 +122,10 @@ class Codec:
             return self._call_grammar(form.calls).grammar(request.tools, form.reasoning, content)
         if content is None:
             return None
-        after = () if form is None or self._reasoning is None else self._reasoning.end_ids(form)
-        return Grammar(content, after)
+        if self._reasoning is None or form is None or form.reasoning is None or not form.reasoning.opened:
+            return Grammar(content)
+        after = self._reasoning.end_ids
+        return Grammar(after_reasoning(content, form.reasoning, thought=bool(after)), after)
 
     def _call_grammar(self, calls: CallAnswer) -> CallGrammar:
         added = self.tokenizer.added_tokens_decoder.items()

@@ -100,30 +100,15 @@ class Reasoning:
 
         A grammar binds the content only, so where it begins must not depend on whether the model reasons.
         """
-        if not self.begun_by_model or self._end_id is None or self._tail(prompt).endswith(self.markers):
+        if not self.begun_by_model or self._tail(prompt).endswith(self.markers):
             return []
         return list(self.tokenizer.backend_tokenizer.encode(f"{self.markers[0]}\n", add_special_tokens=False).ids)
 
-    def end_ids(self, form: AnswerFormat) -> tuple[int, ...]:
-        """Return the token ids after which the content begins: the end marker; none if the prompt opens no reasoning.
-
-        Raises InvalidValue if the marker is more than one token: a model may spell it with others than the tokenizer.
-        """
-        if form.reasoning is None or not form.reasoning.opened:
-            return ()
-        if self._end_id is None:
-            raise InvalidValue(
-                f"the text can't be bound after the reasoning: the model has no token for {self.markers[1]}; "
-                "switch the reasoning off with enable_thinking: false, or leave the grammar out",
-                param="response_format",
-            )
-        return (self._end_id,)
-
     @cached_property
-    def _end_id(self) -> int | None:
-        """The token of the end marker; None if it has more than one."""
-        found: int | None = self.tokenizer.backend_tokenizer.token_to_id(self.markers[1])
-        return found
+    def end_ids(self) -> tuple[int, ...]:
+        """The token id of the end marker; none if it has more than one token."""
+        found = self.tokenizer.backend_tokenizer.token_to_id(self.markers[1])
+        return () if found is None else (found,)
 
     def _tail(self, prompt: Sequence[int]) -> str:
         """Return the end of a prompt, special tokens by name, without the white space after it."""

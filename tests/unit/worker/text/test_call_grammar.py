@@ -14,9 +14,10 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from jobs.messages import FunctionTool, ToolChoice, Tools
+from jobs.grammar.compiler import grammar_text
+from jobs.messages import FunctionTool, GrammarSpec, ReasoningFormat, ToolChoice, Tools
 from jobs.openai.call_formats import CALL_FORMATS, CallFormat, call_format
-from worker.text.call_grammar import CallGrammar
+from worker.text.call_grammar import CallGrammar, after_reasoning
 
 FUNCTIONS = (
     FunctionTool(
@@ -101,3 +102,33 @@ def test_an_opening_may_precede_a_call() -> None:
     for kind in ("text", "special"):
         form = call_format("llama3")
         assert Case(form, kind).takes(form.opening + form.call(*CALLS[0]), "auto")
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "good", "bad"),
+    [
+        ("json_schema", '{"properties": {"a": {"type": "integer"}}, "required": ["a"]}', '{"a": 1}', "{}"),
+        ("json_object", "", '{"b": [1]}', "[]"),
+        ("regex", "x[0-9]{2}", "x12", "x1"),
+        ("choice", '["yes", "no"]', "no", "maybe"),
+        ("grammar", 'start: "a" b\nb: "b"+', "abb", "a"),
+    ],
+)
+def test_a_content_of_any_kind_is_bound_after_a_free_reasoning(kind: Any, value: str, good: str, bad: str) -> None:
+    backend, tokens = tokenizer((), special=False)
+    content = grammar_text(GrammarSpec(kind=kind, value=value))
+    form = ReasoningFormat(start="<think>", end="</think>", opened=True)
+
+    def takes(text: str, *, thought: bool) -> bool:
+        matcher = LLMatcher(tokens, after_reasoning(content, form, thought=thought))
+        assert not matcher.is_error(), matcher.get_error()
+        ids = backend.encode(text, add_special_tokens=False).ids
+        return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+    for breaks in ("", "\n", "\n\n"):
+        assert takes(breaks + good, thought=True)
+        assert takes(f"I add: {bad} </think {breaks}</think>{breaks}{good}", thought=False)
+        assert not takes(breaks + bad, thought=True)
+        assert not takes(f"{good}</think>{breaks}{bad}", thought=False)
+    assert not takes("I add", thought=False)
+    assert not takes(f"I add</think>-</think>{good}", thought=False), "the first end marker ends it"
