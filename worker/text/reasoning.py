@@ -138,7 +138,8 @@ class ReasoningCounter:
 
         Raises RequestFailed if another token than that of the grammar ends the reasoning: the content is not bound.
         """
-        if self._splitter is None or not self._splitter.open:
+        was_open = self._splitter is not None and self._splitter.open
+        if self._splitter is None or not was_open:
             return
         self._num_open += 1
         self._splitter.push(text)

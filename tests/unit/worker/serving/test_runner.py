@@ -478,7 +478,7 @@ def test_a_request_keeps_its_plan_when_its_worker_dies_and_another_model_continu
     assert (output.text, output.finish_reason) == (REASONED, "length")
     assert output.reasoning_tokens == view.reasoning_tokens == REASONED.index("</think>") + len("</think>")
     assert row.sampling_defaults == view.sampling_defaults == recommended
-    assert row.answer_format["reasoning"]["opened"] is True
+    assert (row.answer_format or {})["reasoning"]["opened"] is True
 
 
 def test_a_failed_step_is_retried_without_visible_effect(database: Database) -> None:

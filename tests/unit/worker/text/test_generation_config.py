@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import GenerationConfig
 
 from jobs.messages import GenerationRequest, SamplingParameters
 from worker.text.generation_config import sampling_defaults, with_defaults
 
 
+def config(**values: Any) -> GenerationConfig:
+    return GenerationConfig(**values)  # type: ignore[no-untyped-call]
+
+
 def test_the_model_gives_what_vllm_takes_from_it() -> None:
-    config = GenerationConfig(
+    recommending = config(
         temperature=0.6, top_p=0.95, top_k=20, max_new_tokens=2048, do_sample=True, eos_token_id=2, num_beams=1
     )
     recommended = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "max_tokens": 2048}
-    assert sampling_defaults(config) == (recommended, [])
-    assert sampling_defaults(config, "off") == ({}, [])
+    assert sampling_defaults(recommending) == (recommended, [])
+    assert sampling_defaults(recommending, "off") == ({}, [])
 
 
 def test_values_of_the_api_say_nothing_and_invalid_ones_are_named() -> None:
-    same = GenerationConfig(temperature=1.0, top_p=1, top_k=0, min_p=None, repetition_penalty=1.0)
-    assert sampling_defaults(same) == sampling_defaults(GenerationConfig()) == sampling_defaults(None) == ({}, [])
-    defaults, findings = sampling_defaults(GenerationConfig(temperature=7.0, repetition_penalty=3.0, min_p=0.1))
+    same = config(temperature=1.0, top_p=1, top_k=0, min_p=None, repetition_penalty=1.0)
+    assert sampling_defaults(same) == sampling_defaults(config()) == sampling_defaults(None) == ({}, [])
+    defaults, findings = sampling_defaults(config(temperature=7.0, repetition_penalty=3.0, min_p=0.1))
     assert defaults == {"min_p": 0.1}
     assert [finding.split()[6] for finding in findings] == ["temperature", "repetition_penalty"]
 
