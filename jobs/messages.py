@@ -237,6 +237,11 @@ class GenerationRequest(Frozen):
     tools: Tools | None = _unset(None)  # of a chat
     response: ResponseOptions | None = _unset(None)  # on /v1/responses
 
+    @property
+    def bound(self) -> bool:
+        """True if each answer must match a grammar: the caller's, or that of a forced call."""
+        return self.grammar is not None or (self.tools is not None and self.tools.forced)
+
     def stored(self) -> dict[str, Any]:
         """Return the JSON of `requests.body`, without the sampling parameters that the worker may fill in."""
         unset = DEFAULTED_SAMPLING - self.sampling.model_fields_set

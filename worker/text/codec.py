@@ -295,6 +295,10 @@ class TextStream:
         """Tokens of the reasoning so far; None if the format has none."""
         return self._reasoning.count
 
+    def end(self) -> None:
+        """Check a text that ends by itself. Raises RequestFailed if it has a grammar and no content."""
+        self._reasoning.end()
+
     @property
     def stopped(self) -> bool:
         """True after a stop string."""

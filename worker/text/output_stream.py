@@ -70,6 +70,8 @@ class OutputStream:
             pieces += self._stream.finish()
         if self._stream.stopped:
             self.finish_reason = FinishReason.STOP
+        elif self.finish_reason is FinishReason.STOP:
+            self._stream.end()
         kept = tokens[:count]
         self.token_ids += kept
         return StepOutput(

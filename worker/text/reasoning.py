@@ -133,6 +133,11 @@ class ReasoningCounter:
             return None
         return self._num_open if self._splitter.found else 0
 
+    def end(self) -> None:
+        """End the text. Raises RequestFailed if its grammar has not begun: there is no content to be bound."""
+        if self._end_ids and self._splitter is not None and self._splitter.open:
+            raise RequestFailed("the model ended its text within the reasoning, before the content of the grammar")
+
     def push(self, token: int, text: str) -> None:
         """Add a token with its text, empty for one that shows none.
 

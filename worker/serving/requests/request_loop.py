@@ -260,6 +260,7 @@ class RequestLoop:
             stored = None if form is None else form.model_dump(mode="json")
             plan = RequestPlan(stored, reading.sampling_defaults)
             request.unwritten_plan = None if plan == claim.plan else plan
+        bound = reading.grammar if body.bound else None
         sequences: list[Sequence] = []
         n = body.sampling.n
         for index in sorted(set(range(len(prompts) * n)) - set(claim.finished_choices)):
@@ -271,7 +272,7 @@ class RequestLoop:
                 num_prompt=len(prompt),
                 output_stream=OutputStream(
                     sequence.key,
-                    self._codec.stream(body.sampling.stop, prompt, claim.endpoint, form, reading.grammar),
+                    self._codec.stream(body.sampling.stop, prompt, claim.endpoint, form, bound),
                 ),
                 started_at=claim.started_at or time.time(),
                 first_of_prompt=index % n == 0,

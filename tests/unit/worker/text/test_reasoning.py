@@ -157,13 +157,18 @@ HYBRID = (
 )
 
 
-def test_a_reasoning_that_another_token_ends_fails_a_bound_text_only() -> None:
+def test_a_text_whose_grammar_does_not_begin_fails_and_others_do_not() -> None:
     one = codec(OPENS)
     spelled = list(b"I add.</think>4")
     one.stream((), [1], CHAT_ENDPOINT, form_of(one)).push(spelled, [False] * len(spelled))
     bound = one.stream((), [1], CHAT_ENDPOINT, form_of(one), Grammar("", (EOS,)))
     with pytest.raises(RequestFailed, match="spelled out the end"):
         bound.push(spelled, [False] * len(spelled))
+    unended = one.stream((), [1], CHAT_ENDPOINT, form_of(one), Grammar("", (EOS,)))
+    unended.push(spelled[:6], [False] * 6)
+    with pytest.raises(RequestFailed, match="within the reasoning"):
+        unended.end()
+    one.stream((), [1], CHAT_ENDPOINT, form_of(one)).end()
 
 
 def test_only_a_grammar_makes_the_prompt_open_a_reasoning_that_the_model_begins_itself() -> None:
