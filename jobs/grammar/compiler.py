@@ -111,9 +111,21 @@ _WRITERS: Final[dict[str, Callable[[GrammarSpec], str]]] = {
 }
 
 
+# What to do, by a part of llguidance's message.
+_ADVICE: Final = {
+    "schema too large": "its alternatives and conditions (allOf, anyOf, if) combine to too many; use fewer together.",
+    "items; max is": "it has too many alternatives at one place; make fewer properties optional.",
+    "too many expressions": "its expressions are too complex together; use shorter repeats in patterns.",
+    "min/maxProperties": "minProperties and maxProperties need every listed property to be required.",
+    "circular references": "a definition that names itself is combined with other keywords; write these into it.",
+    "are not disjoint": "a name may match two of its patternProperties; let them exclude each other.",
+}
+
+
 def _sentence(message: str) -> str:
     first = message.removeprefix("WARNING: ").strip().splitlines()[0]
-    return first[:300].rstrip(".") + "."
+    known = next((advice for part, advice in _ADVICE.items() if part in first), None)
+    return known or first[:300].rstrip(".") + "."
 
 
 def _place_of(spec: GrammarSpec) -> str:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, Final
 
-from jobs.grammar.negation import ASSERTIONS, Find
+from jobs.grammar.negation import ASSERTIONS
+from jobs.grammar.references import References
 
 _MAX_DEPTH: Final = 20
 _TYPES: Final[dict[str, Callable[[Any], bool]]] = {
@@ -42,23 +43,24 @@ def equal(first: Any, second: Any) -> bool:
     return bool(first == second) and isinstance(first, bool) == isinstance(second, bool)
 
 
-def is_valid(value: Any, schema: Any, find: Find, depth: int = 0) -> bool:
+def is_valid(value: Any, schema: Any, document: References, depth: int = 0) -> bool:
     """Return whether a value is valid; raise NotEvaluated if that is not known, or depends on the draft."""
+    document.step()
     if isinstance(schema, bool):
         return schema
     if not isinstance(schema, dict) or depth > _MAX_DEPTH or ("$ref" in schema and len(ASSERTIONS & schema.keys()) > 1):
         raise NotEvaluated
 
     def inner(part: Any, each: Any = value) -> bool:
-        return is_valid(each, part, find, depth + 1)
+        return is_valid(each, part, document, depth + 1)
 
     try:
-        return all(_holds(name, schema, value, inner, find) for name in schema if name in ASSERTIONS)
+        return all(_holds(name, schema, value, inner, document) for name in schema if name in ASSERTIONS)
     except (TypeError, ValueError, KeyError, AttributeError, re.error, OverflowError) as exc:  # a broken schema
         raise NotEvaluated from exc
 
 
-def _holds(name: str, schema: dict[str, Any], value: Any, inner: Callable[..., bool], find: Find) -> bool:
+def _holds(name: str, schema: dict[str, Any], value: Any, inner: Callable[..., bool], document: References) -> bool:
     given = schema[name]
     match name:
         case "format" | "then" | "else":
@@ -70,7 +72,7 @@ def _holds(name: str, schema: dict[str, Any], value: Any, inner: Callable[..., b
         case "enum":
             return any(equal(value, each) for each in given)
         case "$ref":
-            return inner(find(given))
+            return inner(document.find(given))
         case "allOf":
             return all(inner(part) for part in given)
         case "anyOf":

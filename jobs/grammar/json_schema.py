@@ -18,7 +18,7 @@ from jobs.grammar.numbers import number_keywords
 from jobs.grammar.objects import object_keywords
 from jobs.grammar.overlap import beyond, disjoint, listed_values
 from jobs.grammar.recursion import remove_endless
-from jobs.grammar.references import References
+from jobs.grammar.references import References, TooManySteps
 from jobs.grammar.strings import string_keywords
 
 MAX_DEPTH: Final = 40  # of schemas in schemas
@@ -98,11 +98,13 @@ class _Rewriter:
 
     def _valid_values(self, schema: Json) -> list[Any] | None:
         """Return the valid values of a schema that lists them beside other keywords; None for other schemas."""
+        if not _VALUES_AND_MORE & schema.keys():
+            return None
         try:
-            values = listed_values(schema, self._references.find)
-            if values is None or not _VALUES_AND_MORE & schema.keys():
-                return None
-            return [value for value in values if is_valid(value, schema, self._references.find)]
+            values = listed_values(schema, self._references)
+            return values and [value for value in values if is_valid(value, schema, self._references)]
+        except TooManySteps:
+            raise
         except (NotEvaluated, RequestRefused, TypeError):
             return None
 
@@ -184,13 +186,14 @@ class _Rewriter:
 
     def _without_others(self, n: int, parts: list[Any], written: Any, place: Place) -> Any:
         """Return an alternative without the values of those that may overlap with it."""
-        find = self._references.find
-        others = [m for m in range(len(parts)) if m != n and not disjoint(parts[n], parts[m], find)]
+        document = self._references
+        others = [m for m in range(len(parts)) if m != n and not disjoint(parts[n], parts[m], document)]
         if not others:
             return written
         try:
             against = [
-                self._made(beyond(parts[n], parts[m], find) or complement(parts[m], find), place) for m in others
+                self._made(beyond(parts[n], parts[m], document) or complement(parts[m], document), place)
+                for m in others
             ]
         except NoComplement:
             raise UnsupportedParameter(
@@ -225,7 +228,7 @@ class _Rewriter:
 
     def _complement(self, schema: Any, place: Place) -> Any:
         try:
-            return self._made(complement(schema, self._references.find), place)
+            return self._made(complement(schema, self._references), place)
         except NoComplement:
             raise UnsupportedParameter(
                 "This schema can't be excluded: only type, const, enum, required, properties, bounds and lengths can. "

@@ -5,8 +5,10 @@ A schema is the conjunction of its keywords, so its complement is one of the com
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Final
+
+from jobs.grammar.references import References
 
 _TYPES: Final = ("null", "boolean", "number", "string", "array", "object")
 _MAX_DEPTH: Final = 20
@@ -58,15 +60,14 @@ ASSERTIONS: Final = frozenset(
 )
 _LENGTHS: Final = {"Length": "string", "Items": "array", "Properties": "object"}
 
-Find = Callable[[str], Any]  # from a reference to its schema
-
 
 class NoComplement(Exception):
     """No schema says the complement."""
 
 
-def complement(schema: Any, find: Find, depth: int = 0) -> Any:
+def complement(schema: Any, document: References, depth: int = 0) -> Any:
     """Return the schema of all values that are not valid for this one; raise NoComplement if there is none."""
+    document.step()
     if isinstance(schema, bool):
         return not schema
     if not isinstance(schema, dict) or depth > _MAX_DEPTH:
@@ -74,14 +75,14 @@ def complement(schema: Any, find: Find, depth: int = 0) -> Any:
     named = [keyword for keyword in schema if keyword in ASSERTIONS]
     if "$ref" in named and len(named) > 1:  # older drafts ignore what stands beside it
         raise NoComplement
-    return _any_of([part for keyword in named for part in _complements(keyword, schema[keyword], find, depth + 1)])
+    return _any_of([part for keyword in named for part in _complements(keyword, schema[keyword], document, depth + 1)])
 
 
 def _any_of(parts: list[Any]) -> Any:
     return parts[0] if len(parts) == 1 else {"anyOf": parts} if parts else False
 
 
-def _complements(keyword: str, value: Any, find: Find, depth: int) -> list[Any]:
+def _complements(keyword: str, value: Any, document: References, depth: int) -> list[Any]:
     """Return the alternatives of the complement of one keyword."""
     match keyword, value:
         case "type", _:
@@ -94,18 +95,18 @@ def _complements(keyword: str, value: Any, find: Find, depth: int) -> list[Any]:
             return [{"type": "object", "properties": {name: False}} for name in value]
         case "properties", dict():
             return [
-                {"type": "object", "properties": {name: complement(each, find, depth)}, "required": [name]}
+                {"type": "object", "properties": {name: complement(each, document, depth)}, "required": [name]}
                 for name, each in value.items()
                 if each is not True and each != {}
             ]
         case "anyOf", list():
-            return [{"allOf": [complement(each, find, depth) for each in value]}]
+            return [{"allOf": [complement(each, document, depth) for each in value]}]
         case "allOf", list():
-            return [complement(each, find, depth) for each in value]
+            return [complement(each, document, depth) for each in value]
         case "not", _:
             return [value]
         case "$ref", str():
-            return [complement(find(value), find, depth)]
+            return [complement(document.find(value), document, depth)]
         case "minimum" | "maximum" | "exclusiveMinimum" | "exclusiveMaximum", int() | float():
             return [_other_side(keyword, value)]
     return _other_lengths(keyword, value)

@@ -13,6 +13,7 @@ from jobs.grammar.patterns import ANY, literal
 from jobs.grammar.strings import searched
 
 MAX_PROPERTIES: Final = 1_000  # of one object
+_MAX_PATTERNS: Final = 40  # of names: all pairs are compared
 _MAX_COUNTED: Final = 100  # optional properties of an object with minProperties or maxProperties
 _NAME_KEYWORDS: Final = frozenset({"type", "pattern", "const", "enum", "minLength", "maxLength"})
 
@@ -30,6 +31,8 @@ def object_keywords(schema: Mapping[str, Any], rewrite: Rewrite) -> dict[str, An
             writable(name, "properties"): rewrite(part, "properties", name) for name, part in properties.items()
         }
     if patterns := _members(schema, "patternProperties"):
+        if len(patterns) > _MAX_PATTERNS:
+            raise InvalidValue(f"must have at most {_MAX_PATTERNS} patterns", param="patternProperties")
         found["patternProperties"] = {
             _key(pattern): rewrite(part, "patternProperties", pattern) for pattern, part in patterns.items()
         }

@@ -10,13 +10,19 @@ from jobs.errors import InvalidValue, UnsupportedParameter
 
 _IDS: Final = ("$id", "id")
 _ANCHORS: Final = ("$anchor", "$dynamicAnchor")
+_MAX_STEPS: Final = 50_000  # of comparing and evaluating parts of one schema
+
+
+class TooManySteps(InvalidValue):
+    """The schema has too many alternatives and values to compare; make it smaller."""
 
 
 class References:
-    """The parts of one schema that references can name."""
+    """The parts of one schema that references can name, and the steps that are left to work on it."""
 
     def __init__(self, root: Any) -> None:
         self._root = root
+        self._steps = 0
         self._base = _base(root)
         self._named: dict[str, Any] = {}  # by $id, or by # and the anchor
         for part in _objects(root):
@@ -26,6 +32,12 @@ class References:
             for name in _ANCHORS:
                 if isinstance(part.get(name), str):
                     self._named.setdefault(f"#{part[name]}", part)
+
+    def step(self) -> None:
+        """Count a step; raise TooManySteps after too many."""
+        self._steps += 1
+        if self._steps > _MAX_STEPS:
+            raise TooManySteps
 
     def find(self, reference: str) -> Any:
         """Return the schema that a reference names; raise RequestRefused if it is not in the document."""

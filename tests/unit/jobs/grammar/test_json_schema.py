@@ -206,7 +206,7 @@ REFUSED: list[tuple[Any, str, str]] = [
     ({"type": "array", "minItems": 1_000_000}, "minItems", "context"),
     ({"type": "string", "minLength": -1}, "minLength", "whole number"),
     ({"type": "string", "minLength": 3, "maxLength": 2}, "", "minLength"),
-    ({"patternProperties": {"a": {"type": "null"}, "b": {"type": "integer"}}}, "", "disjoint"),
+    ({"patternProperties": {"a": {"type": "null"}, "b": {"type": "integer"}}}, "", "exclude each other"),
     ({"properties": {"x": {"properties": [1]}}}, "properties.x.properties", "object"),
     ({"anyOf": [{"type": "null"}, 3]}, "anyOf.1", "A schema is an object"),
 ]
@@ -285,6 +285,19 @@ HOSTILE: dict[str, Any] = {
     "values": {"enum": list(range(5_001))},
     "product": {"allOf": [{"anyOf": [{"required": [f"a{k}{n}"]} for n in range(60)]} for k in range(4)]},
     "optional": {"type": "object", "properties": {f"p{n}": {} for n in range(500)}, "minProperties": 1},
+    "comparisons": {
+        "oneOf": [
+            {
+                "oneOf": [
+                    {"type": "object", "properties": {"k": {"const": [a, b]}}, "required": ["k"]} for b in range(30)
+                ]
+            }
+            for a in range(30)
+        ]
+    },
+    "many optional": {"type": "object", "properties": {f"p{n}": {} for n in range(1_000)}},
+    "patterns": {"patternProperties": {f"^a{n}b": {} for n in range(100)}},
+    "conditions": {"allOf": [{"if": {"required": [f"a{n}"]}, "then": {"required": [f"b{n}"]}} for n in range(12)]},
     "repeats": {"pattern": "((a{99}){99}){99}"},
     "groups": {"pattern": "(" * 500 + "a" + ")" * 500},
     "long": {"const": "a" * 200_001},
