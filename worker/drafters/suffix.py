@@ -65,12 +65,16 @@ class SuffixDrafter:
         return 0
 
     def commit(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
-        """Learn whether the matches along the emitted tokens held, then index these tokens."""
+        """Learn whether the matches along the emitted tokens held, then index these tokens.
+
+        A token that a grammar forced says nothing about a match.
+        """
         sequence = forest.sequences[tree]
         index = self._index(sequence, without=len(emitted))
-        for token in emitted:
+        forced = forest.forced[path].tolist() + [False] * len(emitted)  # the target's own token is none
+        for token, was_forced in zip(emitted, forced, strict=False):
             reliability, length, followers = self._match(sequence, index)
-            if length:
+            if length and not was_forced:
                 reliability.learn(length, held=token in followers)
             index.append(token)
 

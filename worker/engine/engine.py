@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from worker.engine.batch import Batch
-from worker.engine.errors import NanLogits
+from worker.engine.errors import EngineError, NanLogits
 from worker.engine.grammar.constraints import Constraints
 from worker.engine.grammar.vocabulary import GrammarVocabulary
 from worker.engine.kv.slot_allocator import Truncation
@@ -108,8 +108,12 @@ class Engine:
         Raises SequenceTooLong if it never fits into memory, and GrammarsRefused.
         """
         assert len(sequence.ids) < self._options.max_context, "the sequence fills the context: no token can be added"
-        self._scheduler.add(sequence)
         self._constraints.add(sequence)
+        try:
+            self._scheduler.add(sequence)
+        except EngineError:
+            self._constraints.drop([sequence])
+            raise
 
     def cancel(self, keys: set[Hashable]) -> None:
         """End sequences by key, without another token."""

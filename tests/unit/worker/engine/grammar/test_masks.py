@@ -330,7 +330,8 @@ def test_a_model_without_grammars_refuses_their_sequences_and_decodes_the_others
 
     held = GrammarVocabulary(refuse, frozenset([EOS]), WIDTH, JSON_VOCAB) if known else None
     some = bound_by([OBJECT, None], 5)
-    running = ResilientEngine(lambda: Engine(target(), None, options(Mode.PLAIN), FLAT_COSTS, vocabulary=held))
-    assert list(decoded(running, some)) == some[:1]
+    engine = Engine(target(), None, options(Mode.PLAIN), FLAT_COSTS, vocabulary=held)
+    assert list(decoded(ResilientEngine(lambda: engine), some)) == some[:1]
+    assert not engine.busy
     assert "decodes no grammars" in some[0].failure
     assert len(some[1].output_ids) == 5
