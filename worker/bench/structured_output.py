@@ -1,10 +1,10 @@
 """Measure answers that a JSON schema binds: tokens per step with and without forced tokens, and what masks cost.
 
-    python -m worker.bench.structured_output --batch 1,8
+    python -m worker.bench.structured_output --batch 1,8 --whitespace ""
     python -m worker.bench.structured_output --masks-at 32
 
-The first decodes the same answers plainly, with drafts alone, and with drafts and forced tokens, in turns; the texts
-are the same each time. The second decodes a full batch plainly with and without grammars, in turns, and reads the
+The first decodes the same answers plainly, with drafts, with forced tokens and with both, in turns; the texts are the
+same each time. The second decodes a full batch plainly with and without grammars, in turns, and reads the
 processor time of the threads that compute masks.
 """
 
@@ -17,18 +17,24 @@ from pathlib import Path
 from time import perf_counter, process_time, thread_time
 from typing import Annotated, Any
 
+import numpy as np
 import typer
-from llguidance import LLMatcher
 from rich.console import Console
 from rich.table import Table
 
+from jobs.errors import RequestRefused
+from jobs.grammar.compiler import grammar_text
+from jobs.messages import GrammarSpec
 from worker.benchmark import parse_batches
 from worker.engine.engine import Engine
 from worker.engine.grammar.grammar import Grammar
 from worker.engine.grammar.vocabulary import GrammarVocabulary, num_threads
-from worker.engine.options import Mode
+from worker.engine.options import EngineOptions, Mode
 from worker.engine.sampling.parameters import Sampling, noise_key
+from worker.engine.segments import IntArray
 from worker.engine.sequence import Sequence as EngineSequence
+from worker.engine.speculation.draft_tree import Candidates, Forest
+from worker.engine.speculation.drafting import Drafter
 from worker.engine.speculation.state import SpeculationState
 from worker.loading.loader import LoadedModel, load_engine
 from worker.terminal import print_message, readable_errors, settings_of
@@ -114,10 +120,6 @@ _TASKS: tuple[tuple[str, dict[str, Any]], ...] = (
     ),
 )  # instruction, and the properties of the answer; a dict without `type`, `enum` and `const` stands for an object
 _MASK_STEPS = 24  # of a run that measures masks: the answers are longer, so the batch stays full
-_SPACING = {
-    "compact": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
-    "any": {"whitespace_flexible": True},
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,20 +172,25 @@ def _full(value: dict[str, Any]) -> dict[str, Any]:
     return value if value.keys() & {"type", "enum", "const"} else schema_of(value)
 
 
-def tasks_of(loaded: LoadedModel, schemas: Path | None, limit: int, spacing: str) -> list[SchemaTask]:
-    """Return the tasks: the built-in ones, or one for each schema of a JSONL file that the model decodes."""
+def tasks_of(loaded: LoadedModel, schemas: Path | None, limit: int, whitespace: str | None) -> list[SchemaTask]:
+    """Return the tasks: the built-in ones, or one for each schema of a JSONL file that the service holds.
+
+    The parts of JSON have white space between them that matches `whitespace`; None: the service's default.
+    """
     some = [(text, schema_of(properties)) for text, properties in _TASKS]
     if schemas is not None:
         lines = [json.loads(line)["schema"] for line in schemas.read_text("utf-8").splitlines() if line.strip()]
         some = [("Give an example of a JSON document that this schema describes.", schema) for schema in lines]
     found = []
     for text, schema in some:
-        grammar = LLMatcher.grammar_from_json_schema(schema, defaults=_SPACING[spacing])  # type: ignore[arg-type]
-        if not LLMatcher.validate_grammar(grammar, loaded.grammars.tokenizer):
-            messages = [{"role": "user", "content": f"{text}\nAnswer in JSON of this schema:\n{json.dumps(schema)}"}]
-            prompt = loaded.codec.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            ids = loaded.codec.tokenizer.backend_tokenizer.encode(str(prompt), add_special_tokens=False).ids
-            found.append(SchemaTask(list(ids), Grammar(grammar)))
+        try:
+            grammar = grammar_text(GrammarSpec(kind="json_schema", value=json.dumps(schema), whitespace=whitespace))
+        except RequestRefused:
+            continue
+        messages = [{"role": "user", "content": f"{text}\nAnswer in JSON of this schema:\n{json.dumps(schema)}"}]
+        prompt = loaded.codec.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids = loaded.codec.tokenizer.backend_tokenizer.encode(str(prompt), add_special_tokens=False).ids
+        found.append(SchemaTask(list(ids), Grammar(grammar)))
     return found[:limit]
 
 
@@ -208,25 +215,52 @@ def _sequences(
 def measure(
     loaded: LoadedModel, tasks: Sequence[SchemaTask], batch: int, max_tokens: int, temperature: float, rounds: int
 ) -> list[SchemaRun]:
-    """Decode the tasks in three ways, in turns; raises RuntimeError if texts differ."""
-    ways = {
-        "plain": {"mode": Mode.PLAIN},
-        "drafts": {"mode": Mode.OPT_TREE, "forced_tokens": False},
-        "drafts and forced tokens": {"mode": Mode.OPT_TREE},
+    """Decode the tasks in four ways, in turns; raises RuntimeError if texts differ."""
+    plain = replace(loaded.options, mode=Mode.PLAIN, max_sequences=batch)
+    trees = replace(loaded.options, mode=Mode.OPT_TREE, max_sequences=batch)
+    ways: dict[str, tuple[EngineOptions, Callable[[], Drafter]]] = {
+        "plain": (plain, loaded.make_drafter),
+        "drafts": (replace(trees, forced_tokens=False), loaded.make_drafter),
+        "forced tokens": (trees, NoDrafts),
+        "drafts and forced tokens": (trees, loaded.make_drafter),
     }
     states = {way: loaded.initial_state() for way in ways}
     totals = {way: _Totals() for way in ways}
     texts = []
     for turn in range(rounds + 1):
-        for way, changes in ways.items():
-            options = replace(loaded.options, max_sequences=batch, **changes)  # type: ignore[arg-type]
+        for way, (options, make_drafter) in ways.items():
             some = _sequences(loaded, tasks, max_tokens, temperature)
-            engine = loaded.engine(options, loaded.make_drafter, states[way])
+            engine = loaded.engine(options, make_drafter, states[way])
             totals[way].add(engine, some, counted=turn > 0)  # the first turn warms up
             texts.append([s.output_ids for s in some])
     if any(text != texts[0] for text in texts):
         raise RuntimeError("the texts depend on drafts or forced tokens; report this as a bug")
     return [total.run(batch, way, totals["plain"]) for way, total in totals.items()]
+
+
+class NoDrafts:
+    """A drafter that offers nothing."""
+
+    name = "none"
+
+    @property
+    def forward_free(self) -> Drafter:
+        """All of it."""
+        return self
+
+    def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
+        """Offer nothing."""
+        return Candidates(np.zeros((len(frontier), 1), np.int64), np.zeros((len(frontier), 1)))
+
+    def num_uncached_tokens(self, sequence: EngineSequence) -> int:
+        """Return 0: it reads nothing."""
+        return 0
+
+    def commit(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
+        """Learn nothing."""
+
+    def drop(self, sequence: EngineSequence) -> None:
+        """Forget nothing."""
 
 
 class _Totals:
@@ -304,7 +338,7 @@ def main(
     batch: Annotated[str, typer.Option(help="Batch sizes, as 1,8.")] = "1,8",
     max_tokens: Annotated[int, typer.Option(min=2, help="Max tokens of each answer.")] = 160,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature.")] = 0.0,
-    spacing: Annotated[str, typer.Option(help="White space of the answers: compact or any.")] = "compact",
+    whitespace: Annotated[str | None, typer.Option(help="White space between parts of JSON, as an expression.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns that are measured.")] = 2,
     masks_at: Annotated[int, typer.Option(help="Measure masks alone, at this batch size.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
@@ -316,7 +350,7 @@ def main(
     with readable_errors():
         sizes = parse_batches(batch)
         loaded = load_engine(settings_of(target=target, max_sequences=max(*sizes, masks_at)), print_message)
-        tasks = tasks_of(loaded, schemas, limit, spacing)
+        tasks = tasks_of(loaded, schemas, limit, whitespace)
         rows: list[SchemaRun | MaskCost] = []
         if masks_at:
             rows.append(measure_masks(loaded, tasks, masks_at, rounds))
@@ -327,9 +361,7 @@ def main(
         for row in rows:
             print(json.dumps(asdict(row)))
         return
-    table = Table(
-        *asdict(rows[0]), title=f"{loaded.name} on {loaded.device}, {len(tasks)} tasks, {spacing} white space"
-    )
+    table = Table(*asdict(rows[0]), title=f"{loaded.name} on {loaded.device}, {len(tasks)} tasks")
     for row in rows:
         table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in asdict(row).values()))
     Console().print(table)

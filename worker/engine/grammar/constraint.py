@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from time import thread_time
 
 import numpy as np
 from llguidance import LLMatcher
@@ -14,6 +15,8 @@ from llguidance import LLMatcher
 from worker.engine.errors import EngineError
 from worker.engine.grammar.grammar import Grammar
 from worker.engine.grammar.vocabulary import GrammarVocabulary, Mask, first_line
+
+_SLOW_S = 0.005  # of the processor, for a stretch; most take a tenth of a millisecond
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,7 +44,7 @@ class Stretch:
 
     tokens: list[int]
     allowed: list[Allowed]  # one more than tokens
-    open: bool  # it allows several tokens after the last that don't end the text
+    open: bool  # it allows several tokens after the last that don't end the text, and told so soon
 
 
 class Constraint:
@@ -88,10 +91,13 @@ class Constraint:
             return self._failed(f"the grammar can't be followed: {type(error).__name__}: {first_line(str(error))}")
 
     def stretch(self, path: Seq[int] = (), limit: int = 0) -> Stretch:
-        """Return what is allowed after a path, and up to `limit` tokens that are forced there, but for an end."""
-        path, tokens = list(path), list[int]()
+        """Return what is allowed after a path, and up to `limit` tokens that are forced there, but for an end.
+
+        A mask that takes long ends the stretch and the tree there: other sequences of the step wait for every mask.
+        """
+        path, tokens, ends_at = list(path), list[int](), thread_time() + _SLOW_S
         allowed = [self.allowed(path)]
-        while len(tokens) < limit:
+        while len(tokens) < limit and thread_time() < ends_at:
             token = allowed[-1].only
             if token is None or token in self._end_ids:
                 break
@@ -99,8 +105,8 @@ class Constraint:
             tokens.append(token)
             allowed.append(self.allowed(path))
         mask = allowed[-1].mask
-        is_open = mask is None or (bool((mask & ~self._ends).any()) and (not limit or allowed[-1].only is None))
-        return Stretch(tokens, allowed, is_open)
+        several = mask is None or (bool((mask & ~self._ends).any()) and (not limit or allowed[-1].only is None))
+        return Stretch(tokens, allowed, several and thread_time() < ends_at)
 
     def _begin(self, path: Seq[int]) -> int | None:
         """Return where the grammar begins in a path below the newest token; None: not in it."""

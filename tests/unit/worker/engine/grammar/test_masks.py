@@ -201,6 +201,18 @@ def test_a_blocked_draft_leaves_the_forced_tokens(monkeypatch: pytest.MonkeyPatc
     assert {r.stats.decision for r in results} == {Decision.PREFILL, Decision.PROBE, Decision.GUARD, Decision.GRAMMAR}
 
 
+def test_a_grammar_whose_masks_take_long_gets_no_trees(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10**9))
+    monkeypatch.setattr("worker.engine.grammar.constraint.thread_time", lambda: float(next(clock)))
+    some = bound_by([OBJECT, None], 8)
+    results = decode(constrained_engine(Mode.PAPER, "same"), some)
+    nodes = {some[0].number: 0, some[1].number: 0}
+    for result in results:
+        nodes[result.number] += result.stats.tree_nodes
+    assert nodes[some[0].number] == 0
+    assert nodes[some[1].number] > 0
+
+
 def test_plain_steps_verify_no_forced_tokens() -> None:
     assert all(r.stats.tree_nodes == 0 for r in decode(constrained_engine(Mode.PLAIN), bound_by([OBJECT] * 2)))
 
