@@ -1,4 +1,4 @@
-"""Read queries, as frozen values. A job's state is one row; outputs, which can be large, are streamed."""
+"""Read queries, as frozen values. A job's state is its row; outputs, which can be large, are streamed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _REQUESTS_PER_PAGE: Final = 50  # few, because each body can be as large as BASI
 
 @dataclass(frozen=True, slots=True)
 class JobView:
-    """The state of a job, from its row alone."""
+    """The state of a job, from its row and its first request."""
 
     id: str
     status: str
@@ -54,6 +54,8 @@ class JobView:
     errors: Sequence[Mapping[str, Any]] | None
     usage: Mapping[str, int] | None
     retry_of: str | None
+    # Sampling parameters that the model's generation config gave to its first request; not in lists.
+    sampling_defaults: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +185,12 @@ _JOB_COLUMNS: Final = (
 
 # Runs with every request about a job. Built once, from table columns: building it costs more than running it.
 _JOBS: Final = JobRow.__table__.c
-_JOB_QUERY: Final = select(*(_JOBS[field.name] for field in fields(JobView))).where(_JOBS.id == bindparam("job_id"))
+_REQUESTS: Final = Request.__table__.c
+_FIRST_REQUEST: Final = and_(_REQUESTS.job_id == _JOBS.id, _REQUESTS.request_index == 0)
+_JOB_QUERY: Final = select(
+    *(_JOBS[field.name] for field in fields(JobView) if field.name != "sampling_defaults"),
+    select(_REQUESTS.sampling_defaults).where(_FIRST_REQUEST).scalar_subquery().label("sampling_defaults"),
+).where(_JOBS.id == bindparam("job_id"))
 _OWNED_JOB_QUERY: Final = _JOB_QUERY.where(_JOBS.api_key_id == bindparam("owner"))
 
 

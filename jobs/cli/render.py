@@ -226,6 +226,9 @@ def status_table(info: JobInfo, now: float) -> Table:
         left_s = progress.time_left_s
         rows["time left"] = "unknown" if left_s is None else f"about {duration_text(left_s)}"
         rows["expires"] = "never" if info.expires_at is None else local_time(info.expires_at)
+    if info.sampling_defaults:
+        values = ", ".join(f"{name} {value:g}" for name, value in info.sampling_defaults.items())
+        rows["sampling"] = f"{values}, from the model's generation config"
     if info.retry_of is not None:
         rows["retry of"] = info.retry_of
     if info.metadata:

@@ -58,6 +58,7 @@ class JobInfo(Reply):
     progress: JobProgress
     metadata: dict[str, str] | None = None
     retry_of: str | None = None  # the job whose requests without a result this job runs
+    sampling_defaults: dict[str, Any] | None = None  # that the model's generation config gave to its first request
 
 
 class ErrorDetails(Reply):

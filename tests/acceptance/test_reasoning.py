@@ -149,7 +149,7 @@ def test_the_model_s_own_sampling_is_used_where_a_request_sets_none(service: Cli
     unset = {**ASKED, "seed": 7}
     recommended = {"temperature": 0.6, "top_k": 20}
     job = service.submit([unset, unset | recommended, GREEDY | {"top_k": 0}])
-    job.wait(poll_s=0.1)
+    assert job.wait(poll_s=0.1).sampling_defaults == recommended
     filled, named, own = job.outputs()
     assert filled.sampling_defaults == recommended
     assert (named.sampling_defaults, own.sampling_defaults) == (None, None)

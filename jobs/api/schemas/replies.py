@@ -147,6 +147,8 @@ class JobReply(_Reply):
     progress: Progress
     metadata: dict[str, str] | None
     retry_of: str | None
+    # Sampling parameters that the model's generation config gave to its first request; of a single job only.
+    sampling_defaults: Json | None = None
 
 
 class JobPage(_Reply):

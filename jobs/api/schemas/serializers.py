@@ -35,6 +35,7 @@ def job(view: JobView) -> Json:
         "progress": _progress(view),
         "metadata": view.metadata,
         "retry_of": view.retry_of,
+        **({} if view.sampling_defaults is None else {"sampling_defaults": dict(view.sampling_defaults)}),
     }
 
 

@@ -109,6 +109,8 @@ def test_a_chat_is_split_into_reasoning_and_content_whole_and_streamed(serve: Se
     job = api.post("/v1/jobs", json={"prompts": ["2+2?"], "model": "tiny"}).json()
     (line,) = map(json.loads, api.get(f"/v1/jobs/{job['id']}/outputs").text.splitlines())
     assert line["sampling_defaults"] == {"temperature": 0.6}
+    assert api.get(f"/v1/jobs/{job['id']}").json()["sampling_defaults"] == {"temperature": 0.6}
+    assert "sampling_defaults" not in api.get("/v1/jobs").json()["data"][0], "one row per job"
     choice = Output.model_validate(line).choices[0]
     assert (choice.text, choice.content, choice.reasoning_content) == ("I add.\n</think>\n\n4", "4", "I add.")
     assert choice.answer == "4"
