@@ -7,17 +7,20 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
+import typer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import worker
+from jobs.errors import UnsupportedParameter
 from jobs.messages import COMPLETIONS_ENDPOINT
 from jobs.schema_check import upgrade_schema
 from tests.models import byte_tokenizer, save_tiny, tiny
 from worker import benchmark, start
-from worker.bench import grid, host_costs, mixed_lengths
+from worker.bench import grid, host_costs, mixed_lengths, schema_validity
 from worker.benchmark import OWN_MODES
 from worker.cli import commands
 from worker.engine.options import Mode
@@ -255,3 +258,30 @@ def test_longrope_ends_texts_at_its_original_positions_and_logs_it(tmp_path: Pat
         with torch.no_grad():
             exact = own.generate(prompt, max_length=64, do_sample=False, eos_token_id=256, pad_token_id=0)
         assert [*done.prompt_token_ids, *done.token_ids] == exact[0].tolist()
+
+
+def test_answers_by_a_schema_are_valid_and_a_bad_schema_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schemas = {
+        "choice": {"enum": ["yes", "no"]},
+        "flags": {"type": "array", "items": {"type": "boolean"}, "maxItems": 2},
+    }
+    refused = {"unique": {"type": "array", "uniqueItems": True}}
+    for name, schema in (schemas | refused).items():
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps(schema))
+        done = CliRunner().invoke(commands, ["generate", PROMPT, "--schema", str(file), "--json", "--max-tokens", "60"])
+        if name in refused:
+            assert isinstance(done.exception, UnsupportedParameter)
+            assert "uniqueItems" in str(done.exception)
+        else:
+            jsonschema.validate(json.loads(json.loads(done.stdout)["text"]), schema)
+    file.write_text("".join(json.dumps({"name": n, "schema": s}) + "\n" for n, s in (schemas | refused).items()))
+    with pytest.raises(typer.Exit) as ended:
+        schema_validity.main(file, temperatures="0,1", max_tokens=60, batch=2, limit=9)
+    said = capsys.readouterr().out
+    assert ended.value.exit_code == 0, said
+    assert "unique: refused" in said
+    assert "temperature 0: 2 valid of 3" in said
+    assert "temperature 1: 2 valid of 3" in said
