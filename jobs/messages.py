@@ -96,11 +96,12 @@ class Tools(Frozen):
 
 TOOLS_TEMPERATURE: Final = 0.0  # default of `basic submit`, `basic generate` and the dashboard; the API's is OpenAI's 1
 
-MAX_STOP_STRINGS: Final = 4
+MAX_STOP_STRINGS: Final = 16
 MAX_STOP_CHARS: Final = 1000
 MAX_STOP_TOKEN_IDS: Final = 64
 MAX_BIASES: Final = 1024
 MAX_COMPARED_REQUESTS: Final = 100  # limit of `compare_plain`
+MAX_PROMPT_LOGPROBS: Final = 20  # top tokens per prompt token
 
 
 def _stop_strings(value: Any) -> Any:
@@ -131,14 +132,30 @@ def _few_ids(value: Any) -> Any:
     return tuple(value)
 
 
+def _kept_tokens(value: int | None) -> int | None:
+    if value == 0:
+        raise PydanticCustomError("value_error", "must be -1 or at least 1, not 0")
+    return value
+
+
+def _later(default: Any, description: str, **limits: Any) -> Any:
+    """Return a field that is left out of the JSON at its default: workers of an older version reject unknown fields."""
+    return Field(default, description=description, exclude_if=lambda value: value == default, **limits)
+
+
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class SamplingParameters(Frozen):
-    """Sampling parameters of one request. Defaults are OpenAI's."""
+    """Sampling parameters of one request, how its prompt is read, and what its answer holds. Defaults are OpenAI's."""
 
-    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="Cap per choice; none: to the context's end.")
+    max_tokens: int | None = Field(
+        None,
+        ge=0,
+        le=2**31 - 1,
+        description="Cap per choice; none: to the context's end. 0 needs echo or prompt_logprobs.",
+    )
     temperature: float = Field(1.0, ge=0, le=2, description="0 decodes greedily.")
     top_p: float = Field(1.0, gt=0, le=1, description="Keep the smallest set of tokens with this much probability.")
     top_k: int = Field(0, ge=0, le=2**31 - 1, description="Keep the k likeliest tokens; 0 keeps all.")
@@ -164,6 +181,45 @@ class SamplingParameters(Frozen):
     stop_token_ids: Annotated[tuple[TokenId, ...], BeforeValidator(_few_ids)] = Field(
         (), description="Additional end-of-sequence tokens; they apply with ignore_eos too."
     )
+    min_tokens: int = _later(
+        0,
+        "No end-of-sequence token is drawn, and no stop string is found, before this many tokens.",
+        ge=0,
+        le=2**31 - 1,
+    )
+    include_stop_str_in_output: bool = _later(
+        False, "The text keeps the stop string, or the text of the stop token, that ends it."
+    )
+    skip_special_tokens: bool = _later(True, "False: the text holds special tokens too.")
+    add_generation_prompt: bool = _later(True, "False: the chat template does not begin an answer.")
+    continue_final_message: bool = _later(
+        False, "The answer continues the last message; then add_generation_prompt is false."
+    )
+    add_special_tokens: bool | None = _later(
+        None,
+        "Whether the tokenizer adds its special tokens, such as BOS, to the prompt; none: to a raw prompt, not to a "
+        "chat, whose template writes them.",
+    )
+    truncate_prompt_tokens: Annotated[int | None, AfterValidator(_kept_tokens)] = _later(
+        None,
+        "Keep this many tokens of a longer prompt; -1: as many as max_tokens leaves of the context.",
+        ge=-1,
+        le=2**31 - 1,
+    )
+    truncation_side: Literal["left", "right"] = _later(
+        "left", "left keeps the last tokens of a truncated prompt, right the first."
+    )
+    echo: bool = _later(
+        False, "The text begins with the prompt, of a chat with the assistant's message that it continues."
+    )
+    prompt_logprobs: int | None = _later(
+        None,
+        "Number of top tokens to return per prompt token, with its log-probability; none: neither.",
+        ge=0,
+        le=MAX_PROMPT_LOGPROBS,
+    )
+    return_token_ids: bool = _later(False, "Return the token ids of prompt and answer.")
+    return_tokens_as_token_ids: bool = _later(False, "Log-probabilities name tokens as token_id:N.")
 
 
 # That the model's generation config may give; left out of stored requests that do not set them.

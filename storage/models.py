@@ -241,6 +241,8 @@ class ChoiceOutput(Base):
     token_ids: Mapped[list[Any]]
     pieces: Mapped[list[Any]]  # the text, split by source: [text, "draft" | "target"]
     logprobs: Mapped[list[Any] | None]  # per token, if requested (jobs.openai.logprobs)
+    # What the answer returns of its prompt (jobs.openai.prompt_details); empty where the prompt's first choice has it.
+    prompt: Mapped[dict[str, Any] | None]
     worker_id: Mapped[str]
     started_at: Mapped[float]
     finished_at: Mapped[float]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from itertools import groupby
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Connection, Select, Text, and_, bindparam, cast, func, select, true, tuple_
+from sqlalchemy import ColumnElement, Connection, Select, Text, and_, bindparam, case, cast, func, select, true, tuple_
 from sqlalchemy.orm import Session
 
 from storage.dialect import AnyRow, clock, dialect_of, owned_by
@@ -82,6 +82,8 @@ class ChoiceView:
     logprobs: list[Any] | None  # per token, if requested
     first_of_prompt: bool
     reasoning_tokens: int | None = None  # None: the model marks no reasoning
+    prompt: Mapping[str, Any] | None = None  # what the answer returns of its prompt
+    token_ids: list[int] | None = None  # where it returns anything of its prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +273,8 @@ def outputs(
             ChoiceOutput.logprobs,
             ChoiceOutput.first_of_prompt,
             ChoiceOutput.reasoning_tokens,
+            ChoiceOutput.prompt,
+            case((ChoiceOutput.prompt.is_not(None), ChoiceOutput.token_ids)).label("token_ids"),
         )
         .outerjoin(
             ChoiceOutput,
@@ -393,14 +397,18 @@ def _output_view(rows: list[AnyRow]) -> OutputView:
         error_message=request.error_message,
         error_param=request.error_param,
         error_status_code=request.error_status_code,
-        choices=tuple(_choice_view(row) for row in rows if row.choice_index is not None),
+        choices=tuple(_choice_views(row for row in rows if row.choice_index is not None)),
         answer_format=request.answer_format,
         sampling_defaults=request.sampling_defaults,
     )
 
 
-def _choice_view(row: AnyRow) -> ChoiceView:
-    return ChoiceView(**{name: getattr(row, name) for name in ChoiceView.__dataclass_fields__})
+def _choice_views(rows: Iterable[AnyRow]) -> Iterator[ChoiceView]:
+    prompt = None
+    for row in rows:
+        columns = {name: getattr(row, name) for name in ChoiceView.__dataclass_fields__}
+        prompt = columns["prompt"] if columns["first_of_prompt"] else prompt
+        yield ChoiceView(**columns | {"prompt": prompt})
 
 
 def _is_validated(job_id: str) -> ColumnElement[bool]:

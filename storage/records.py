@@ -164,6 +164,8 @@ class FinishedChoice:
     last_seq: int  # seq of its `finished` event
     first_of_prompt: bool = True  # counts the prompt's tokens; other choices of the prompt do not
     reasoning_tokens: int | None = None  # None: the model marks no reasoning
+    # What the answer returns of its prompt, as JSON; empty where the prompt's first choice has it. None: nothing.
+    prompt: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

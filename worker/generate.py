@@ -65,7 +65,7 @@ def generate(
     form = loaded.codec.answer_format(request, endpoint, prompt)
     grammar = loaded.codec.grammar(request, form)
     sequence = loaded.codec.sequence((0,), prompt, request.sampling, choice=0, grammar=grammar)
-    stream = loaded.codec.stream(request.sampling.stop, prompt, endpoint, form, grammar)
+    stream = loaded.codec.stream(request.sampling, prompt, endpoint, form, grammar)
     output_stream = OutputStream(sequence.key, stream)
     steps: list[StepStats] = []
     logprobs: list[TokenAlternatives] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from jobs.client.response_format import ResponseFormat
 
@@ -51,3 +51,15 @@ class Parameters(TypedDict, total=False):
     tools: Sequence[Mapping[str, Any]] | None
     tool_choice: str | Mapping[str, Any] | None
     parallel_tool_calls: bool | None
+    min_tokens: int | None
+    include_stop_str_in_output: bool | None
+    skip_special_tokens: bool | None
+    add_generation_prompt: bool | None
+    continue_final_message: bool | None
+    add_special_tokens: bool | None
+    truncate_prompt_tokens: int | None
+    truncation_side: Literal["left", "right"] | None
+    echo: bool | None
+    prompt_logprobs: int | None
+    return_token_ids: bool | None
+    return_tokens_as_token_ids: bool | None

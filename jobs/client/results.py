@@ -94,6 +94,9 @@ class Choice(Reply):
     finish_reason: str
     completion_tokens: int
     logprobs: dict[str, Any] | None = None  # in OpenAI's format, if requested
+    token_ids: tuple[int, ...] | None = None  # if requested, as are the next two
+    prompt_token_ids: tuple[int, ...] | None = None
+    prompt_logprobs: tuple[dict[str, Any] | None, ...] | None = None  # in vLLM's format
     _adapter: TypeAdapter[Any] | None = PrivateAttr(None)
 
     @property

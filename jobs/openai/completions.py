@@ -11,6 +11,7 @@ from typing import Any
 from jobs.messages import CHAT_ENDPOINT, AnswerFormat
 from jobs.openai.answers import STOP, AnswerDelta, split_answer
 from jobs.openai.logprobs import logprobs_object
+from jobs.openai.prompt_details import PromptDetails
 from storage.queries import ChoiceView, OutputView
 
 Json = dict[str, Any]
@@ -50,8 +51,8 @@ def answer(header: ResponseHeader, output: OutputView) -> Json:
     kind = "chat.completion" if header.chat else "text_completion"
     form = answer_format(output)
     call = partial(call_id, header.job_id, output.request_index)
-    choices = [_choice(header, choice, form, call) for choice in output.choices]
-    return header.object(kind, choices, usage=usage(output))
+    choices = [_choice(header, choice, form, call) | _tokens(header, choice) for choice in output.choices]
+    return header.object(kind, choices, usage=usage(output), **_prompt_of_chat(header, output))
 
 
 def chunk(header: ResponseHeader, index: int, finish_reason: str | None = None, **new: Any) -> Json:
@@ -61,14 +62,16 @@ def chunk(header: ResponseHeader, index: int, finish_reason: str | None = None, 
     return header.object(_chunk_kind(header), [base | content])
 
 
-def logprobs_chunks(header: ResponseHeader, output: OutputView) -> Iterator[Json]:
-    """Yield a chunk with the log-probabilities of each choice that requested them; sent after the text."""
+def detail_chunks(header: ResponseHeader, output: OutputView) -> Iterator[Json]:
+    """Yield a chunk with the log-probabilities and token ids of each choice, if requested; sent after the text."""
+    prompt = _prompt_of_chat(header, output)
     for choice in output.choices:
-        logprobs = logprobs_object(header.endpoint, choice.logprobs, choice.text)
-        if logprobs is not None:
+        logprobs, tokens = _logprobs(header, choice), _tokens(header, choice)
+        if logprobs is not None or tokens or prompt:
             content: Json = {"delta": {}} if header.chat else {"text": ""}
             base = {"index": choice.choice_index, "logprobs": logprobs, "finish_reason": None}
-            yield header.object(_chunk_kind(header), [base | content])
+            yield header.object(_chunk_kind(header), [base | content | tokens], **prompt)
+            prompt = {}
 
 
 def usage_chunk(header: ResponseHeader, output: OutputView) -> Json:
@@ -131,8 +134,24 @@ def _choice(header: ResponseHeader, choice: ChoiceView, form: AnswerFormat | Non
     content: Json = {"text": choice.text}
     if header.chat:
         content = {"message": {"role": "assistant", **choice_parts(form, choice, call), "refusal": None}}
-    logprobs = logprobs_object(header.endpoint, choice.logprobs, choice.text)
+    logprobs = _logprobs(header, choice)
     return {"index": choice.choice_index, **content, "logprobs": logprobs, "finish_reason": finish_reason(form, choice)}
+
+
+def _logprobs(header: ResponseHeader, choice: ChoiceView) -> Json | None:
+    echoed = PromptDetails.read(choice.prompt).echoed
+    return logprobs_object(header.endpoint, choice.logprobs, choice.text, echoed)
+
+
+def _tokens(header: ResponseHeader, choice: ChoiceView) -> Json:
+    """Return vLLM's fields of a choice, as requested: its token ids; of a completion, also those of its prompt."""
+    prompt = PromptDetails.read(choice.prompt)
+    own = {} if prompt.token_ids is None else {"token_ids": choice.token_ids}
+    return own if header.chat else own | prompt.fields()
+
+
+def _prompt_of_chat(header: ResponseHeader, output: OutputView) -> Json:
+    return PromptDetails.read(output.choices[0].prompt).fields() if header.chat and output.choices else {}
 
 
 def usage(view: OutputView) -> Json:

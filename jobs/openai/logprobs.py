@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jobs.messages import COMPLETIONS_ENDPOINT
@@ -22,7 +22,7 @@ class ScoredToken:
     """A token and its log-probability."""
 
     token: str
-    logprob: float
+    logprob: float | None  # None: the first token of a prompt
     bytes: tuple[int, ...] | None  # UTF-8, possibly part of a character; None: a token without text
 
     def stored(self) -> list[Any]:
@@ -49,7 +49,7 @@ class ScoredToken:
     @property
     def spelling(self) -> str:
         """The token as one string; parts of characters are spelt `bytes:\\xe2\\x82`."""
-        if self.bytes is None or self.bytes == tuple(self.token.encode()):
+        if self.bytes is None or "\ufffd" not in self.token or self.bytes == tuple(self.token.encode()):
             return self.token
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.bytes)
 
@@ -60,6 +60,11 @@ class TokenAlternatives:
 
     chosen: ScoredToken
     top: tuple[ScoredToken, ...]
+
+    def renamed(self, names: Sequence[str]) -> TokenAlternatives:
+        """Return the token and its alternatives under other names, with their own bytes."""
+        own, *others = (replace(one, token=name) for one, name in zip((self.chosen, *self.top), names, strict=True))
+        return TokenAlternatives(own, tuple(others))
 
     def stored(self) -> Stored:
         """Return the stored form: the token itself, then its alternatives."""
@@ -72,11 +77,13 @@ class TokenAlternatives:
         return cls(chosen, tuple(top))
 
 
-def logprobs_object(endpoint: str, stored: Sequence[Stored] | None, text: str) -> Json | None:
-    """Return `choices[].logprobs` in the endpoint's form; None if none were requested."""
-    if stored is None:
+def logprobs_object(
+    endpoint: str, stored: Sequence[Stored] | None, text: str, echoed: Sequence[TokenAlternatives] | None = None
+) -> Json | None:
+    """Return `choices[].logprobs` in the endpoint's form, after the `echoed` tokens; None if none were requested."""
+    if stored is None and echoed is None:
         return None
-    tokens = [TokenAlternatives.read(row) for row in stored]
+    tokens = [*(echoed or ()), *map(TokenAlternatives.read, stored or ())]
     return _completion_object(tokens, text) if endpoint == COMPLETIONS_ENDPOINT else _chat_object(tokens)
 
 
@@ -94,11 +101,13 @@ def _completion_object(tokens: Sequence[TokenAlternatives], text: str) -> Json:
     }
 
 
-def _by_spelling(token: TokenAlternatives) -> dict[str, float]:
+def _by_spelling(token: TokenAlternatives) -> dict[str, float] | None:
     """Return logprobs of the alternatives and the token; of two with the same spelling, the more likely."""
+    if token.chosen.logprob is None:
+        return None
     likeliest: dict[str, float] = {}
     for one in (*token.top, token.chosen):
-        likeliest.setdefault(one.spelling, one.logprob)
+        likeliest.setdefault(one.spelling, one.logprob or 0.0)
     return likeliest
 
 
@@ -108,6 +117,8 @@ def _offsets(tokens: Sequence[TokenAlternatives], text: str) -> Iterator[int]:
     parts = [reader.decode(bytes(t.chosen.bytes or ())) for t in tokens]
     # Some tokenizers drop the leading space of a text.
     at = -max(0, "".join(parts).find(text)) if text else 0
-    for characters in parts:
+    for token, characters in zip(tokens, parts, strict=True):
         yield min(max(at, 0), len(text))
-        at += len(characters)
+        name = token.chosen.token  # a prompt may spell special tokens, which have no bytes
+        spelt = token.chosen.bytes is None and at >= 0 and text.startswith(name, at)
+        at += len(name if spelt else characters)

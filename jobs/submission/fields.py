@@ -40,6 +40,7 @@ class Field:
     idle: tuple[Any, ...] = ()  # values that ask for nothing, besides null
     neutral: Any = None  # replaces the idle values of an honoured field; None: the field is left out
     endpoints: tuple[Endpoint, ...] = _ALL
+    same_as: str | None = None  # of an honoured field: the parameter that it is another name of
 
     def is_idle(self, value: Any) -> bool:
         """Return whether the value asks for nothing."""
@@ -51,6 +52,10 @@ def _honoured(name: str, kind: str, meaning: str, idle: tuple[Any, ...] = (), **
     return Field(name, kind, Treatment.HONOURED, meaning, idle, **more)
 
 
+def _synonym(name: str, kind: str, same_as: str, *idle: Any, **more: Any) -> Field:
+    return _honoured(name, kind, f"Same as {same_as}.", idle, same_as=same_as, **more)
+
+
 def _dropped(kind: str, meaning: str, *names: str, endpoints: tuple[Endpoint, ...] = _ALL) -> Iterable[Field]:
     return (Field(name, kind, Treatment.DROPPED, meaning, endpoints=endpoints) for name in names)
 
@@ -60,13 +65,29 @@ def _refused(name: str, kind: str, reason: str, *idle: Any, endpoints: tuple[End
 
 
 # Idle values of sampling parameters that SamplingParameters does not take, and what replaces them.
-_IDLE_SAMPLING: Final[Mapping[str, tuple[tuple[Any, ...], Any]]] = {"top_k": ((-1,), 0), "seed": ((-1,), None)}
+_IDLE_SAMPLING: Final[Mapping[str, tuple[tuple[Any, ...], Any]]] = {
+    "top_k": ((-1,), 0),
+    "seed": ((-1,), None),
+    "prompt_logprobs": ((False,), None),
+}
 _TYPES: Final[Mapping[str, str]] = {
     "stop": "string or list of strings",
     "stop_token_ids": "list of integers",
     "logit_bias": "object",
     "ignore_eos": "boolean",
+    "include_stop_str_in_output": "boolean",
+    "skip_special_tokens": "boolean",
+    "add_generation_prompt": "boolean",
+    "continue_final_message": "boolean",
+    "add_special_tokens": "boolean",
+    "truncation_side": "string",
+    "echo": "boolean",
+    "return_token_ids": "boolean",
+    "return_tokens_as_token_ids": "boolean",
 }
+_OF_CHATS: Final = ("add_generation_prompt", "continue_final_message")
+_OF_COMPLETIONS: Final = ("n", "echo", "prompt_logprobs", "return_token_ids", "return_tokens_as_token_ids")
+_SAMPLING_ENDPOINTS: Final = dict.fromkeys(_OF_CHATS, _CHAT) | dict.fromkeys(_OF_COMPLETIONS, _OLD)
 _FLOATS: Final = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
@@ -75,7 +96,7 @@ def _sampling() -> Iterable[Field]:
         if name != "logprobs":  # its type differs between the endpoints
             idle, neutral = _IDLE_SAMPLING.get(name, ((), None))
             kind = _TYPES.get(name, "number" if name in _FLOATS else "integer")
-            endpoints = _OLD if name == "n" else _ALL
+            endpoints = _SAMPLING_ENDPOINTS.get(name, _ALL)
             yield _honoured(name, kind, info.description or "", idle, neutral=neutral, endpoints=endpoints)
 
 
@@ -85,8 +106,6 @@ _SCHEMA: Final = "The text is JSON that is valid for this schema."
 _REGEX: Final = "The whole text matches this expression."
 _LARK: Final = "The text follows this grammar, in Lark or EBNF."
 BUDGET: Final = "The length of the reasoning is not limited on its own; set max_tokens for both parts together."
-_PROMPT_ROWS: Final = "Log-probabilities of the prompt are not supported yet."
-_PREFILL: Final = "Continuing a message is not supported yet."
 _BEAMS: Final = "Beam search is not supported: each choice is sampled on its own."
 _ADAPTERS: Final = "Adapters are not supported; name a model that is served."
 _CODE: Final = "Code of the caller does not run in the service."
@@ -95,6 +114,7 @@ _IDENTITY: Final = "An identifier of the caller."
 _ROUTING: Final = "A routing hint; the text is the same on every worker."
 _MEDIA: Final = "Prompts are text."
 _HINT: Final = "A hint that can't change the text."
+_NO_RAW: Final = "A response has no place for it; ask /v1/chat/completions."
 
 
 def _responses() -> Iterable[Field]:
@@ -111,6 +131,9 @@ def _responses() -> Iterable[Field]:
     yield _honoured("metadata", "object", "Returned with the response.", ({},), endpoints=_RESPONSES)
     yield _honoured("store", "boolean", "False: the response can't be retrieved.", (True,), endpoints=_RESPONSES)
     yield _refused("n", "integer", "A response is one answer. Send it several times.", 1, endpoints=_RESPONSES)
+    for name in ("echo", "return_token_ids", "return_tokens_as_token_ids"):
+        yield _refused(name, "boolean", _NO_RAW, False, endpoints=_RESPONSES)
+    yield _refused("prompt_logprobs", "integer", _NO_RAW, False, endpoints=_RESPONSES)
     yield _refused(
         "conversation", "string or object", f"{theirs} Conversations are not stored: set previous_response_id."
     )
@@ -171,7 +194,6 @@ FIELDS: Final[tuple[Field, ...]] = (
         ({"type": "text"}, {}),
     ),
     _refused("suffix", "string", "Models complete prompts only at their end.", "", endpoints=_TEXT),
-    _refused("echo", "boolean", "The answer does not repeat the prompt.", False),
     _refused("best_of", "integer", "Choices are not ranked; set n.", 1, endpoints=_TEXT),
     # OpenAI's Responses
     *_responses(),
@@ -179,21 +201,12 @@ FIELDS: Final[tuple[Field, ...]] = (
     _refused("use_beam_search", "boolean", _BEAMS, False),
     _refused("length_penalty", "number", _BEAMS, 1.0),
     _refused("early_stopping", "boolean", _BEAMS, False),
-    _refused("min_tokens", "integer", "A minimal length is not supported yet.", 0),
-    _refused("include_stop_str_in_output", "boolean", "The text ends before the stop string.", False),
-    _refused("skip_special_tokens", "boolean", "The text has no special tokens.", True),
-    *_dropped("boolean", "The text has no special tokens.", "spaces_between_special_tokens"),
+    *_dropped("boolean", "Special tokens get no spaces.", "spaces_between_special_tokens"),
     _refused("detokenize", "boolean", "The answer is text.", True),
-    _refused("truncate_prompt_tokens", "integer", "Prompts are not truncated; a prompt that is too long is refused."),
-    *_dropped("string", "Prompts are not truncated.", "truncation_side"),
-    _refused("prompt_logprobs", "integer", _PROMPT_ROWS, False),
     _refused("logprob_token_ids", "list of integers", "Log-probabilities are those of the top tokens.", []),
     _refused("allowed_token_ids", "list of integers", _TOKENS, []),
     _refused("bad_words", "list of strings", "Set logit_bias for the tokens to avoid.", []),
-    _refused("add_generation_prompt", "boolean", _PREFILL, True, endpoints=_CHAT),
-    _refused("continue_final_message", "boolean", _PREFILL, False, endpoints=_CHAT),
-    _refused("add_special_tokens", "boolean", "The chat template writes the special tokens.", False, endpoints=_CHAT),
-    _refused("add_special_tokens", "boolean", "Send token ids for a prompt without them.", True, endpoints=_TEXT),
+    *_dropped("boolean", "A raw prompt is continued in any case.", *_OF_CHATS, endpoints=_TEXT),
     _refused("documents", "list of objects", "Write documents into the messages.", [], endpoints=_CHAT),
     _refused("chat_template", "string", _TEMPLATE, "", endpoints=_CHAT),
     _honoured(
@@ -242,8 +255,6 @@ FIELDS: Final[tuple[Field, ...]] = (
     *_dropped("object", _MEDIA, "media_io_kwargs", "mm_processor_kwargs"),
     *_dropped("boolean", _MEDIA, "return_mm_kwargs", "use_audio_in_video"),
     *_dropped("integer", "The service chooses when it sends text.", "stream_interval"),
-    _refused("return_token_ids", "boolean", "Token ids are not returned yet.", False),
-    _refused("return_tokens_as_token_ids", "boolean", "Token ids are not returned yet.", False),
     _refused("return_token_offsets", "boolean", "Token offsets are not returned.", False),
     _refused("return_prompt_text", "boolean", "The answer does not repeat the prompt.", False),
     _refused("routed_experts_prompt_start", "integer", "Routing of experts is not returned.", 0),
@@ -254,8 +265,8 @@ FIELDS: Final[tuple[Field, ...]] = (
     _honoured("regex", "string", _REGEX, ("",)),
     _honoured("ebnf", "string", _LARK, ("",)),
     _refused("stop_regex", "string or list of strings", "Set stop.", "", []),
-    _refused("no_stop_trim", "boolean", "The text ends before the stop string.", False),
-    _refused("sampling_seed", "integer", "It is called seed here."),
+    _synonym("no_stop_trim", "boolean", "include_stop_str_in_output"),
+    _synonym("sampling_seed", "integer", "seed", -1),
     _refused("lora_path", "string or list of strings", _ADAPTERS, "", []),
     _refused("session_params", "object", "A request has no session; send the whole conversation.", {}),
     _refused("custom_logit_processor", "string", _CODE, ""),
@@ -267,7 +278,7 @@ FIELDS: Final[tuple[Field, ...]] = (
     _refused("routed_experts_start_len", "integer", "Routing of experts is not returned.", 0),
     *_dropped("boolean", "The usage has the token counts.", "return_cached_tokens_details", "return_meta_info"),
     _refused("prompt_embeds", "string or list of strings", _MEDIA, "", [], endpoints=_TEXT),
-    _refused("return_prompt_token_ids", "boolean", "Token ids are not returned yet.", False),
+    _refused("return_prompt_token_ids", "boolean", "Set return_token_ids.", False),
     _refused("task", "string", _TEMPLATE, "", endpoints=_CHAT),
     *_dropped("integer", _MEDIA, "max_dynamic_patch", "min_dynamic_patch", endpoints=_CHAT),
     _refused("input_ids", "list of integers", "Send token ids as the prompt of /v1/completions."),
@@ -278,20 +289,21 @@ FIELDS: Final[tuple[Field, ...]] = (
     *_dropped("integer", _ROUTING, "bootstrap_port", "bootstrap_room", "data_parallel_rank"),
     *_dropped("integer", _ROUTING, "routed_dp_rank", "disagg_prefill_dp_rank"),
     # TGI
-    _refused("max_new_tokens", "integer", "It is called max_tokens here."),
-    _refused("min_new_tokens", "integer", "A minimal length is not supported yet.", 0),
-    _refused("do_sample", "boolean", "Set temperature to 0.", True),
+    _synonym("max_new_tokens", "integer", "max_tokens"),
+    _synonym("min_new_tokens", "integer", "min_tokens"),
+    _honoured("do_sample", "boolean", "False is temperature 0.", (True,), same_as="temperature"),
     _refused("typical_p", "number", "Set top_p or min_p.", 1.0),
-    _refused("truncate", "integer", "Prompts are not truncated; a prompt that is too long is refused."),
+    _synonym("truncate", "integer", "truncate_prompt_tokens"),
     _refused("watermark", "boolean", "Texts have no watermark.", False),
     _honoured(
         "grammar", "object or string", "An object of type (json, regex) and value; as a text, a grammar.", ({}, "")
     ),
     _refused("guideline", "string", "Write it as a system message.", "", endpoints=_CHAT),
     _refused("adapter_id", "string", _ADAPTERS, ""),
-    _refused("return_full_text", "boolean", "The answer does not repeat the prompt.", False),
+    _synonym("return_full_text", "boolean", "echo", endpoints=_TEXT),
+    _refused("return_full_text", "boolean", "Set echo to repeat a message that is continued.", False, endpoints=_CHAT),
     _refused("details", "boolean", "Set logprobs.", False),
-    _refused("decoder_input_details", "boolean", _PROMPT_ROWS, False),
+    _refused("decoder_input_details", "boolean", "Set prompt_logprobs.", False),
     _refused("top_n_tokens", "integer", "Set top_logprobs.", 0),
     # Options of client libraries that end up in bodies
     *_dropped("object", "An option of the client library.", "extra_headers", "extra_query"),
@@ -310,7 +322,7 @@ MESSAGE_FIELDS: Final[tuple[Field, ...]] = (
     _refused("function_call", "object", "This old form is not supported; send tool_calls.", {}, endpoints=_CHAT),
     _refused("audio", "object", _MEDIA, {}, endpoints=_CHAT),
     _refused("images", "list", _MEDIA, [], endpoints=_CHAT),
-    _refused("prefix", "boolean", _PREFILL, False, endpoints=_CHAT),
+    _honoured("prefix", "boolean", "Of the last message, an assistant's: the answer continues it.", endpoints=_CHAT),
     *_dropped("string", "A tool message has the name of the function that it answers.", "name", endpoints=_CHAT),
     _honoured(
         "reasoning_content",

@@ -56,6 +56,8 @@ def _messages(messages: Any, endpoint: Endpoint, max_chars: int) -> tuple[ChatMe
         raise InvalidValue("messages must be a list of at least one message.", param="messages")
     history = CallHistory()
     read = tuple(_message(message, f"messages[{n}]", history) for n, message in enumerate(messages))
+    for n, message in enumerate(messages):
+        _check_prefix(message, f"messages[{n}].prefix", is_last=n == len(messages) - 1)
     _refuse_long(sum(map(message_chars, read)), max_chars, "messages")
     return read
 
@@ -64,6 +66,19 @@ def message_chars(message: ChatMessage) -> int:
     """Return the number of characters of a message that its template may show."""
     calls = sum(len(call.name) + len(call.arguments) for call in message.tool_calls)
     return len(message.content) + len(message.reasoning_content or "") + calls
+
+
+def is_prefill(fields: Mapping[str, Any]) -> bool:
+    """Return whether the last of valid messages has `prefix`: DeepSeek's and Mistral's form of a prefill."""
+    return bool("messages" in fields and fields["messages"][-1].get("prefix"))
+
+
+def _check_prefix(message: Mapping[str, Any], param: str, *, is_last: bool) -> None:
+    prefix = message.get("prefix")
+    if prefix is not None and not isinstance(prefix, bool):
+        raise InvalidValue(f"must be true or false, not {shown(prefix)}", param=param)
+    if prefix and not (is_last and message["role"] == "assistant"):
+        raise InvalidValue("Only the last message can be a prefix, and only an assistant's.", param=param)
 
 
 def _message(message: Any, param: str, history: CallHistory) -> ChatMessage:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import IO, Any
 
 from pydantic import ValidationError
@@ -39,11 +40,11 @@ from jobs.messages import (
 )
 from jobs.openai.paths import endpoint_of_url
 from jobs.submission.custom_ids import GivenId, default_id, recovered
-from jobs.submission.fields import PARAMETERS, Treatment, field_of
+from jobs.submission.fields import PARAMETERS, Field, Treatment, field_of
 from jobs.submission.grammar_fields import read_grammar
 from jobs.submission.input_lines import Line, Sample, find_custom_id, split_lines
 from jobs.submission.models import ModelNames
-from jobs.submission.prompts import read_prompt
+from jobs.submission.prompts import is_prefill, read_prompt
 from jobs.submission.reasoning import chat_options, merged_options
 from jobs.submission.responses_api.chat_form import (
     History,
@@ -208,9 +209,9 @@ def parse_parameters(
 ) -> dict[str, Any]:
     """Return the sampling parameters and chat options in `fields`; raise RequestRefused for the first invalid one.
 
-    `defaults` are the job's parameters.
+    `defaults` are the job's parameters; None: these are.
     """
-    asked = _asked(parameter_fields(fields, endpoint), endpoint)
+    asked, names = _asked(parameter_fields(fields, endpoint), endpoint)
     parameters = {name: value for name, value in asked.items() if name in _SAMPLING - _LOGPROBS}
     if asked.keys() & _LOGPROBS:
         parameters["logprobs"] = _logprobs(asked, endpoint, (defaults or {}).get("logprobs"))
@@ -218,7 +219,9 @@ def parse_parameters(
         parameters["max_tokens"] = asked["max_completion_tokens"]
     if type(cap := parameters.get("max_tokens")) is int:
         parameters["max_tokens"] = min(cap, _MAX_CAP)
-    _sampling({"seed": 0} | parameters)
+    sampling = _sampling({"seed": 0} | parameters, names)
+    if defaults is None:  # else those of the job may ask for something
+        _refuse_asking_for_nothing(sampling)
     return parameters | chat_options(asked, endpoint) | tool_options(asked, endpoint)
 
 
@@ -251,17 +254,34 @@ def body_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     return body_fields(fields | extra)
 
 
-def _asked(given: Mapping[str, Any], endpoint: Endpoint) -> dict[str, Any]:
-    """Return the honoured parameters; raise UnsupportedParameter for the first one that is refused."""
+def _asked(given: Mapping[str, Any], endpoint: Endpoint) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the honoured parameters, and for each the name that was given.
+
+    Raise UnsupportedParameter for the first one that is refused, InvalidValue for two names with different values.
+    """
     asked: dict[str, Any] = {}
-    for name, value in given.items():
-        row = field_of(name, endpoint)
+    names: dict[str, str] = {}
+    for given_name, value in given.items():
+        row = field_of(given_name, endpoint)
         idle = row.is_idle(value)
         if row.treatment is Treatment.HONOURED and (not idle or row.neutral is not None):
-            asked[name] = row.neutral if idle else value
-        elif row.treatment is Treatment.REFUSED and not idle and not _returns_all(name, value, given):
-            raise UnsupportedParameter(f"{row.meaning} Leave the field out.", param=name)
-    return asked
+            name, wanted = _meant(row, row.neutral if idle else value)
+            other = asked.setdefault(name, wanted)
+            if other is not wanted and other != wanted:
+                raise InvalidValue(f"contradicts {names[name]}; give one of the two", param=given_name)
+            names[name] = given_name
+        elif row.treatment is Treatment.REFUSED and not idle and not _returns_all(given_name, value, given):
+            raise UnsupportedParameter(f"{row.meaning} Leave the field out.", param=given_name)
+    return asked, names
+
+
+def _meant(row: Field, value: Any) -> tuple[str, Any]:
+    """Return the parameter that an honoured field sets, and its value."""
+    if row.name != "do_sample":
+        return row.same_as or row.name, value
+    if value is not False:
+        raise InvalidValue(f"must be true or false, not {shown(value)}", param=row.name)
+    return "temperature", 0.0
 
 
 def _returns_all(name: str, value: Any, given: Mapping[str, Any]) -> bool:
@@ -278,7 +298,7 @@ def max_total_tokens(request: GenerationRequest, context_tokens: int | None) -> 
     for prompt in prompts:
         length = len(prompt) if isinstance(prompt, tuple) else len(prompt) // _BYTES_PER_TOKEN + 1
         room = max(1, context - length)
-        cap = request.sampling.max_tokens or room
+        cap = room if request.sampling.max_tokens is None else request.sampling.max_tokens
         total += length + request.sampling.n * (cap if context_tokens is None else min(cap, room))
     return total
 
@@ -432,8 +452,11 @@ def _request(fields: Mapping[str, Any], rules: Rules, index: int) -> GenerationR
         given = parameter_fields({name: value for name, value in fields.items() if name in PARAMETERS}, rules.endpoint)
         parameters = parse_parameters(given, rules.endpoint, rules.defaults)
         grammar = read_grammar(given, rules.endpoint, rules.grammar)
-    sampling = _sampling_for(parameters, rules, index)
     prompt = _response_prompt(fields, rules) if rules.endpoint == RESPONSES_ENDPOINT else _prompt(fields, rules)
+    if is_prefill(fields):
+        parameters["continue_final_message"] = True
+    sampling = _sampling_for(parameters, rules, index)
+    _refuse_contradictions(sampling, {**rules.defaults, **parameters}, prompt)
     _refuse_many(len(prompt.get("prompts", ())), sampling.n)
     options = merged_options(rules.defaults, parameters)
     tools = read_tools({**rules.defaults, **parameters}, rules.max_prompt_chars)
@@ -461,7 +484,32 @@ def _sampling_for(parameters: Mapping[str, Any], rules: Rules, index: int) -> Sa
     return sampling if index < MAX_TRACED_REQUESTS else sampling.model_copy(update={"record_trees": 0})
 
 
-def _sampling(parameters: Mapping[str, Any]) -> SamplingParameters:
+def _refuse_contradictions(sampling: SamplingParameters, given: Mapping[str, Any], prompt: Mapping[str, Any]) -> None:
+    """Refuse parameters that are valid alone and not together, or not with this prompt."""
+    if sampling.continue_final_message and given.get("add_generation_prompt"):
+        raise InvalidValue(
+            "contradicts add_generation_prompt: the answer continues the last message, or begins a new one.",
+            param="continue_final_message",
+        )
+    if sampling.continue_final_message and "messages" not in prompt:
+        raise InvalidValue("needs messages; /v1/completions continues a prompt.", param="continue_final_message")
+    if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
+        raise InvalidValue(
+            f"must be at most max_tokens, which is {sampling.max_tokens}, not {sampling.min_tokens}", param="min_tokens"
+        )
+    _refuse_asking_for_nothing(sampling)
+
+
+def _refuse_asking_for_nothing(sampling: SamplingParameters) -> None:
+    if sampling.max_tokens == 0 and not sampling.echo and sampling.prompt_logprobs is None:
+        raise InvalidValue(
+            "must be greater than or equal to 1, not 0; 0 is for requests with echo or prompt_logprobs",
+            param="max_tokens",
+        )
+
+
+def _sampling(parameters: Mapping[str, Any], names: Mapping[str, str] = MappingProxyType({})) -> SamplingParameters:
+    """Return the validated parameters; `names` are those that they were given by, if others."""
     try:
         return SamplingParameters.model_validate(parameters, strict=True)
     except ValidationError as exc:
@@ -469,7 +517,8 @@ def _sampling(parameters: Mapping[str, Any]) -> SamplingParameters:
         message = first["msg"].replace("Input should", "must")
         # Messages of our own validators are complete; those of pydantic lack the value.
         given = "" if first["type"] == "value_error" else f", not {shown(first['input'])}"
-        raise InvalidValue(f"{message}{given}", param=str(first["loc"][0])) from exc
+        name = str(first["loc"][0])
+        raise InvalidValue(f"{message}{given}", param=names.get(name, name)) from exc
 
 
 def _logprobs(fields: Mapping[str, Any], endpoint: Endpoint, default: int | None) -> int | None:

@@ -156,6 +156,7 @@ def _output_columns(choice: FinishedChoice, checkpoints: Sequence[StoredCheckpoi
         "accepted_tokens": sum(part.accepted_tokens for part in checkpoints),
         "pieces": to_json(merge_pieces(piece for part in checkpoints for piece in part.pieces)),
         "logprobs": None if logprobs is None else to_json(logprobs),
+        "prompt": None if choice.prompt is None else to_json(choice.prompt),
         "worker_id": worker_id,
         "checkpoints": to_json(
             [

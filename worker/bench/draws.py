@@ -72,7 +72,7 @@ def measure(logits: Tensor, name: str, repeats: int) -> DrawTime:
     adjustments = None
     if SAMPLINGS[name].adjusted:
         seen = np.random.default_rng(0).choice(vocabulary, min(_SEEN_TOKENS, vocabulary), replace=False)
-        adjustments = adjustments_of(samplings, [(seen, seen % 3)] * rows)
+        adjustments = adjustments_of([s.bias for s in samplings], [(seen, seen % 3)] * rows)
     clock = thread_time if logits.device.type == "cpu" else perf_counter
 
     def call() -> float:

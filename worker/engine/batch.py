@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from worker.engine.kv.slot_allocator import Truncation
-from worker.engine.segments import IntArray, PrefixCopy, Segment, Segments, chain
+from worker.engine.segments import IntArray, PrefixCopy, Segment, Segments, chain, ranges
 from worker.engine.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -23,10 +23,18 @@ class Chunk:
     end: int  # the chunk is ids[cached:end]
     completes: bool  # the prefill ends with this chunk, so the sequence gets its next token from it
 
+    @property
+    def scored(self) -> range:
+        """Positions whose logits are kept for log-probabilities of the prompt."""
+        return self.sequence.scored(self.sequence.cached, self.end)
+
     def segment(self) -> Segment:
         """Return the chunk's rows."""
-        s = self.sequence
-        return chain(s.slot, s.cached, s.ids[s.cached : self.end], keep_last=self.completes)
+        s, scored = self.sequence, self.scored
+        rows = chain(s.slot, s.cached, s.ids[s.cached : self.end], keep_last=self.completes)
+        if not scored:
+            return rows
+        return replace(rows, keep=np.append(np.arange(scored.start, scored.stop) - s.cached, rows.keep))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,21 +69,25 @@ class Batch:
         """KV entries that the decoding sequences attend to without drafts: one row per sequence."""
         return float(sum(len(s.ids) for s in self.decoding))
 
-    def pack(self, forest: Forest) -> tuple[Segments, IntArray]:
-        """Return the step's segments in slot order, and the row in the kept logits of each node of `forest`.
+    def pack(self, forest: Forest) -> tuple[Segments, IntArray, IntArray]:
+        """Return the step's segments in slot order, and the rows in the kept logits of nodes and of prompt tokens.
 
-        The first trees are those of the decoding sequences. Those of sequences whose prefill completes are roots alone.
+        The former are those of the nodes of `forest`: the first trees belong to the decoding sequences, and those of
+        sequences whose prefill completes are roots alone. The latter are those of the chunks' scored positions.
         """
         trees, nodes = forest.segments(len(self.decoding))
         rows = np.zeros(forest.size, np.int64)
         rows[nodes] = np.arange(len(nodes))
         if not self.chunks:
-            return trees, rows
-        completed = np.arange(len(self.decoding), len(forest.sequences))  # roots, each with one kept row
-        rows[completed] = np.arange(len(nodes), len(nodes) + len(completed))
+            return trees, rows, rows[:0]
+        scored = np.array([len(chunk.scored) for chunk in self.chunks], np.int64)
+        completes = np.array([chunk.completes for chunk in self.chunks], np.bool_)
+        kept_before = len(nodes) + (scored + completes).cumsum() - (scored + completes)
+        completed = np.arange(len(self.decoding), len(forest.sequences))  # roots; each is the last row of its chunk
+        rows[completed] = (kept_before + scored)[completes]
         chunks = Segments.of([chunk.segment() for chunk in self.chunks])
         both = Segments.joined(trees, chunks)
         order = np.argsort(both.slots)
         kept = np.empty(len(both.kept), np.int64)
         kept[both.kept_in(order)] = np.arange(len(kept))
-        return both.ordered(order), kept[rows]
+        return both.ordered(order), kept[rows], kept[ranges(kept_before, scored)]

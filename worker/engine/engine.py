@@ -17,7 +17,7 @@ from worker.engine.errors import EngineError, NanLogits
 from worker.engine.grammar.constraints import Constraints
 from worker.engine.grammar.vocabulary import GrammarVocabulary
 from worker.engine.kv.slot_allocator import Truncation
-from worker.engine.logprobs import compute_logprobs
+from worker.engine.logprobs import compute_logprobs, score_prompts
 from worker.engine.model.packed_model import LanguageModel
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.scheduler import Scheduler
@@ -141,7 +141,7 @@ class Engine:
         plan = self._planner.plan(batch)
         timer.drafted()
         self._grow_trees(plan.selected)
-        segments, rows = batch.pack(plan.selected)
+        segments, rows, prompt_rows = batch.pack(plan.selected)
         if plan.selected.masks is not None:
             plan.selected.masks.start(plan.selected)
         logits = self._target.forward(segments)
@@ -151,6 +151,7 @@ class Engine:
         if undrawn:
             raise NanLogits([plan.selected.sequences[tree] for tree in undrawn])
         timer.verified()
+        score_prompts(batch.chunks, logits, prompt_rows)
         self._count_recomputed(batch)
         emitted = _emit(plan.selected.sequences, accepted, stuck)
         self._constraints.prepare(s for s in plan.selected.sequences if not s.finished)
@@ -243,6 +244,7 @@ class Engine:
             decision=plan.decision,
             trees={tree: _traced_tree(selected, tree, accepted) for tree in np.flatnonzero(traced).tolist()},
             logprobs=logprobs,
+            prompt_logprobs=_read_prompts(batch),
         )
         for sequence in sequences:
             sequence.steps += 1
@@ -303,6 +305,16 @@ def _emit(sequences: tuple[Sequence, ...], accepted: AcceptedPaths, stuck: Colle
         tokens = tokens[ranges(accepted.firsts, counts)]
         reasons[ended] = [REASONS.index(sequences[tree].finish_reason) for tree in ended]
     return EmittedTokens(counts, tokens, reasons)
+
+
+def _read_prompts(batch: Batch) -> dict[int, Logprobs]:
+    """Return the log-probabilities of the prompts whose prefill completes, by index among the emitting sequences."""
+    completing = [chunk.sequence for chunk in batch.chunks if chunk.completes]
+    return {
+        index: tuple(sequence.prompt_logprobs)
+        for index, sequence in enumerate(completing, start=len(batch.decoding))
+        if sequence.prompt_top is not None
+    }
 
 
 def _traced_tree(selected: Forest, tree: int, accepted: AcceptedPaths) -> TracedTree:

@@ -1,18 +1,20 @@
-"""Log-probabilities of emitted tokens and of the most likely alternatives, for sequences that request them.
+"""Log-probabilities of emitted and prompt tokens and of the most likely alternatives, for sequences that request them.
 
-A log-probability is the log-softmax of the target's raw logits at the row where the token was drawn, before
-temperature, penalties, bias and filters, so it does not depend on sampling. Each row is computed alone in double
-precision: batch and tree change it only by the rounding of the forward.
+A log-probability is the log-softmax of the target's raw logits at the row before the token: before temperature,
+penalties, bias and filters, so it does not depend on sampling. Each row is computed alone in double precision: batch
+and tree change it only by the rounding of the forward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from worker.engine.batch import Chunk
 from worker.engine.sampling.sampling import log_totals
 from worker.engine.segments import IntArray, ranges
 from worker.engine.speculation.draft_tree import Forest
@@ -47,6 +49,33 @@ def compute_logprobs(
         tree: tuple(read[end - length : end])
         for tree, length, end in zip(requested, lengths.tolist(), ends, strict=True)
     }
+
+
+def score_prompts(chunks: Sequence[Chunk], logits: Tensor, rows: IntArray) -> None:
+    """Append the log-probabilities of prompt tokens to their sequences.
+
+    `rows` are those in `logits` [rows, vocab] of the scored positions of the chunks, in their order. The token after a
+    position is scored.
+    """
+    start = 0
+    for chunk in chunks:
+        sequence, scored = chunk.sequence, chunk.scored
+        own = rows[start : start + len(scored)]
+        start += len(scored)
+        for first in range(0, len(scored), _ROWS_AT_ONCE):
+            positions = scored[first : first + _ROWS_AT_ONCE]
+            some = logits[torch.from_numpy(own[first : first + _ROWS_AT_ONCE]).to(logits.device)]
+            tokens = sequence.ids[positions.start + 1 : positions.stop + 1]
+            read = read_rows(some, tokens, [sequence.prompt_top or 0] * len(tokens))
+            ranks = _ranks(some, tokens)
+            sequence.prompt_logprobs += [replace(one, rank=rank) for one, rank in zip(read, ranks, strict=True)]
+
+
+def _ranks(logits: Tensor, tokens: Sequence[int]) -> list[int]:
+    """Return how many tokens of each row are at least as likely as its own."""
+    own = logits.gather(-1, torch.tensor(tokens, device=logits.device).unsqueeze(-1))
+    ranks: list[int] = (logits >= own).sum(-1).tolist()
+    return ranks
 
 
 def read_rows(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:

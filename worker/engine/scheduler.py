@@ -122,13 +122,14 @@ class Scheduler:
         self._chunks = self._next_chunks(selected)
         decoding = tuple(self._decoding if selected is None else (s for s in self._decoding if s in selected))
         preempted, self._preempted = tuple(self._preempted), []
+        scored = sum(len(chunk.scored) for chunk in self._chunks)
         return Batch(
             chunks=tuple(self._chunks),
             decoding=decoding,
             prefix_copies=self._sharing.pop_copies(),
             truncations=tuple(self.slots.pop_truncations()),
             preempted=preempted,
-            draft_rows=self.slots.available_pages,
+            draft_rows=min(self.slots.available_pages, MAX_STEP_NODES - scored),
             plain=plain,
         )
 
@@ -164,7 +165,8 @@ class Scheduler:
         pages = self.slots.pages_for(sequence.max_length if is_reserved(sequence) else len(sequence.ids))
         if pages > self.slots.available_pages:
             return False
-        sequence.slot, sequence.cached = self.slots.allocate(sequence.ids)
+        shared = sequence.ids if sequence.prompt_top is None else sequence.ids[: sequence.shareable + 1]
+        sequence.slot, sequence.cached = self.slots.allocate(shared)
         self.slots.grow(sequence.slot, sequence.max_length if is_reserved(sequence) else len(sequence.ids))
         self._sharing.admit(sequence)
         self._running.push(sequence, self._arrived[sequence])
@@ -236,21 +238,26 @@ class Scheduler:
     def _next_chunks(self, selected: set[Sequence] | None) -> list[Chunk]:
         """Divide the prompt rows: a share to the oldest prompt, then to the shortest ones, the rest to the first.
 
-        A sequence that waits for a prefix which another one prefills has its rows given to that one.
+        A sequence that waits for a prefix which another one prefills has its rows given to that one. A step keeps the
+        logits of MAX_STEP_NODES rows beside those of the sequences, of prompt tokens or of draft nodes: that bounds
+        its memory.
         """
-        rows = self._options.prefill_rows
+        rows, scores = self._options.prefill_rows, MAX_STEP_NODES
         given: dict[Sequence, int] = {}  # ends of chunks
         for sequence in self._in_order(selected):
             reader, end = self._sharing.reader(sequence, selected)
             start = given.get(reader, reader.cached)
             end = min(end, start + (rows if given else max(1, rows // _OLDEST_SHARE)))
+            end = _scorable(reader, start, end, scores)
             if end > start:
                 given[reader] = end
                 rows -= end - start
+                scores -= len(reader.scored(start, end))
             if rows <= 0:
                 break
         for sequence in [*given][:1]:
-            given[sequence] += min(len(sequence.ids) - given[sequence], rows)
+            start = given[sequence]
+            given[sequence] = _scorable(sequence, start, min(len(sequence.ids), start + rows), scores)
         return [Chunk(sequence, end, completes=end == len(sequence.ids)) for sequence, end in given.items()]
 
     def _in_order(self, selected: set[Sequence] | None) -> Iterator[Sequence]:
@@ -274,6 +281,12 @@ class Scheduler:
         finally:
             for sequence in seen:
                 self._by_unread.push(sequence, _unread(sequence))
+
+
+def _scorable(sequence: Sequence, start: int, end: int, limit: int) -> int:
+    """Return the end of a chunk from `start` to at most `end` with at most `limit` scored rows."""
+    scored = sequence.scored(start, end)
+    return end if len(scored) <= limit else scored.start + limit
 
 
 def _unread(sequence: Sequence) -> int:

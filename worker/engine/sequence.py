@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -9,9 +10,10 @@ from enum import StrEnum
 from itertools import count
 
 from worker.engine.grammar.grammar import Grammar
-from worker.engine.sampling.parameters import Sampling
+from worker.engine.sampling.parameters import Bias, Sampling, bias_of
 from worker.engine.sampling.penalties import TokenCounts
 from worker.engine.segments import IntArray
+from worker.engine.token_logprobs import TokenLogprobs
 
 
 class FinishReason(StrEnum):
@@ -41,6 +43,8 @@ class Sequence:
     cached: int = 0  # leading ids with KV entries in the slot
     steps: int = 0  # decoding steps so far; the token from prefill is step 0
     traced_steps: int = 0  # the first steps return their trees
+    prompt_top: int | None = None  # most likely tokens to report beside each prompt token; None: report neither
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's tokens but the first, so far
     prefill_ms: float = 0.0  # time of prefill chunks since the last emitted token
     finish_reason: FinishReason | None = None
     cancelled: bool = False
@@ -49,6 +53,7 @@ class Sequence:
     computed: int = 0  # leading ids that had KV entries when it was last preempted
     new_preemptions: int = 0  # since the last emitted token, as is the next
     recomputed_tokens: int = 0  # ids whose KV entries were computed again after a preemption
+    open_bias: Bias | None = None  # cached by `bias`
     history: TokenCounts = field(default_factory=TokenCounts)  # token counts for penalties
     number: int = field(default_factory=count().__next__)  # in results; no other sequence of this process has it
 
@@ -73,9 +78,30 @@ class Sequence:
         return self.steps == 0 or self.cached < len(self.ids) - 1
 
     @property
+    def shareable(self) -> int:
+        """Leading ids whose KV entries may come from another sequence: not those whose logits are still to be read."""
+        if self.prompt_top is None or len(self.prompt_logprobs) >= self.num_prompt - 1:
+            return len(self.ids)
+        return len(self.prompt_logprobs)
+
+    def scored(self, start: int, end: int) -> range:
+        """Return the positions from `start` to `end` whose logits are read for log-probabilities of the prompt."""
+        if self.prompt_top is None:
+            return range(0)
+        return range(max(start, len(self.prompt_logprobs)), min(end, self.num_prompt - 1))
+
+    @property
     def finished(self) -> bool:
         """True when nothing more will be emitted."""
         return self.finish_reason is not None or self.cancelled
+
+    def bias(self, position: int) -> Bias:
+        """Return what is added to the logits of the token at a position: -inf for one that would end it too early."""
+        if position >= self.num_prompt + self.sampling.min_tokens or not self.eos_ids:
+            return self.sampling.bias
+        if self.open_bias is None:
+            self.open_bias = bias_of(dict(self.sampling.logit_bias) | dict.fromkeys(sorted(self.eos_ids), -math.inf))
+        return self.open_bias
 
     def seen(self, path: Seq[int]) -> tuple[IntArray, IntArray]:
         """Return the distinct tokens of the sequence followed by a draft path, and their counts in the output."""

@@ -68,6 +68,7 @@ class StepResult:
     stats: StepStats
     tree: TracedTree | None = None  # only of the first `traced_steps` steps
     logprobs: Logprobs = None  # of each token, if requested
+    prompt_logprobs: Logprobs = None  # of the prompt's tokens but the first, if requested, when it has been read
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +112,9 @@ class StepBatch:
     plain_step_ms: float | None
     drafter: str | None  # of the sequences with a tree
     decision: Decision
-    trees: Mapping[int, TracedTree]  # by index of the sequence in `numbers`, as is the next
+    trees: Mapping[int, TracedTree]  # by index of the sequence in `numbers`, as are the next two
     logprobs: Mapping[int, Logprobs]
+    prompt_logprobs: Mapping[int, Logprobs]
 
     @classmethod
     def empty(cls) -> Self:
@@ -141,6 +143,7 @@ class StepBatch:
             decision=Decision.PREFILL,
             trees={},
             logprobs={},
+            prompt_logprobs={},
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -174,6 +177,7 @@ class StepBatch:
                 stats=replace(stats, reached=tuple(reached[first : first + count])) if stats.tree_nodes else stats,
                 tree=self.trees.get(index),
                 logprobs=self.logprobs.get(index),
+                prompt_logprobs=self.prompt_logprobs.get(index),
             )
 
     def _stats(self) -> Iterator[StepStats]:
@@ -232,7 +236,7 @@ _INTS = (
     "reached_counts",
 )
 _FLOATS = ("expected_accepted", "step_ms")
-_OTHERS = ("draft_ms", "verify_ms", "plain_step_ms", "drafter", "decision", "trees", "logprobs")
+_OTHERS = ("draft_ms", "verify_ms", "plain_step_ms", "drafter", "decision", "trees", "logprobs", "prompt_logprobs")
 
 
 def _restored(count: int, tokens: int, ints: bytes, floats: bytes, others: tuple[Any, ...]) -> StepBatch:

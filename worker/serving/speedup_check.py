@@ -213,7 +213,7 @@ class SpeedupCheck:
         key = (f"comparison {run_number} of {claim.job_id}", text.request_index, plain)
         sequence = self._codec.sequence(key, prompt, request.sampling, 0, self._codec.grammar(request, form))
         sequence.traced_steps = 0
-        stream = self._codec.stream(request.sampling.stop, prompt, claim.endpoint, form)
+        stream = self._codec.stream(request.sampling, prompt, claim.endpoint, form)
         return _Variant(sequence, OutputStream(key, stream))
 
     def _step(self) -> None:

@@ -11,6 +11,7 @@ import copy
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum, auto
 from functools import cached_property
 from types import MappingProxyType
@@ -39,6 +40,7 @@ _INITIALS = {role[0]: role for role in _PROBES}
 _NEVER = re.compile("(?!)")
 _ESCAPED_MARK = re.compile(r"\\U000f000[01]|\\udb80\\udc0[01]", re.IGNORECASE)  # of transformers' marks
 _OPTIONAL = ("reasoning_content",)  # fields of messages that templates may read
+_END = "7dcb04end "  # marks where the last message ends; without its space, the template trims contents
 
 
 class _ContentFormat(Enum):
@@ -47,6 +49,15 @@ class _ContentFormat(Enum):
     TEXT = auto()
     PARTS = auto()
     DROPPED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """How a conversation is rendered and tokenized."""
+
+    add_generation_prompt: bool = True  # begin an answer after the last message
+    continue_final_message: bool = False  # leave the last message open instead
+    add_special_tokens: bool = False  # those of the tokenizer, around what the template writes
 
 
 class Chat:
@@ -116,16 +127,19 @@ class Chat:
         check: Callable[[str], None],
         arguments: Mapping[str, Any] = MappingProxyType({}),
         tools: Sequence[Mapping[str, Any]] | None = None,
+        options: ChatOptions = ChatOptions(),
     ) -> list[int]:
-        """Return the token ids of a rendered conversation, up to the start of the answer.
+        """Return the token ids of a rendered conversation, up to where the answer starts.
 
         The template gets `tools` and the `arguments` too. `check` may refuse the rendered text by raising. Raises
-        InvalidValue if there is no template, if it drops a role of the conversation, or if it fails.
+        InvalidValue if there is no template, if it drops a role of the conversation, if it changes the message to
+        continue, or if it fails.
         """
         if not self.has_template:
             raise InvalidValue("this model has no chat template; send a prompt to /v1/completions", param="messages")
         # An empty message says nothing: leave it out where its role would be refused.
-        messages = [message for message in messages if _says(message) or message["role"] not in self._untaken]
+        last = messages[-1] if options.continue_final_message else None
+        messages = [m for m in messages if _says(m) or m["role"] not in self._untaken or m is last]
         for message in messages:
             if self._formats.get(message["role"]) is _ContentFormat.DROPPED and not _is_of_call(message):
                 raise InvalidValue(
@@ -136,17 +150,19 @@ class Chat:
         formatted = [self._formatted(message) for message in messages]
         if tools is not None or any(map(_is_of_call, messages)):
             self._refuse_names([messages, tools])
-        text = self._render(formatted, arguments, tools)
+        text = self._opened(formatted, arguments, tools, options)
         check(text)
         special = self._special_in([*messages, arguments, *(tools or ())]) if self._special == "text" else []
-        if not special:
-            return list(self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
-        longest_first = sorted(special, key=len, reverse=True)
-        control = re.compile("|".join(map(re.escape, longest_first)))
-        marked = cast(list[dict[str, Any]], mark_control_tokens(formatted, control))
-        return self._encode_marked(
-            self._render(marked, mark_control_tokens(dict(arguments), control), mark_control_tokens(tools, control))
-        )
+        if special:
+            longest_first = sorted(special, key=len, reverse=True)
+            control = re.compile("|".join(map(re.escape, longest_first)))
+            marked = cast(list[dict[str, Any]], mark_control_tokens(formatted, control))
+            others = mark_control_tokens(dict(arguments), control), mark_control_tokens(tools, control)
+            ids = self._encode_marked(self._opened(marked, *others, options))
+        else:
+            ids = list(self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+        before, after = self._special_around if options.add_special_tokens else ((), ())
+        return [*before, *ids, *after]
 
     def _refuse_names(self, given: Sequence[Any]) -> None:
         """Refuse special tokens in the names of fields, which can't be marked."""
@@ -176,6 +192,14 @@ class Chat:
     @cached_property
     def _special_tokens(self) -> list[str]:
         return [added.content for added in self._tokenizer.added_tokens_decoder.values() if added.special]
+
+    @cached_property
+    def _special_around(self) -> tuple[list[int], list[int]]:
+        """The special tokens that the tokenizer adds before and after a text."""
+        encode = self._tokenizer.backend_tokenizer.encode
+        bare, whole = (encode(_PROBE_TEXT, add_special_tokens=added).ids for added in (False, True))
+        first = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+        return whole[:first], whole[first + len(bare) :]
 
     def _formatted(self, message: Message, fmt: _ContentFormat | None = None) -> dict[str, Any]:
         """Return a message in the content format that the template takes."""
@@ -215,11 +239,41 @@ class Chat:
         """The optional fields of messages that the template does not read: one that shows whole messages lacks them."""
         return frozenset(name for name in _OPTIONAL if name not in (self.template or ""))
 
+    def _opened(
+        self,
+        messages: list[dict[str, Any]],
+        arguments: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] | None,
+        options: ChatOptions,
+    ) -> str:
+        """Return the rendered text; with `continue_final_message`, up to the end of the last message's content."""
+        if not options.continue_final_message:
+            return self._render(messages, arguments, tools, add_generation_prompt=options.add_generation_prompt)
+        content = _text_of(messages[-1])
+        end = _END
+        while any(end.strip() in _text_of(message) for message in messages):
+            end = "x" + end
+        opened_messages = [*messages[:-1], _with_text(messages[-1], content + end)]
+        text = self._render(opened_messages, arguments, tools, add_generation_prompt=False)
+        at = text.rfind(end.strip())
+        opened = text[: max(at, 0)].replace(end, "").replace(end.strip(), "")  # a template may show a content twice
+        if not text.startswith(end, max(at, 0)):  # the template trims contents, and so the end of this one
+            opened = opened.removesuffix(content[len(content.rstrip()) :])
+        if at < 0 or not opened.rstrip().endswith(content.strip()):
+            raise InvalidValue(
+                "the model's chat template changes the last message, so that it can't be continued; end with a user "
+                "message, or send the rendered text to /v1/completions",
+                param="messages",
+            )
+        return opened
+
     def _render(
         self,
         messages: list[dict[str, Any]],
         arguments: Mapping[str, Any] = MappingProxyType({}),
         tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
     ) -> str:
         """Return the rendered text. Rendered piece by piece with a limit, because a template may never end."""
         given = sum(len(text) for values in (*messages, arguments, *(tools or ())) for text in _texts(values))
@@ -229,7 +283,13 @@ class Chat:
         try:
             template = _compile_jinja_template(self._tokenizer.get_chat_template(tools=_listed(tools)))
             special = self._tokenizer.special_tokens_map
-            own = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": True, **special}
+            own = {
+                "messages": messages,
+                "tools": tools,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+                **special,
+            }
             for piece in template.generate(**{**arguments, **own}):
                 pieces.append(piece)
                 length += len(piece) + 1
@@ -273,3 +333,13 @@ def _texts(value: Any) -> Iterator[str]:
         yield from (text for inner in value.values() for text in _texts(inner))
     elif isinstance(value, list | tuple):
         yield from (text for inner in value for text in _texts(inner))
+
+
+def _text_of(message: Mapping[str, Any]) -> str:
+    content = message["content"]
+    return str(content if isinstance(content, str) else content[0]["text"])
+
+
+def _with_text(message: Mapping[str, Any], text: str) -> dict[str, Any]:
+    parts = not isinstance(message["content"], str)
+    return {**message, "content": [{"type": "text", "text": text}] if parts else text}

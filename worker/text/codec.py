@@ -26,13 +26,14 @@ from jobs.messages import (
 )
 from jobs.openai.call_formats import call_format
 from jobs.openai.logprobs import TokenAlternatives
+from jobs.openai.prompt_details import token_name
 from worker.engine.errors import ModelRefused, error_summary
 from worker.engine.grammar.grammar import Grammar
 from worker.engine.sampling.parameters import Sampling, noise_key
 from worker.engine.sequence import Sequence as EngineSequence
 from worker.engine.token_logprobs import TokenLogprobs
 from worker.text.call_grammar import CallGrammar, after_reasoning
-from worker.text.chat import Chat, Special
+from worker.text.chat import Chat, ChatOptions, Special
 from worker.text.detokenizer import Detokenizer
 from worker.text.prompt_length import PromptLength
 from worker.text.reasoning import AUTO, Reasoning, ReasoningCounter, is_begun_by_model, markers_of, template_arguments
@@ -104,7 +105,7 @@ class Codec:
 
     def encode(self, request: GenerationRequest, endpoint: str) -> list[int]:
         """Return the prompt's token ids. Raises PromptTooLong, or InvalidValue if the chat template refuses it."""
-        return self._checked(self._encode(request, endpoint), _prompt_field(request, endpoint))
+        return self._checked(self._encode(request, endpoint), _prompt_field(request, endpoint), request.sampling)
 
     def encode_all(self, request: GenerationRequest, endpoint: str) -> list[list[int]]:
         """Return the token ids of all prompts of a request; raises like `encode`."""
@@ -140,10 +141,20 @@ class Codec:
         if endpoint == COMPLETIONS_ENDPOINT:
             return None
         reasoning = None if self._reasoning is None else self._reasoning.format(prompt, request.reasoning)
+        if reasoning is not None and self._continues_reasoning(request):
+            reasoning = reasoning.model_copy(update={"opened": True})
         calls = None
         if request.tools is not None and request.tools.callable:
             calls = CallAnswer(form=self._chat.tools.format.name, named=request.tools.choice == "named")
         return AnswerFormat(reasoning=reasoning, calls=calls) if reasoning or calls else None
+
+    def _continues_reasoning(self, request: GenerationRequest) -> bool:
+        """Return whether the message that an answer continues, and does not echo, ends within its reasoning."""
+        continues = request.sampling.continue_final_message and not request.sampling.echo
+        if not continues or self._reasoning is None or request.messages is None:
+            return False
+        start, end = map(request.messages[-1].content.rfind, self._reasoning.markers)
+        return start > end
 
     def sequence(
         self,
@@ -164,7 +175,7 @@ class Codec:
             key=key,
             ids=list(prompt),
             num_prompt=len(prompt),
-            max_tokens=min(sampling.max_tokens or room, room),
+            max_tokens=room if sampling.max_tokens is None else min(sampling.max_tokens, room),
             sampling=Sampling(
                 temperature=sampling.temperature if sampling.temperature >= _MIN_DIVISOR else 0.0,
                 top_k=sampling.top_k,
@@ -176,6 +187,7 @@ class Codec:
                 repetition_penalty=max(sampling.repetition_penalty, _MIN_DIVISOR),
                 logit_bias=tuple(sampling.logit_bias.items()),
                 logprobs=sampling.logprobs,
+                min_tokens=sampling.min_tokens,
             ),
             eos_ids=frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.eos_ids),
             grammar=grammar,
@@ -183,9 +195,13 @@ class Codec:
             traced_steps=sampling.record_trees,
         )
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of a complete sequence of tokens, without special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of a complete sequence of tokens."""
+        return str(
+            self.tokenizer.decode(
+                list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
+        )
 
     def token_text(self, token: int) -> str:
         """Return one token as readable text; special tokens by name."""
@@ -193,18 +209,20 @@ class Codec:
 
     def stream(
         self,
-        stops: Sequence[str] = (),
+        sampling: SamplingParameters | None = None,
         prompt: Sequence[int] = (),
         endpoint: str = COMPLETIONS_ENDPOINT,
         form: AnswerFormat | None = None,
         grammar: Grammar | None = None,
     ) -> TextStream:
-        """Return a new text stream for one choice; it ends before the first stop string.
+        """Return a new text stream for one choice; it ends at the first stop string of `sampling`.
 
-        A completion continues its prompt, so its first token keeps its leading space. A chat answer starts a new text.
+        A completion continues its prompt, so its first token keeps its leading space; so does an answer that continues
+        a message. Another chat answer starts a new text.
         """
-        standalone = endpoint != COMPLETIONS_ENDPOINT and self._chat.has_template
-        return TextStream(self, stops, None if standalone else prompt, form, grammar)
+        continues = sampling is not None and sampling.continue_final_message
+        standalone = endpoint != COMPLETIONS_ENDPOINT and self._chat.has_template and not continues
+        return TextStream(self, sampling, None if standalone else prompt, form, grammar)
 
     def shown_ids(self, form: AnswerFormat | None) -> frozenset[int]:
         """Return the ids of special tokens that a text with this format shows: its markers."""
@@ -227,9 +245,11 @@ class Codec:
     def _encode_prompt(self, prompt: str | tuple[int, ...], request: GenerationRequest, endpoint: str) -> list[int]:
         if isinstance(prompt, str):
             return self.encode(request.model_copy(update={"prompt": prompt, "prompts": None}), endpoint)
-        return self._checked(list(prompt), "prompt")
+        return self._checked(list(prompt), "prompt", request.sampling)
 
-    def _checked(self, ids: list[int], param: str) -> list[int]:
+    def _checked(self, ids: list[int], param: str, sampling: SamplingParameters) -> list[int]:
+        """Return the prompt's tokens, truncated if the request asks for it; refuse those that don't fit."""
+        ids = self._truncated(ids, sampling)
         if len(ids) >= self.context_tokens:
             raise self._too_long(str(len(ids)), param)
         if not ids:
@@ -237,22 +257,48 @@ class Codec:
         self._check_vocabulary(ids, param)  # a tokenizer can know more tokens than its model has embeddings
         return ids
 
+    def _truncated(self, ids: list[int], sampling: SamplingParameters) -> list[int]:
+        """Return the tokens that `truncate_prompt_tokens` keeps, as vLLM does."""
+        kept = sampling.truncate_prompt_tokens
+        if kept is None:
+            return ids
+        if kept < 0:
+            kept = self.context_tokens - max(1, sampling.max_tokens or 1)
+        if kept < 1:
+            raise InvalidValue(
+                f"max_tokens leaves no room for a prompt in the model's context of {self.context_tokens} tokens; "
+                "lower it, or keep a number of tokens",
+                param="truncate_prompt_tokens",
+            )
+        return ids[-kept:] if sampling.truncation_side == "left" else ids[:kept]
+
     def _encode(self, request: GenerationRequest, endpoint: str) -> list[int]:
+        sampling = request.sampling
+        truncates = sampling.truncate_prompt_tokens is not None
         if request.messages is None and (endpoint == COMPLETIONS_ENDPOINT or not self._chat.has_template):
             text = request.prompt or ""
-            self._check_length(text, "prompt")
-            return list(self.tokenizer.backend_tokenizer.encode(text).ids)
+            self._check_length(text, "prompt", truncates)
+            added = sampling.add_special_tokens is not False
+            return list(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=added).ids)
         prompt = (ChatMessage(role="user", content=request.prompt or ""),)
         turns, tools = self._chat.tools.turns(request.messages or prompt, request.tools)
         arguments = template_arguments(request, self._chat.variables)
-        check = partial(self._check_length, param=_prompt_field(request, endpoint))
-        ids = self._chat.encode(turns, check, arguments, tools)
-        if request.grammar is None or self._reasoning is None:
+        check = partial(self._check_length, param=_prompt_field(request, endpoint), truncates=truncates)
+        options = ChatOptions(
+            add_generation_prompt=sampling.add_generation_prompt,
+            continue_final_message=sampling.continue_final_message,
+            add_special_tokens=sampling.add_special_tokens is True,
+        )
+        ids = self._chat.encode(turns, check, arguments, tools, options)
+        begins = sampling.add_generation_prompt and not sampling.continue_final_message
+        if request.grammar is None or self._reasoning is None or not begins:
             return ids
         return [*ids, *self._reasoning.opening(ids)]
 
-    def _check_length(self, text: str, param: str) -> None:
+    def _check_length(self, text: str, param: str, truncates: bool) -> None:
         """Refuse a text whose minimal number of tokens exceeds the context, without the slow tokenization."""
+        if truncates:
+            return
         least = self._length.min_tokens(text)
         if least >= self.context_tokens:
             raise self._too_long(f"at least {least}", param)
@@ -271,16 +317,21 @@ class TextStream:
     def __init__(
         self,
         codec: Codec,
-        stops: Sequence[str] = (),
+        sampling: SamplingParameters | None = None,
         before: Sequence[int] | None = (),
         form: AnswerFormat | None = None,
         grammar: Grammar | None = None,
     ) -> None:
-        """Continue the tokens `before`; None starts a new text."""
+        """Continue the tokens `before`; None starts a new text. `sampling` says what the text holds, and its end."""
         self._token_bytes = token_bytes(codec.tokenizer)
-        self._detokenizer = Detokenizer(codec.tokenizer, before, codec.shown_ids(form))
+        self._skips_special = sampling is None or sampling.skip_special_tokens
+        shown = codec.shown_ids(form) if self._skips_special else self._token_bytes.special
+        self._detokenizer = Detokenizer(codec.tokenizer, before, shown)
         self._reasoning = ReasoningCounter(form, () if grammar is None else grammar.after)
-        self._stops = StopStrings(stops)
+        self._names_ids = sampling is not None and sampling.return_tokens_as_token_ids
+        self._keeps_stop = sampling is not None and sampling.include_stop_str_in_output
+        self._stops = StopStrings(() if sampling is None else sampling.stop, keep=self._keeps_stop)
+        self._min_tokens = 0 if sampling is None else sampling.min_tokens
         self._text: list[str] = []
         self._first = before is None  # the next token starts a text
         self.num_tokens = 0  # tokens taken; those after a stop string are not
@@ -307,22 +358,25 @@ class TextStream:
     def resume(self, ids: Sequence[int], accepted: Iterable[bool]) -> None:
         """Take tokens that an earlier worker has committed and published."""
         self.push(ids, accepted)
-        self._first = self._first and all(map(self._token_bytes.is_special, ids))
+        self._first = self._first and self._skips_special and all(map(self._token_bytes.is_special, ids))
 
-    def push(self, ids: Iterable[int], accepted: Iterable[bool]) -> Pieces:
+    def push(self, ids: Sequence[int], accepted: Iterable[bool], *, ended: bool = False) -> Pieces:
         """Add tokens; return the new (text, source) pieces: source `draft` for accepted draft tokens, else `target`.
 
-        The token that completes a stop string is the last one taken.
+        The token that completes a stop string is the last one taken. With `ended` the last token is the stop token that
+        has ended the sequence.
         """
         pieces: Pieces = []
-        for token, drafted in zip(ids, accepted, strict=True):
+        stop_token = len(ids) - 1 if ended and not self._keeps_stop else None
+        for at, (token, drafted) in enumerate(zip(ids, accepted, strict=True)):
             if self.stopped:
                 break
             self.num_tokens += 1
-            chunk = self._detokenizer.push(token)
+            chunk = "" if at == stop_token else self._detokenizer.push(token)
             self._reasoning.push(token, chunk)
             if chunk:
-                self._pass(pieces, self._stops.push(chunk, "draft" if drafted else "target"))
+                source = "draft" if drafted else "target"
+                self._pass(pieces, self._stops.push(chunk, source, may_stop=self.num_tokens > self._min_tokens))
         return pieces
 
     def finish(self, _ids: Sequence[int] = ()) -> Pieces:
@@ -342,8 +396,9 @@ class TextStream:
         return tuple(self._likelihoods(token, entry) for token, entry in zip(ids, logprobs, strict=False))
 
     def _likelihoods(self, token: int, entry: TokenLogprobs) -> TokenAlternatives:
-        first, self._first = self._first, self._first and self._token_bytes.is_special(token)
-        return self._token_bytes.likelihoods(entry, token, first=first)
+        first, self._first = self._first, self._first and self._skips_special and self._token_bytes.is_special(token)
+        read = self._token_bytes.likelihoods(entry, token, first=first, special_bytes=not self._skips_special)
+        return read.renamed([token_name(i) for i in (token, *(i for i, _ in entry.top))]) if self._names_ids else read
 
     def _pass(self, pieces: Pieces, passed: Pieces) -> None:
         for chunk, source in passed:

@@ -31,9 +31,10 @@ class StepOutput:
 class OutputStream:
     """Tokens and text of one sequence."""
 
-    def __init__(self, key: Hashable, stream: TextStream) -> None:
-        """Start without tokens; `key` is that of the sequence."""
+    def __init__(self, key: Hashable, stream: TextStream, echo: str = "") -> None:
+        """Start without tokens; `key` is that of the sequence, and the text begins with `echo`."""
         self.key = key
+        self.echo = echo
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self._stream = stream
@@ -41,7 +42,7 @@ class OutputStream:
     @property
     def text(self) -> str:
         """Text returned so far."""
-        return self._stream.text
+        return self.echo + self._stream.text
 
     @property
     def reasoning_tokens(self) -> int | None:
@@ -63,7 +64,7 @@ class OutputStream:
         tokens, stats, logprobs = result.tokens, result.stats, result.logprobs
         accepted = [i < stats.accepted_tokens for i in range(len(tokens))]
         before = self._stream.num_tokens
-        pieces = self._stream.push(tokens, accepted)
+        pieces = self._stream.push(tokens, accepted, ended=result.finish_reason is FinishReason.STOP)
         count = self._stream.num_tokens - before
         self.finish_reason = result.finish_reason
         if result.finish_reason is not None:

@@ -37,16 +37,27 @@ class TokenBytes:
         """Tokens of a plain letter: a token after them decodes as inside a text."""
         return tuple(self._tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).ids)
 
+    @property
+    def special(self) -> frozenset[int]:
+        """The ids of special tokens."""
+        return self._special
+
     def is_special(self, token: int) -> bool:
         """Return whether a token is special: then it adds nothing to a text."""
         return token in self._special
 
-    def likelihoods(self, entry: TokenLogprobs, token: int, *, first: bool = False) -> TokenAlternatives:
-        """Return the log-probabilities of a token and its alternatives with their texts; `first`: they start a text."""
-        return TokenAlternatives(
-            self._token_likelihood(token, entry.logprob, first),
-            tuple(self._token_likelihood(other, p, first) for other, p in entry.top),
+    def likelihoods(
+        self, entry: TokenLogprobs, token: int, *, first: bool = False, special_bytes: bool = False
+    ) -> TokenAlternatives:
+        """Return the log-probabilities of a token and its alternatives with their texts.
+
+        `first`: they start a text. `special_bytes`: special tokens are text, and so have bytes.
+        """
+        chosen, *top = (
+            self._token_likelihood(each, logprob, first, special_bytes)
+            for each, logprob in ((token, entry.logprob), *entry.top)
         )
+        return TokenAlternatives(chosen, tuple(top))
 
     def text_and_bytes(self, token: int, *, first: bool = False) -> tuple[str, tuple[int, ...] | None]:
         """Return a token's text and its bytes; None for special tokens, which add no bytes."""
@@ -54,9 +65,9 @@ class TokenBytes:
             self._cache[token, first] = self._text_and_bytes(token, first)
         return self._cache[token, first]
 
-    def _token_likelihood(self, token: int, logprob: float, first: bool) -> ScoredToken:
+    def _token_likelihood(self, token: int, logprob: float, first: bool, special_bytes: bool) -> ScoredToken:
         text, raw = self.text_and_bytes(token, first=first)
-        return ScoredToken(text, logprob, raw)
+        return ScoredToken(text, logprob, tuple(text.encode()) if raw is None and special_bytes else raw)
 
     def _text_and_bytes(self, token: int, first: bool) -> tuple[str, tuple[int, ...] | None]:
         symbols: Any = self._tokenizer.convert_ids_to_tokens(token)  # one id gives one token; the type covers lists too

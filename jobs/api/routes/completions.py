@@ -172,9 +172,9 @@ def _whole(services: Services, call: _Call) -> Response:
 
 
 def _last_lines(services: Services, call: _Call, more: dict[str, Any]) -> list[str]:
-    """Return the last chunks of a stream: log-probabilities, and the token usage if requested."""
+    """Return the last chunks of a stream, as requested: log-probabilities and token ids, and the token usage."""
     output = call_output(services, call.header.id)
-    lines = [_line(piece | more) for piece in completions.logprobs_chunks(call.header, output)]
+    lines = [_line(piece | more) for piece in completions.detail_chunks(call.header, output)]
     return [*lines, _line(completions.usage_chunk(call.header, output))] if call.with_usage else lines
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final, get_args
 from fastapi import FastAPI
 
 from jobs.api.schemas.replies import ErrorReply, examples, streamed_schemas
-from jobs.messages import CHAT_ENDPOINT, MAX_COMPARED_REQUESTS, Endpoint, SamplingParameters
+from jobs.messages import CHAT_ENDPOINT, MAX_COMPARED_REQUESTS, MAX_STOP_STRINGS, Endpoint, SamplingParameters
 from jobs.submission.fields import PARAMETERS, Treatment, field_of
 from jobs.submission.request_parser import MAX_CUSTOM_ID_CHARS, MAX_TIMEOUT_S
 from jobs.submission.tools import MAX_TOOLS
@@ -48,7 +48,7 @@ def _parameters() -> Json:
         if idle and "minimum" in schemas[name]:
             schemas[name]["minimum"] = min(*idle, schemas[name]["minimum"])
     schemas["stop"] = {
-        "anyOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": 4}],
+        "anyOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": MAX_STOP_STRINGS}],
         "description": schemas["stop"]["description"],
     }
     schemas["max_completion_tokens"] = {**schemas["max_tokens"], "description": "Same as max_tokens; takes precedence."}

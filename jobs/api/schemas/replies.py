@@ -187,7 +187,10 @@ class OutputChoice(_Reply):
     tool_calls: list[MessageCall] | None = None  # if the model called functions
     finish_reason: str
     completion_tokens: int
-    logprobs: Json | None = None  # if requested
+    logprobs: Json | None = None  # if requested, as are the next three
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: list[Json | None] | None = None
 
 
 class CompletionDetails(_Reply):
@@ -333,6 +336,7 @@ class ChatChoice(_Reply):
     message: AnswerMessage
     logprobs: Json | None
     finish_reason: str
+    token_ids: list[int] | None = None  # if requested
 
 
 class ChatReply(_Reply):
@@ -345,6 +349,8 @@ class ChatReply(_Reply):
     choices: list[ChatChoice]
     system_fingerprint: str | None
     usage: OutputUsage
+    prompt_token_ids: list[int] | None = None  # if requested, as is the next
+    prompt_logprobs: list[Json | None] | None = None
 
 
 class TextChoice(_Reply):
@@ -354,6 +360,9 @@ class TextChoice(_Reply):
     text: str
     logprobs: Json | None
     finish_reason: str
+    token_ids: list[int] | None = None  # if requested, as are the next two
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: list[Json | None] | None = None
 
 
 class TextReply(_Reply):
@@ -401,6 +410,7 @@ class ChatChunkChoice(_Reply):
     delta: ChatDelta
     logprobs: Json | None
     finish_reason: str | None
+    token_ids: list[int] | None = None  # after the text, if requested
 
 
 class ChatChunk(_Reply):
@@ -412,6 +422,8 @@ class ChatChunk(_Reply):
     model: str
     choices: list[ChatChunkChoice]
     system_fingerprint: str | None
+    prompt_token_ids: list[int] | None = None  # after the text, if requested, as is the next
+    prompt_logprobs: list[Json | None] | None = None
     usage: OutputUsage | None = None  # if requested
 
 
@@ -422,6 +434,9 @@ class TextChunkChoice(_Reply):
     text: str
     logprobs: Json | None
     finish_reason: str | None
+    token_ids: list[int] | None = None  # after the text, if requested, as are the next two
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: list[Json | None] | None = None
 
 
 class TextChunk(_Reply):

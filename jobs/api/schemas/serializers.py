@@ -11,6 +11,7 @@ from jobs.messages import JobStatus
 from jobs.openai.completions import answer_format, call_id, choice_parts, finish_reason, usage
 from jobs.openai.errors import error_body
 from jobs.openai.logprobs import logprobs_object
+from jobs.openai.prompt_details import PromptDetails
 from jobs.reports.progress import elapsed_s, time_left_s
 from storage.files import FileView
 from storage.queries import ChoiceView, JobStats, JobView, OutputView, WorkerView
@@ -135,7 +136,7 @@ def output(view: OutputView, endpoint: str, job_id: str) -> Json:
             **(choice_parts(form, choice, call) if form is not None else {}),
             "finish_reason": finish_reason(form, choice),
             "completion_tokens": choice.completion_tokens,
-            **_logprobs(choice, endpoint),
+            **_details(choice, endpoint),
         }
         for choice in view.choices
     ]
@@ -143,9 +144,12 @@ def output(view: OutputView, endpoint: str, job_id: str) -> Json:
     return line | {"choices": choices, "usage": usage(view), **defaults}
 
 
-def _logprobs(choice: ChoiceView, endpoint: str) -> Json:
-    wanted = logprobs_object(endpoint, choice.logprobs, choice.text)
-    return {} if wanted is None else {"logprobs": wanted}
+def _details(choice: ChoiceView, endpoint: str) -> Json:
+    """Return log-probabilities and token ids of a choice and its prompt, as requested."""
+    prompt = PromptDetails.read(choice.prompt)
+    logprobs = logprobs_object(endpoint, choice.logprobs, choice.text, prompt.echoed)
+    own = {} if prompt.token_ids is None else {"token_ids": choice.token_ids}
+    return ({} if logprobs is None else {"logprobs": logprobs}) | own | prompt.fields()
 
 
 def statistics(view: JobStats) -> Json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ PARAMETERS = np.dtype(
     ]
 )
 ParameterArray = NDArray[Any]  # of PARAMETERS
+Bias = tuple[IntArray, NDArray[np.float32]]  # distinct tokens, and what is added to their logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,9 @@ class Sampling:
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, bias); each token once
     logprobs: int | None = None  # most likely tokens to report beside each emitted one; None: report neither
+    min_tokens: int = 0  # no end-of-sequence token is drawn before as many
     record: ParameterArray = field(init=False, repr=False, compare=False)  # [1]
-    bias: tuple[IntArray, NDArray[np.float32]] = field(init=False, repr=False, compare=False)  # tokens and values
+    bias: Bias = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Compute the arrays that every draw needs."""
@@ -65,8 +68,7 @@ class Sampling:
             self.adjusted,
         )
         object.__setattr__(self, "record", np.array([row], PARAMETERS))
-        tokens, values = [token for token, _ in self.logit_bias], [value for _, value in self.logit_bias]
-        object.__setattr__(self, "bias", (np.array(tokens, np.int64), np.array(values, np.float32)))
+        object.__setattr__(self, "bias", bias_of(dict(self.logit_bias)))
 
     @property
     def greedy(self) -> bool:
@@ -75,9 +77,13 @@ class Sampling:
 
     @property
     def adjusted(self) -> bool:
-        """True if penalties or a bias change the logits; they also apply to argmax decoding."""
-        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1.0)
-        return any(penalties) or bool(self.logit_bias)
+        """True if penalties, a bias or `min_tokens` change the logits; they also apply to argmax decoding."""
+        return self.penalized or bool(self.logit_bias) or self.min_tokens > 0
+
+    @property
+    def penalized(self) -> bool:
+        """True if penalties change the logits."""
+        return any((self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +100,11 @@ class Adjustments:
     seen_starts: IntArray  # [rows + 1]
     seen_tokens: IntArray  # of prompt and output
     seen_counts: IntArray  # in the output
+
+
+def bias_of(biases: Mapping[int, float]) -> Bias:
+    """Return biases by token as arrays."""
+    return np.array(list(biases), np.int64), np.array(list(biases.values()), np.float32)
 
 
 def noise_keys(parameters: ParameterArray, positions: IntArray) -> NDArray[np.uint64]:

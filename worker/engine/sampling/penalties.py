@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.engine.sampling.parameters import Adjustments, Sampling
+from worker.engine.sampling.parameters import Adjustments, Bias
 from worker.engine.segments import IntArray
 
 NONE_SEEN: tuple[IntArray, IntArray] = (np.empty(0, np.int64), np.empty(0, np.int64))
@@ -48,9 +48,8 @@ class TokenCounts:
         self._counts[index] += count
 
 
-def adjustments_of(samplings: Seq[Sampling], seen: Seq[tuple[IntArray, IntArray]]) -> Adjustments:
+def adjustments_of(biases: Seq[Bias], seen: Seq[tuple[IntArray, IntArray]]) -> Adjustments:
     """Return the adjustments of rows; `seen` holds the `TokenCounts.with_path` of each, or `NONE_SEEN`."""
-    biases = [s.bias for s in samplings]
     bias_starts, bias_tokens, values = _rows_of(biases)
     seen_starts, seen_tokens, seen_counts = _rows_of(seen)
     return Adjustments(

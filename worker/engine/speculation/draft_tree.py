@@ -185,15 +185,15 @@ class Forest(Nodes):
     def adjustments(self, nodes: IntArray) -> Adjustments | None:
         """Return what adjusts the logits of these nodes, each along its own path; None if nothing does."""
         trees = self.tree[nodes]
-        adjusted = self.parameters["adjusted"][trees]
-        if not adjusted.any():
+        if not self.parameters["adjusted"][trees].any():
             return None
         owners = [self.sequences[tree] for tree in trees]
+        positions = (self.lengths[trees] + self.depth[nodes]).tolist()
         seen = [
-            sequence.seen(self.path(int(node))) if some else NONE_SEEN
-            for sequence, node, some in zip(owners, nodes, adjusted, strict=True)
+            sequence.seen(self.path(int(node))) if sequence.sampling.penalized else NONE_SEEN
+            for sequence, node in zip(owners, nodes, strict=True)
         ]
-        return adjustments_of([s.sampling for s in owners], seen)
+        return adjustments_of([s.bias(position) for s, position in zip(owners, positions, strict=True)], seen)
 
     def segments(self, trees: int) -> tuple[Segments, IntArray]:
         """Return the rows of the first `trees` trees for the target, in order of their slots, and the node of each row.

@@ -17,6 +17,7 @@ from storage.steps.columns import StepColumns
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepResult, StepStats
 from worker.text.output_stream import OutputStream
+from worker.text.prompt_record import PromptRecord
 from worker.text.tree_rows import tree_row
 
 _MAX_ERROR_CHARS = 500  # of the error message that a request ends with
@@ -32,6 +33,7 @@ class ActiveChoice:
     number: int  # of its sequence, in messages to and from the engine
     num_prompt: int
     output_stream: OutputStream
+    prompt: PromptRecord
     started_at: float
     first_of_prompt: bool = True
     wants_logprobs: bool = False
@@ -51,20 +53,28 @@ class ActiveChoice:
             sequence.steps += len(checkpoint.steps)
             self.next_seq = checkpoint.seq + 1
             self.announced = True
+        if not checkpoints and self.output_stream.echo:
+            self._pieces.append((self.output_stream.echo, "target"))
 
     def take(self, result: StepResult, now: float, text_of: Callable[[int], str]) -> None:
         """Add the result of a step; `text_of` maps token ids to text for a recorded draft tree."""
+        if result.prompt_logprobs is not None:
+            self.prompt.take(result.prompt_logprobs)
         written = self.output_stream.take(result)
         self._ids += written.tokens
         self._accepted += written.accepted
         self._pieces += written.pieces
         self._logprobs += [likelihoods.stored() for likelihoods in written.logprobs or ()]
         tree = None if result.tree is None else tree_row(result.tree, text_of)
-        _add_step(self._steps, written.stats, now, tree)
+        if written.tokens:  # not with max_tokens 0
+            _add_step(self._steps, written.stats, now, tree)
 
     def checkpoint(self) -> Checkpoint | None:
-        """Return the tokens since the last checkpoint and start the next one; None without new tokens."""
-        if not self._ids:
+        """Return the tokens since the last checkpoint and start the next one; None without new tokens.
+
+        An echo waits for the first token: a request with a checkpoint has proved that it crashes no worker.
+        """
+        if not self._ids and not (self._pieces and self.output_stream.finished):
             return None
         checkpoint = Checkpoint(
             choice_index=self.index,
@@ -98,6 +108,7 @@ class ActiveChoice:
             last_seq=self.next_seq,
             first_of_prompt=self.first_of_prompt,
             reasoning_tokens=self.output_stream.reasoning_tokens,
+            prompt=self.prompt.stored(),
         )
         self.next_seq += 1
         return finished

@@ -33,6 +33,7 @@ from worker.serving.requests.request_reader import ParsedRequest, RequestReader
 from worker.serving.requests.sink import Sink
 from worker.text.codec import Codec
 from worker.text.output_stream import OutputStream
+from worker.text.prompt_record import PromptRecord
 
 log = logging.getLogger(__name__)
 
@@ -264,18 +265,22 @@ class RequestLoop:
         sequences: list[Sequence] = []
         n = body.sampling.n
         for index in sorted(set(range(len(prompts) * n)) - set(claim.finished_choices)):
-            prompt = prompts[index // n]
+            number, prompt, first = index // n, prompts[index // n], index % n == 0
+            record = PromptRecord(self._codec, body, claim.endpoint, number, prompt, first=first)
             sequence = self._codec.sequence((*claim.lease.key, index), prompt, body.sampling, index, reading.grammar)
+            sequence.prompt_top = record.top
             choice = ActiveChoice(
                 index=index,
                 number=sequence.number,
                 num_prompt=len(prompt),
                 output_stream=OutputStream(
                     sequence.key,
-                    self._codec.stream(body.sampling.stop, prompt, claim.endpoint, form, bound),
+                    self._codec.stream(body.sampling, prompt, claim.endpoint, form, bound),
+                    record.echo,
                 ),
+                prompt=record,
                 started_at=claim.started_at or time.time(),
-                first_of_prompt=index % n == 0,
+                first_of_prompt=first,
                 wants_logprobs=body.sampling.logprobs is not None,
             )
             choice.resume(earlier[index], sequence)

@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 from openai import AuthenticationError, AzureOpenAI, NotFoundError, OpenAI
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from sqlalchemy import select
 
 from jobs.api.app import make_api
 from jobs.client.results import Output
@@ -19,8 +20,10 @@ from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, AnswerFormat, Cal
 from jobs.openai.call_formats import HERMES
 from jobs.openai.completions import call_id
 from jobs.openai.logprobs import ScoredToken, TokenAlternatives
+from jobs.openai.prompt_details import PromptDetails, PromptToken
 from jobs.settings import JobsSettings
 from storage import leases, queries, writes
+from storage.models import JobRow
 from storage.records import RequestFailure, RequestPlan, RequestProgress
 from storage.session import Database
 from tests.factories import a_key, a_worker_card
@@ -223,6 +226,70 @@ def test_a_completion_returns_logprobs_on_request(serve: Serve) -> None:
     assert told is not None
     assert (told.tokens, told.text_offset) == (["Paris.", "<eos>"], [0, 6])
     assert told.top_logprobs == [{"Rome.": -0.2, "Paris.": -0.25}, {"<eos>": -0.5}]
+
+
+PROMPT_TOKENS = (
+    PromptToken((72,), 0, TokenAlternatives(ScoredToken("Hel", None, tuple(b"Hel")), ())),
+    PromptToken(
+        (73, 74),
+        4,
+        TokenAlternatives(ScoredToken("lo", -3.5, tuple(b"lo")), (ScoredToken("p", -0.5, tuple(b"p")),)),
+    ),
+)
+
+
+def with_prompt_details(database: Database) -> None:
+    with database.read() as session:
+        echoes = session.scalars(select(JobRow.endpoint)).first() == COMPLETIONS_ENDPOINT
+    details = PromptDetails(token_ids=(72, 73), top=1, echo_top=1 if echoes else None, tokens=PROMPT_TOKENS)
+    token = TokenAlternatives(ScoredToken("Paris.", -0.25, tuple(b"Paris.")), ())
+    answer_all(database, "HelloParis.", logprobs=(token.stored(),), prompt=details.stored())
+
+
+VLLM_PROMPT = [
+    None,
+    {
+        "73": {"logprob": -3.5, "rank": 4, "decoded_token": "lo"},
+        "74": {"logprob": -0.5, "rank": 1, "decoded_token": "p"},
+    },
+]
+
+
+def test_a_chat_returns_token_ids_and_prompt_logprobs_in_vllm_s_shape(serve: Serve) -> None:
+    api = serve(with_prompt_details)
+    told = api.post(CHAT_ENDPOINT, json=CHAT | {"prompt_logprobs": 1, "return_token_ids": True}).json()
+    assert (told["prompt_token_ids"], told["prompt_logprobs"]) == ([72, 73], VLLM_PROMPT)
+    assert told["choices"][0]["token_ids"] == [1, 2]
+    assert [t["token"] for t in told["choices"][0]["logprobs"]["content"]] == ["Paris."], "a chat echoes none"
+    *_, last = chunks(api.post(CHAT_ENDPOINT, json=CHAT | {"stream": True}))
+    assert (last["prompt_token_ids"], last["prompt_logprobs"]) == ([72, 73], VLLM_PROMPT)
+    assert last["choices"][0]["token_ids"] == [1, 2]
+
+
+def test_a_completion_echoes_its_prompt_with_logprobs_of_which_the_first_is_null(serve: Serve) -> None:
+    api = serve(with_prompt_details)
+    body = PROMPT | {"echo": True, "logprobs": 1}
+    (choice,) = api.post(COMPLETIONS_ENDPOINT, json=body).json()["choices"]
+    assert choice["text"] == "HelloParis."
+    told = choice["logprobs"]
+    assert told["tokens"] == ["Hel", "lo", "Paris."]
+    assert told["token_logprobs"] == [None, -3.5, -0.25]
+    assert told["top_logprobs"] == [None, {"p": -0.5, "lo": -3.5}, {"Paris.": -0.25}]
+    assert told["text_offset"] == [0, 3, 5]
+    assert (choice["prompt_token_ids"], choice["token_ids"]) == ([72, 73], [1, 2])
+    assert choice["prompt_logprobs"] == VLLM_PROMPT
+    *_, last = chunks(api.post(COMPLETIONS_ENDPOINT, json=body | {"stream": True}))
+    assert last["choices"][0]["logprobs"] == told
+    assert last["choices"][0]["prompt_token_ids"] == [72, 73]
+
+
+def test_answers_have_no_such_fields_where_nothing_asks_for_them(serve: Serve) -> None:
+    api = serve()
+    for answer in (
+        api.post(CHAT_ENDPOINT, json=CHAT).json(),
+        api.post(COMPLETIONS_ENDPOINT, json=PROMPT).json(),
+    ):
+        assert not {"prompt_logprobs", "prompt_token_ids", "token_ids"} & (answer | answer["choices"][0]).keys()
 
 
 def test_a_completion_stream_has_no_roles_and_no_usage_unless_requested(serve: Serve) -> None:

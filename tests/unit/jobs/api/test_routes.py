@@ -62,7 +62,7 @@ def answer_all(
     plan: RequestPlan | None = None,
     **choice: Any,
 ) -> None:
-    """Play the worker, with the same text for every request."""
+    """Play the worker, with the same text for every request; `choice` are more fields of its choice."""
     with database.write() as session:
         writes.register_worker(session, a_worker_card(id="w", target="tiny"))
     with database.write() as session:

@@ -124,6 +124,18 @@ HONOURED: dict[str, Any] = {
     "include_reasoning": False,
     "separate_reasoning": False,
     "tools": [{"type": "function", "function": {"name": "f"}}],
+    "continue_final_message": True,
+    "add_generation_prompt": False,
+    "add_special_tokens": {"/v1/chat/completions": True, "/v1/completions": False, "/v1/responses": True},
+    "skip_special_tokens": False,
+    "include_stop_str_in_output": True,
+    "no_stop_trim": True,
+    "echo": True,
+    "return_full_text": True,
+    "return_token_ids": True,
+    "return_tokens_as_token_ids": True,
+    "truncation_side": "right",
+    "do_sample": False,
 }
 CHAT_ONLY = frozenset(list(HONOURED)[list(HONOURED).index("chat_template_kwargs") :])
 # Fields that the Response object repeats, beside what they may ask for.
@@ -172,11 +184,13 @@ def test_a_response_repeats_what_it_was_asked() -> None:
 
 
 def test_values_are_idle_as_json_values_not_as_python_objects() -> None:
-    length_penalty, echo, priority = (field_of(name, CHAT_ENDPOINT) for name in ("length_penalty", "echo", "priority"))
+    length_penalty, watermark, priority = (
+        field_of(name, CHAT_ENDPOINT) for name in ("length_penalty", "watermark", "priority")
+    )
     assert length_penalty.is_idle(1)
     assert length_penalty.is_idle(1.0)
     assert not length_penalty.is_idle(True)
-    assert not echo.is_idle(0)
+    assert not watermark.is_idle(0)
     assert not priority.is_idle(False)
     formats = field_of("response_format", CHAT_ENDPOINT)
     assert formats.is_idle({"type": "text", "json_schema": None})
@@ -196,6 +210,8 @@ def test_every_row_says_what_it_means_and_no_name_has_two_rows_for_one_endpoint(
         {"best_of": 2, "n": 2},
         {"extra_body": {"extra_body": {"min_p": None}, "top_k": None}},
         {"response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "functions": None},
+        {"add_generation_prompt": True, "continue_final_message": False, "spaces_between_special_tokens": False},
+        {"max_tokens": 7, "max_new_tokens": 7, "do_sample": False, "temperature": 0, "stop": ["x"] * 16},
     ],
 )
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
@@ -203,3 +219,33 @@ def test_bodies_that_other_engines_take_are_taken(endpoint: Endpoint, fields: di
     if endpoint == RESPONSES_ENDPOINT:
         fields = {name: 1 if name in ("n", "best_of") else value for name, value in fields.items()}
     assert all(isinstance(each, dict) for each in read_at_every_door(endpoint, fields)), fields
+
+
+@pytest.mark.parametrize(
+    ("other", "name", "value"),
+    [
+        ("max_new_tokens", "max_tokens", 7),
+        ("min_new_tokens", "min_tokens", 7),
+        ("sampling_seed", "seed", 7),
+        ("truncate", "truncate_prompt_tokens", 7),
+        ("no_stop_trim", "include_stop_str_in_output", True),
+    ],
+)
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_a_synonym_is_its_parameter_and_contradicts_another_value_of_it(
+    endpoint: Endpoint, other: str, name: str, value: Any
+) -> None:
+    assert read_at_every_door(endpoint, {other: value}) == read_at_every_door(endpoint, {name: value})
+    assert read_at_every_door(endpoint, {other: value, name: value}) == read_at_every_door(endpoint, {name: value})
+    contradicting = {name: value, other: False if value is True else value - 1}
+    assert set(read_at_every_door(endpoint, contradicting)) == {("invalid_value", other)}
+    assert set(read_at_every_door(endpoint, {other: "seven"})) == {("invalid_value", other)}
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_do_sample_false_is_temperature_0_and_contradicts_another(endpoint: Endpoint) -> None:
+    greedy = read_at_every_door(endpoint, {"temperature": 0.0})
+    assert read_at_every_door(endpoint, {"do_sample": False}) == greedy
+    contradicting = {"temperature": 0.7, "do_sample": False}
+    assert set(read_at_every_door(endpoint, contradicting)) == {("invalid_value", "do_sample")}
+    assert set(read_at_every_door(endpoint, {"do_sample": 0})) == {("invalid_value", "do_sample")}

@@ -203,7 +203,7 @@ def test_a_misspelt_field_is_refused_with_the_right_spelling() -> None:
         ("stop", 7),
         ("stop", ""),
         ("stop", ["a", ""]),
-        ("stop", ["a"] * 5),
+        ("stop", ["a"] * 17),
         ("stop", ["a", 7]),
         ("stop", "x" * 1001),
         ("stop", "a\0b"),
@@ -211,12 +211,76 @@ def test_a_misspelt_field_is_refused_with_the_right_spelling() -> None:
         ("stop_token_ids", ["7"]),
         ("stop_token_ids", [-1]),
         ("stop_token_ids", list(range(65))),
+        ("min_tokens", -1),
+        ("min_tokens", 1.5),
+        ("truncate_prompt_tokens", 0),
+        ("truncate_prompt_tokens", -2),
+        ("truncation_side", "middle"),
+        ("skip_special_tokens", "no"),
+        ("echo", 1),
+        ("prompt_logprobs", -1),
+        ("prompt_logprobs", 21),
+        ("prompt_logprobs", True),
+        ("return_token_ids", "yes"),
     ],
 )
 def test_a_value_out_of_range_is_refused_naming_line_and_field(field: str, value: Any) -> None:
     failure = refused({"prompt": "Hello", field: value}, line=3)
     assert (failure.code, failure.param) == ("invalid_value", field)
     assert failure.message.startswith(f"line 3, {field}: must be")
+
+
+USER, PREFIX = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi", "prefix": True}
+
+
+def test_a_prefix_is_a_message_to_continue() -> None:
+    request = accepted({"messages": [USER, PREFIX]})
+    assert request.sampling.continue_final_message
+    assert not accepted({"messages": [USER, PREFIX | {"prefix": False}]}).sampling.continue_final_message
+    assert accepted({"messages": [USER, PREFIX], "add_generation_prompt": False}).sampling.continue_final_message
+
+
+@pytest.mark.parametrize(
+    ("value", "param"),
+    [
+        ({"messages": [PREFIX, USER]}, "messages[0].prefix"),
+        ({"messages": [USER | {"prefix": True}]}, "messages[0].prefix"),
+        ({"messages": [USER, PREFIX | {"prefix": 1}]}, "messages[1].prefix"),
+        ({"messages": [USER, PREFIX], "add_generation_prompt": True}, "continue_final_message"),
+        (
+            {"messages": [USER], "add_generation_prompt": True, "continue_final_message": True},
+            "continue_final_message",
+        ),
+        ({"prompt": "Hello", "continue_final_message": True}, "continue_final_message"),
+        ({"prompt": "Hello", "min_tokens": 8, "max_tokens": 7}, "min_tokens"),
+        ({"prompt": "Hello", "max_tokens": 0, "logprobs": True}, "max_tokens"),
+    ],
+)
+def test_parameters_that_contradict_each_other_are_refused_by_name(value: Any, param: str) -> None:
+    failure = refused(value)
+    assert (failure.code, failure.param) == ("invalid_value", param)
+
+
+def test_min_tokens_beyond_the_default_of_completions_is_refused() -> None:
+    assert refused({"prompt": "Hello", "min_tokens": 17}, some_rules(COMPLETIONS_ENDPOINT)).param == "min_tokens"
+    assert accepted({"prompt": "Hello", "min_tokens": 16}, some_rules(COMPLETIONS_ENDPOINT)).sampling.min_tokens == 16
+
+
+@pytest.mark.parametrize("asked", [{"echo": True}, {"prompt_logprobs": 0}])
+@pytest.mark.parametrize("endpoint", [CHAT_ENDPOINT, COMPLETIONS_ENDPOINT])
+def test_an_answer_without_tokens_must_ask_for_something_of_its_prompt(endpoint: Endpoint, asked: Any) -> None:
+    assert accepted({"prompt": "Hello", "max_tokens": 0, **asked}, some_rules(endpoint)).sampling.max_tokens == 0
+
+
+def test_a_job_that_begins_answers_contradicts_a_request_that_continues_a_message() -> None:
+    rules = some_rules(add_generation_prompt=True)
+    assert refused({"messages": [USER, PREFIX]}, rules).param == "continue_final_message"
+
+
+def test_parameters_at_their_defaults_are_left_out_of_what_is_stored() -> None:
+    request = parsed({"prompt": "Hello", "min_tokens": 0, "skip_special_tokens": True, "truncation_side": "left"})
+    assert request.body is not None
+    assert request.body == parsed("Hello").body
 
 
 @pytest.mark.parametrize(
@@ -454,7 +518,6 @@ def test_a_field_of_a_message_that_would_change_the_text_is_refused_by_name() ->
     for name, value in {
         "function_call": {"name": "f"},
         "audio": {"id": "a"},
-        "prefix": True,
     }.items():
         failure = refused({"messages": [{"role": "assistant", "content": "Hi", name: value}]})
         assert (failure.code, failure.param) == ("unsupported_parameter", f"messages[0].{name}")

@@ -44,9 +44,10 @@ def codec(template: Any, tokenizer: PreTrainedTokenizerFast | None = None, **opt
     return Codec(tokenizer, frozenset({EOS}), 4096, len(tokenizer), **options)
 
 
-def chat(*turns: tuple[str, str]) -> GenerationRequest:
+def chat(*turns: tuple[str, str], **options: Any) -> GenerationRequest:
     messages = tuple(ChatMessage.model_validate({"role": role, "content": content}) for role, content in turns)
-    return GenerationRequest(model="m", messages=messages, sampling=SamplingParameters(seed=0))
+    sampling = SamplingParameters.model_validate({"seed": 0, **options})
+    return GenerationRequest(model="m", messages=messages, sampling=sampling)
 
 
 def said(template: Any, *turns: tuple[str, str]) -> str:
@@ -165,3 +166,80 @@ def test_contents_without_special_tokens_are_tokenized_as_transformers_does(make
             [{"role": "user", "content": content}], add_generation_prompt=True, return_dict=False
         )
         assert one.encode(chat(("user", content)), CHAT_ENDPOINT) == wanted
+
+
+LLAMA = (  # trims contents, and ends a message by a control token
+    "{% for m in messages %}<bos>{{ m.role }}\n\n{{ m.content | trim }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<bos>assistant\n\n{% endif %}"
+)
+R1 = (  # leaves out what was thought, and begins a thought by itself
+    "{% for m in messages %}{% if m.role == 'assistant' %}<bos>{{ m.content.split('</think>')[-1] }}<eos>"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<bos><think>\n{% endif %}"
+)
+CENSORED = CHATML.replace("m.content", "m.content | replace('S', '$')")
+TWICE = "{{ messages[-1].content }}|{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+PREFILLS = ["Sure", "Sure ", " Sure", "a\n\n", "hi", "7dcb04end", "<think>\nso"]
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA, R1, PARTS, MIXED])
+@pytest.mark.parametrize("content", PREFILLS)
+def test_a_message_to_continue_is_left_open_as_transformers_does(template: str, content: str) -> None:
+    one = codec(template)
+    turns: list[Any] = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": content}]
+    if template in (PARTS, MIXED):
+        turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+    wanted = one.tokenizer.apply_chat_template(
+        turns, add_generation_prompt=False, continue_final_message=True, tokenize=False
+    )
+    ids = one.encode(chat(("user", "hi"), ("assistant", content), continue_final_message=True), CHAT_ENDPOINT)
+    assert ids == one.tokenizer.backend_tokenizer.encode(wanted, add_special_tokens=False).ids
+
+
+def test_a_template_that_shows_the_last_message_twice_continues_it_at_its_last_place() -> None:
+    one = codec(TWICE)
+    ids = one.encode(chat(("user", "hi"), ("assistant", "Sure "), continue_final_message=True), CHAT_ENDPOINT)
+    assert one.decode(ids) == "Sure |user: hi\nassistant: Sure "
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA])
+def test_an_empty_message_to_continue_keeps_what_the_template_writes_before_it(template: str) -> None:
+    """Transformers strips the line break of the header, if the template trims contents."""
+    one = codec(template)
+    opened = one.encode(chat(("user", "hi"), ("assistant", ""), continue_final_message=True), CHAT_ENDPOINT)
+    assert opened == one.encode(chat(("user", "hi")), CHAT_ENDPOINT)
+
+
+@pytest.mark.parametrize(
+    ("template", "content"),
+    [(CENSORED, "Sure"), (R1, "<think>so</think>Sure")],
+)
+def test_a_message_that_the_template_changes_is_refused_and_not_continued(template: str, content: str) -> None:
+    with pytest.raises(InvalidValue, match="can't be continued") as refused:
+        codec(template).encode(chat(("user", "hi"), ("assistant", content), continue_final_message=True), CHAT_ENDPOINT)
+    assert refused.value.param == "messages"
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA, PARTS + "<bos>"])
+def test_special_tokens_in_a_message_to_continue_are_text(template: str) -> None:
+    one = codec(template)
+    plain = one.encode(chat(("user", "hi"), ("assistant", "a"), continue_final_message=True), CHAT_ENDPOINT)
+    ids = one.encode(chat(("user", "hi"), ("assistant", "<eos>a"), continue_final_message=True), CHAT_ENDPOINT)
+    assert (ids.count(BOS), ids.count(EOS)) == (plain.count(BOS), plain.count(EOS))
+    assert one.decode(ids) == one.decode(plain)[:-1] + "<eos>a"
+
+
+def test_without_a_generation_prompt_no_answer_is_begun() -> None:
+    one = codec(CHATML)
+    begun = one.decode(one.encode(chat(("user", "hi")), CHAT_ENDPOINT))
+    bare = one.decode(one.encode(chat(("user", "hi"), add_generation_prompt=False), CHAT_ENDPOINT))
+    assert begun == bare + "assistant\n"
+
+
+def test_an_answer_that_continues_a_message_keeps_the_space_with_which_it_does() -> None:
+    one = codec(CHATML.replace("<eos>", "</s>").replace("<bos>", "<s>"), sentencepiece())
+    ids = one.encode(chat(("user", "b"), ("assistant", "b"), continue_final_message=True), CHAT_ENDPOINT)
+    word = one.tokenizer.convert_tokens_to_ids("▁a")
+    for continues, text in [(True, " a"), (False, "a")]:
+        stream = one.stream(SamplingParameters(seed=0, continue_final_message=continues), ids, CHAT_ENDPOINT)
+        stream.push([word], [False])
+        assert stream.text == text

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig
 
 from jobs.errors import InvalidValue, PromptTooLong
@@ -13,8 +16,12 @@ from tests.models import byte_tokenizer
 from worker.engine.errors import TokenizersDiffer
 from worker.engine.sampling.penalties import adjustments_of
 from worker.engine.sampling.sampling import adjust, draw
+from worker.engine.sequence import FinishReason
+from worker.engine.speculation.decision import Decision
+from worker.engine.stats import StepResult, StepStats
 from worker.loading.drafts import shared_vocabulary
 from worker.text.codec import Codec, eos_ids
+from worker.text.output_stream import OutputStream
 
 EOS = 256
 
@@ -24,7 +31,7 @@ def codec(context_tokens: int = 100, chat: bool = True) -> Codec:
 
 
 def request(
-    prompt: str | None = "hi", messages: tuple[ChatMessage, ...] | None = None, **sampling: int
+    prompt: str | None = "hi", messages: tuple[ChatMessage, ...] | None = None, **sampling: Any
 ) -> GenerationRequest:
     parameters = SamplingParameters.model_validate({"seed": 1, **sampling})
     return GenerationRequest(
@@ -67,6 +74,82 @@ def test_a_prompt_that_leaves_space_for_one_token_is_accepted() -> None:
 @pytest.mark.parametrize("max_tokens", [99, 100, 101, 2**31 - 1])
 def test_max_tokens_beyond_what_the_prompt_leaves_of_the_context_are_reduced(max_tokens: int) -> None:
     assert codec(100).sequence((0,), [1, 2], request(max_tokens=max_tokens).sampling, 0).max_tokens == 98
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"truncate_prompt_tokens": 3}, "789"),
+        ({"truncate_prompt_tokens": 3, "truncation_side": "right"}, "012"),
+        ({"truncate_prompt_tokens": 10}, "0123456789"),
+        ({"truncate_prompt_tokens": 11}, "0123456789"),
+        ({"truncate_prompt_tokens": -1}, "456789"),  # of a context of 7
+        ({"truncate_prompt_tokens": -1, "max_tokens": 5}, "89"),
+        ({"truncate_prompt_tokens": -1, "max_tokens": 5, "truncation_side": "right"}, "01"),
+    ],
+)
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_a_prompt_is_truncated_to_what_the_request_asks_for(options: dict[str, Any], kept: str, as_ids: bool) -> None:
+    small = codec(7 if options["truncate_prompt_tokens"] < 0 else 100)
+    text = "0123456789"
+    body = request(None if as_ids else text, **options)
+    body = body.model_copy(update={"prompts": (tuple(text.encode()),)}) if as_ids else body
+    ((*ids,),) = small.encode_all(body, COMPLETIONS_ENDPOINT)
+    assert bytes(ids).decode() == kept
+
+
+def test_a_truncated_prompt_must_fit_as_any_other() -> None:
+    with pytest.raises(PromptTooLong):
+        codec(5).encode(request("0123456789", truncate_prompt_tokens=5), COMPLETIONS_ENDPOINT)
+    with pytest.raises(InvalidValue, match="leaves no room for a prompt") as refused:
+        codec(5).encode(request("0123456789", truncate_prompt_tokens=-1, max_tokens=5), COMPLETIONS_ENDPOINT)
+    assert refused.value.param == "truncate_prompt_tokens"
+
+
+@pytest.mark.parametrize(("asked", "raw", "chat"), [(None, 1, 2), (True, 1, 3), (False, 0, 2)])
+def test_special_tokens_are_added_to_raw_prompts_and_not_to_chats_unless_asked(
+    asked: bool | None, raw: int, chat: int
+) -> None:
+    one = codec()
+    one.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 257), ("<eos>", EOS)]
+    )
+    ids = one.encode(request("hi", add_special_tokens=asked), COMPLETIONS_ENDPOINT)
+    assert (ids.count(257), ids.count(EOS)) == (raw, raw)
+    ids = one.encode(request("hi", add_special_tokens=asked), CHAT_ENDPOINT)
+    assert (ids.count(257), ids.count(EOS)) == (chat, chat - 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"stop": ("b",)}, "a"),
+        ({"stop": ("b",), "min_tokens": 1}, "a"),
+        ({"stop": ("b",), "min_tokens": 2}, "abca"),
+        ({"stop": ("b",), "min_tokens": 5}, "abcab"),
+        ({"stop": ("b",), "include_stop_str_in_output": True}, "ab"),
+        ({"stop": ("b",), "include_stop_str_in_output": True, "min_tokens": 2}, "abcab"),
+        ({}, "abcab"),
+        ({"include_stop_str_in_output": True}, "abcabz"),
+    ],
+)
+@pytest.mark.parametrize("step", [1, 2, 6])
+def test_the_text_ends_where_the_request_says_however_many_tokens_a_step_has(
+    options: dict[str, Any], text: str, step: int
+) -> None:
+    ids = list(b"abcabz")  # z is a stop token
+    stream = OutputStream(0, codec().stream(request(**options).sampling))
+    for at in range(0, len(ids), step):
+        if not stream.finished:
+            some = tuple(ids[at : at + step])
+            stream.take(step_result(some, FinishReason.STOP if some[-1] == ids[-1] else None))
+    assert stream.text == text
+    assert stream.finish_reason is FinishReason.STOP
+
+
+def step_result(tokens: tuple[int, ...], finish_reason: FinishReason | None) -> StepResult:
+    stats = StepStats(0, 0, 0, 0, len(tokens), 0.0, 0.0, 0.0, 0.0, 1, None, None, Decision.OFF)
+    return StepResult(0, tokens, finish_reason, stats)
 
 
 def test_messages_that_the_template_refuses_name_the_field() -> None:
@@ -145,7 +228,7 @@ def test_of_tokenizers_that_differ_in_one_token_the_others_are_drafted() -> None
 def test_sampling_values_that_are_zero_in_float32_give_finite_logits(field: str, value: float) -> None:
     parameters = SamplingParameters.model_validate({"seed": 1, "temperature": 1.0, field: value})
     sampling = codec().sequence((0,), [1, 2], parameters, 0).sampling
-    adjustments = adjustments_of([sampling], [(np.arange(3), np.ones(3, np.int64))])
+    adjustments = adjustments_of([sampling.bias], [(np.arange(3), np.ones(3, np.int64))])
     scores = adjust(torch.tensor([[0.0, -1.0, 3.0]]), sampling.record, adjustments)
     assert draw(scores, sampling.record, np.array([2]))[0] >= 0
     assert scores.isfinite().all()

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT
+from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, SamplingParameters
 from tests.models import byte_tokenizer
 from worker.engine.token_logprobs import TokenLogprobs
 from worker.text.codec import Codec, TextStream
@@ -74,16 +74,36 @@ def test_text_is_held_back_no_longer_than_a_character_may_take() -> None:
     assert len("".join(texts)) >= 180
 
 
+@pytest.mark.parametrize("tokenizer", [sentencepiece(), sentencepiece(strip=False), byte_tokenizer()])
+@pytest.mark.parametrize("chat", [False, True])
+def test_special_tokens_that_are_kept_stand_where_the_tokenizer_decodes_them(
+    tokenizer: PreTrainedTokenizerFast, chat: bool
+) -> None:
+    lots = random.Random(11)
+    codec = Codec(tokenizer, frozenset(), 100, len(tokenizer))
+    sampling = SamplingParameters(seed=0, skip_special_tokens=False)
+    space = tokenizer.get_vocab().get("<0x20>")  # no tokenizer spells a space as a byte
+    letters = [token for token in range(len(tokenizer)) if tokenizer.decode([token]).isascii() and token != space]
+    for _ in range(100):
+        ids = [lots.choice([lots.choice(letters), tokenizer.eos_token_id]) for _ in range(12)]
+        stream = TextStream(codec, sampling, None if chat else ())
+        said, own = spell_out(stream, ids)
+        wanted = codec.decode(ids, skip_special_tokens=False)
+        assert said.lstrip(" ") == wanted.lstrip(" ")
+        assert said == wanted or not chat
+        assert said == own.decode()
+
+
 @pytest.mark.parametrize("prompt", [["▁Hello"], ["<eos>"], [], ["▁Hello", "<eos>"]])
 def test_a_completion_keeps_the_space_with_which_it_continues_its_prompt(prompt: list[str]) -> None:
     codec = Codec(sentencepiece(), frozenset({WORDS.index("<eos>")}), 100, len(WORDS) + 256)
-    stream = codec.stream((), [WORDS.index(word) for word in prompt], COMPLETIONS_ENDPOINT)
+    stream = codec.stream(None, [WORDS.index(word) for word in prompt], COMPLETIONS_ENDPOINT)
     assert spell_out(stream, [WORDS.index("▁world"), WORDS.index("!")]) == (" world!", b" world!")
 
 
 def test_a_prompt_that_ends_within_a_character_leaves_the_completion_its_own_bytes() -> None:
     codec = Codec(sentencepiece(), frozenset(), 100, len(WORDS) + 256)
-    stream = codec.stream((), [WORDS.index("a"), *some_bytes(0xE6)], COMPLETIONS_ENDPOINT)
+    stream = codec.stream(None, [WORDS.index("a"), *some_bytes(0xE6)], COMPLETIONS_ENDPOINT)
     assert spell_out(stream, [*some_bytes(0xC3, 0xA9), WORDS.index("▁world")])[0] == "é world"
 
 
@@ -91,9 +111,9 @@ def test_a_prompt_that_ends_within_a_character_leaves_the_completion_its_own_byt
 def test_an_answer_begins_without_a_space_and_its_bytes_are_its_text(ids: list[str]) -> None:
     codec = Codec(sentencepiece(chat=True), frozenset(), 100, len(WORDS) + 256)
     tokens = [WORDS.index(word) for word in ids]
-    said, own = spell_out(codec.stream((), [0, 1], CHAT_ENDPOINT), tokens)
+    said, own = spell_out(codec.stream(None, [0, 1], CHAT_ENDPOINT), tokens)
     assert said == own.decode() == codec.decode(tokens)
-    resumed = codec.stream((), [0, 1], CHAT_ENDPOINT)
+    resumed = codec.stream(None, [0, 1], CHAT_ENDPOINT)
     resumed.resume(tokens[:-1], [False] * (len(tokens) - 1))
     assert spell_out(resumed, tokens[-1:]) == (said, joined(codec.tokenizer, tokens[-1:]))
 

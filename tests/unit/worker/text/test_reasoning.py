@@ -68,14 +68,14 @@ def test_tokens_up_to_the_end_marker_are_reasoning_and_the_rest_are_not() -> Non
         ("<thi", 0),
     ]:
         ids = list(text.encode())
-        stream = one.stream((), [1], CHAT_ENDPOINT, form)
+        stream = one.stream(None, [1], CHAT_ENDPOINT, form)
         stream.push(ids, [False] * len(ids))
         assert stream.reasoning_tokens == tokens, text
-        resumed = one.stream((), [1], CHAT_ENDPOINT, form)
+        resumed = one.stream(None, [1], CHAT_ENDPOINT, form)
         resumed.resume(ids[:9], [False] * len(ids[:9]))
         resumed.push(ids[9:], [False] * len(ids[9:]))
         assert resumed.reasoning_tokens == tokens, text
-    assert one.stream((), [1], CHAT_ENDPOINT).reasoning_tokens is None
+    assert one.stream(None, [1], CHAT_ENDPOINT).reasoning_tokens is None
 
 
 def test_markers_that_are_special_tokens_are_part_of_the_text_and_other_special_tokens_are_not() -> None:
@@ -85,7 +85,7 @@ def test_markers_that_are_special_tokens_are_part_of_the_text_and_other_special_
     start, end = (tokenizer.convert_tokens_to_ids(marker) for marker in ("[THINK]", "[/THINK]"))
     one = Codec(tokenizer, frozenset({EOS}), 4096, len(tokenizer))
     form = form_of(one)
-    stream = one.stream((), [1], CHAT_ENDPOINT, form)
+    stream = one.stream(None, [1], CHAT_ENDPOINT, form)
     ids = [start, *b"I add.", 0xE2, end, *b"4", EOS]
 
     stream.push(ids, [False] * len(ids))
@@ -160,15 +160,15 @@ HYBRID = (
 def test_a_text_whose_grammar_does_not_begin_fails_and_others_do_not() -> None:
     one = codec(OPENS)
     spelled = list(b"I add.</think>4")
-    one.stream((), [1], CHAT_ENDPOINT, form_of(one)).push(spelled, [False] * len(spelled))
-    bound = one.stream((), [1], CHAT_ENDPOINT, form_of(one), Grammar("", (EOS,)))
+    one.stream(None, [1], CHAT_ENDPOINT, form_of(one)).push(spelled, [False] * len(spelled))
+    bound = one.stream(None, [1], CHAT_ENDPOINT, form_of(one), Grammar("", (EOS,)))
     with pytest.raises(RequestFailed, match="spelled out the end"):
         bound.push(spelled, [False] * len(spelled))
-    unended = one.stream((), [1], CHAT_ENDPOINT, form_of(one), Grammar("", (EOS,)))
+    unended = one.stream(None, [1], CHAT_ENDPOINT, form_of(one), Grammar("", (EOS,)))
     unended.push(spelled[:6], [False] * 6)
     with pytest.raises(RequestFailed, match="within the reasoning"):
         unended.end()
-    one.stream((), [1], CHAT_ENDPOINT, form_of(one)).end()
+    one.stream(None, [1], CHAT_ENDPOINT, form_of(one)).end()
 
 
 def test_only_a_grammar_makes_the_prompt_open_a_reasoning_that_the_model_begins_itself() -> None:

@@ -1,4 +1,4 @@
-"""Stop strings: the text ends before the first one for any split into pieces, and no part of one is returned."""
+"""Stop strings: the text ends at the first one for any split into pieces, and no part of one is returned."""
 
 from __future__ import annotations
 
@@ -49,3 +49,32 @@ def test_pieces_keep_their_sources_across_a_stop_string() -> None:
     assert guard.push("d", "target") == []
     assert guard.hit
     assert guard.push("more", "target") == guard.end() == []
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+def test_a_kept_stop_string_ends_the_text(size: int) -> None:
+    guard = StopStrings(["three", "four"], keep=True)
+    chunks = [TEXT[i : i + size] for i in range(0, len(TEXT), size)]
+    shown = "".join(text for chunk in chunks for text, _ in guard.push(chunk, "target"))
+    assert (shown, guard.hit, guard.end()) == ("one two, three", True, [])
+
+
+@pytest.mark.parametrize(
+    ("safe", "stops", "expected"),
+    [
+        ("one two, thre", ["two", "three"], "one two, "),  # it ends after the safe text
+        ("one two, three", ["two", "three", "four"], TEXT[:-4]),
+        ("one tw", ["tw", "o, three"], "one tw"),
+        ("one t", ["ee; ", "two"], "one "),
+        ("one two, three;", ["three;"], TEXT),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 2, 100])
+def test_a_stop_string_that_ends_too_early_is_text(safe: str, stops: list[str], expected: str, size: int) -> None:
+    guard = StopStrings(stops)
+    rest = TEXT[len(safe) :]
+    shown = [text for letter in safe for text, _ in guard.push(letter, "target", may_stop=False)]
+    for i in range(0, len(rest), size):
+        shown += [text for text, _ in guard.push(rest[i : i + size], "target")]
+    shown += [text for text, _ in guard.end()]
+    assert ("".join(shown), guard.hit) == (expected, expected != TEXT)

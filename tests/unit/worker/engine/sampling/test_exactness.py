@@ -68,7 +68,7 @@ class Rows:
         self.mask = torch.randint(-(2**31), 2**31, (count, -(-vocab // 32)), generator=generator).int()
 
     def draw(self, rows: list[int], *, masked: bool = False) -> list[int]:
-        adjustments = adjustments_of([self.samplings[i] for i in rows], [self.seen[i] for i in rows])
+        adjustments = adjustments_of([self.samplings[i].bias for i in rows], [self.seen[i] for i in rows])
         mask = self.mask[rows] if masked else None
         places = np.array(rows)
         drawn = sampler.draw(self.logits, self.parameters[rows], self.positions[rows], places, adjustments, mask)
@@ -104,7 +104,7 @@ def test_compiled_scores_are_those_of_torch_bit_for_bit() -> None:
     sampled = rows.parameters["temperature"] > 0
     logits, parameters = rows.logits[torch.from_numpy(sampled)], rows.parameters[sampled]
     assert torch.equal(sampler.process(logits, parameters), torch_draws.process(logits, parameters))
-    adjustments = adjustments_of(rows.samplings, rows.seen)
+    adjustments = adjustments_of([s.bias for s in rows.samplings], rows.seen)
     ours = sampler.adjust(rows.logits, rows.parameters, adjustments)
     assert torch.equal(ours, torch_draws.adjust(rows.logits, rows.parameters, adjustments))
 
