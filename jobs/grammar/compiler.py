@@ -114,7 +114,7 @@ _WRITERS: Final[dict[str, Callable[[GrammarSpec], str]]] = {
 # What to do, by a part of llguidance's message.
 _ADVICE: Final = {
     "schema too large": "its alternatives and conditions (allOf, anyOf, if) combine to too many; use fewer together.",
-    "items; max is": "it has too many alternatives at one place; make fewer properties optional.",
+    "items; max is": "it allows too many alternatives at one place, such as optional properties; make these fewer.",
     "too many expressions": "its expressions are too complex together; use shorter repeats in patterns.",
     "min/maxProperties": "minProperties and maxProperties need every listed property to be required.",
     "circular references": "a definition that names itself is combined with other keywords; write these into it.",

@@ -19,7 +19,7 @@ _MAX_DEPTH: Final = 50
 # Texts, expressions and comments of a grammar: what stands in them is no syntax.
 _QUOTED: Final = re.compile(r'"(?:[^"\\\n]|\\.)*"|/(?![/ *])(?:[^/\\\n]|\\.)+/[a-z]*|(?://|#)[^\n]*')
 _QUOTED_EBNF: Final = re.compile(r'"(?:[^"\\\n]|\\.)*"|\[(?:[^\]\\]|\\.)*\]|#[^\n]*')
-_ESCAPED: Final = re.compile(r"\\(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8}))")
+_ESCAPED: Final = re.compile(r"\\(?:u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|([^uU]))", re.DOTALL)
 _REFUSED: Final = {
     r"%json": "JSON schemas inside of a grammar can't be held; send the schema as response_format.",
     r"%(?!ignore|import|declare)\w+": "Only the directives %ignore and %import can be held.",
@@ -53,11 +53,16 @@ def _from_ebnf(text: str) -> str:
 
 
 def _char(escape: Any) -> str:
-    """Return the character of an escape: the converter would drop leading zeros."""
-    char = chr(min(int(next(filter(None, escape.groups())), 16), 0x10FFFF))
-    if char in '"\\[]-^/' or not char.isprintable():
-        raise UnsupportedParameter(f"The escape {escape[0]} can't be held; write the character itself.")
-    return char
+    """Return an escape that the converter reads right: of others with \\u it drops the leading zeros."""
+    digits = escape[1] or escape[2]
+    if digits is None:
+        return str(escape[0])
+    code = int(digits, 16)
+    if code < 0x80:
+        return f"\\x{code:02x}"
+    if code > 0x10FFFF or 0xD800 <= code <= 0xDFFF:
+        raise InvalidValue(f"There is no character {escape[0]}.")
+    return chr(code)
 
 
 def _refuse_deep(bare: str) -> None:

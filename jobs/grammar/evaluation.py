@@ -5,13 +5,13 @@ Formats are not evaluated: JSON Schema makes them annotations.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, Final
 
 from jobs.grammar.negation import ASSERTIONS
 from jobs.grammar.references import References
+from jobs.grammar.trial import is_found
 
 _MAX_DEPTH: Final = 20
 _TYPES: Final[dict[str, Callable[[Any], bool]]] = {
@@ -56,7 +56,7 @@ def is_valid(value: Any, schema: Any, document: References, depth: int = 0) -> b
 
     try:
         return all(_holds(name, schema, value, inner, document) for name in schema if name in ASSERTIONS)
-    except (TypeError, ValueError, KeyError, AttributeError, re.error, OverflowError) as exc:  # a broken schema
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as exc:  # a broken schema
         raise NotEvaluated from exc
 
 
@@ -116,8 +116,14 @@ def _string_holds(name: str, given: Any, value: str) -> bool:
         case "minLength" | "maxLength":
             return _count_holds(name, given, len(value))
         case "pattern":
-            return re.search(given, value) is not None
+            return _is_found(given, value)
     return True
+
+
+def _is_found(pattern: str, text: str) -> bool:
+    if not text.isascii() or "\n" in text:
+        raise NotEvaluated  # the dialects differ there
+    return is_found(pattern, text)
 
 
 def _array_holds(name: str, schema: dict[str, Any], value: list[Any], inner: Callable[..., bool]) -> bool:
@@ -149,11 +155,11 @@ def _object_holds(name: str, schema: dict[str, Any], value: dict[str, Any], inne
             return all(inner(part, value[each]) for each, part in given.items() if each in value)
         case "patternProperties":
             return all(
-                inner(part, each) for rule, part in given.items() for key, each in value.items() if re.search(rule, key)
+                inner(part, each) for rule, part in given.items() for key, each in value.items() if _is_found(rule, key)
             )
         case "additionalProperties":
             named, rules = schema.get("properties", {}), schema.get("patternProperties", {})
-            others = (key for key in value if key not in named and not any(re.search(rule, key) for rule in rules))
+            others = (key for key in value if key not in named and not any(_is_found(rule, key) for rule in rules))
             return all(inner(given, value[key]) for key in others)
         case "propertyNames":
             return all(inner(given, key) for key in value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -11,6 +10,7 @@ from jobs.grammar.keywords import count_keyword, listed, writable
 from jobs.grammar.negation import ASSERTIONS
 from jobs.grammar.patterns import ANY, literal
 from jobs.grammar.strings import searched
+from jobs.grammar.trial import is_found
 
 MAX_PROPERTIES: Final = 1_000  # of one object
 _MAX_PATTERNS: Final = 40  # of names: all pairs are compared
@@ -114,7 +114,7 @@ def _name_patterns(rules: Mapping[str, Any]) -> list[str]:
 
 def _is_valid(name: str, rules: Mapping[str, Any]) -> bool:
     return (
-        ("pattern" not in rules or re.search(rules["pattern"], name) is not None)
+        ("pattern" not in rules or is_found(rules["pattern"], name))
         and name in rules.get("enum", [name])
         and name == rules.get("const", name)
         and rules.get("minLength", 0) <= len(name) <= rules.get("maxLength", len(name))

@@ -1,15 +1,18 @@
-"""Try a grammar before a model does: llguidance finds out only while it reads a text that a grammar is too complex.
+"""Read texts by a grammar without a model.
 
-The trial reads random texts of the grammar, byte by byte. The same grammar gets the same texts.
+llguidance finds out only while it reads a text that a grammar is too complex. So each grammar is tried with random
+texts of it, byte by byte; the same grammar gets the same texts.
 """
 
 from __future__ import annotations
 
 import random
-from functools import cache
+from functools import cache, lru_cache
 from typing import Final
 
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+
+from jobs.grammar.patterns import search_patterns
 
 _TEXTS: Final = 3
 _BYTES: Final = 160  # of each text
@@ -34,6 +37,22 @@ class _ByteTokenizer:
 def byte_tokenizer() -> LLTokenizer:
     """Return the tokenizer whose tokens are the bytes."""
     return LLTokenizer(TokenizerWrapper(_ByteTokenizer()), slices=[])
+
+
+def is_found(pattern: str, text: str) -> bool:
+    """Return whether a pattern of a schema is found in a text, in time that grows with the text only.
+
+    Python's `re` may take hours. Raise RequestRefused if the pattern can't be held.
+    """
+    content = list(text.encode())
+    readers = (first.deep_copy() for first in _readers(pattern))
+    return all(reader.try_consume_tokens(content) == len(content) and reader.is_accepting() for reader in readers)
+
+
+@lru_cache(maxsize=256)
+def _readers(pattern: str) -> tuple[LLMatcher, ...]:
+    grammars = map(LLMatcher.grammar_from_regex, search_patterns(pattern))
+    return tuple(LLMatcher(byte_tokenizer(), grammar, log_level=0) for grammar in grammars)
 
 
 def find_fault(grammar: str) -> str | None:

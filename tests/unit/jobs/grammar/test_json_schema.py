@@ -231,6 +231,14 @@ def test_a_schema_that_can_not_be_held_is_refused_with_keyword_and_place(schema:
     assert said in refused.value.message
 
 
+def test_a_pattern_that_makes_pythons_re_search_for_hours_is_read_at_once() -> None:
+    text = "a" * 60 + "!"
+    schema = {"enum": [text, "aa"], "allOf": [{"pattern": "^(a+)+$"}], "propertyNames": {"pattern": "^(a+)+$"}}
+    matcher = reader(schema_spec(schema | {"properties": {text: {}}}))
+    assert accepts(matcher, '"aa"')
+    assert not accepts(matcher, f'"{text}"')
+
+
 def test_a_name_is_written_in_one_way_so_no_escape_passes_for_another_name() -> None:
     matcher = reader(schema_spec({"type": "object", "properties": {"a": {"type": "integer"}}}))
     assert accepts(matcher, '{"a":1,"b":"x"}')
