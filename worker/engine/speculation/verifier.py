@@ -49,8 +49,9 @@ def walk(forest: Forest, logits: Tensor, rows: IntArray) -> AcceptedPaths:
     """Walk every tree of the batch along the target's draws.
 
     `rows[node]` is the node's row in `logits` [rows, vocab]. Greedy trees share one argmax and one transfer. Trees with
-    noise, penalties or a grammar draw lazily: one round per depth, only on the rows that they reach. On a GPU, where a
-    round is a transfer that the host waits for, every row is drawn at once.
+    noise, penalties or a grammar draw lazily, only on the rows that they reach: one round per depth, and one for all
+    tokens that a grammar forces one after the other. On a GPU, where a round is a transfer that the host waits for,
+    every row is drawn at once.
     """
     lazy = ~forest.columns.argmax
     if forest.masks is not None:
@@ -63,8 +64,9 @@ def walk(forest: Forest, logits: Tensor, rows: IntArray) -> AcceptedPaths:
         drawn = np.where(lazy[forest.tree], _UNKNOWN, argmax(logits)[rows])
     moving = forest.roots if lazy.any() else forest.roots[:0]  # the nodes that the walks have come to
     while len(moving):
-        undrawn = moving[lazy[forest.tree[moving]]]
+        undrawn = moving[drawn[moving] == _UNKNOWN]
         if len(undrawn):
+            undrawn = _with_forced(undrawn, forest)
             drawn[undrawn] = _draw_at(undrawn, forest, logits, rows)
         moving = tree_kernels().matching_children(forest, drawn)[moving]
         moving = moving[moving >= 0]
@@ -76,6 +78,17 @@ _UNKNOWN = -2  # no token, and not NaN's -1
 
 def _draws_at_once(logits: Tensor) -> bool:
     return logits.device.type == "cuda"
+
+
+def _with_forced(nodes: IntArray, forest: Forest) -> IntArray:
+    """Return nodes and the forced ones below them, which the walk will come to: they are drawn together."""
+    if forest.masks is None:
+        return nodes
+    begins = forest.forced & ~forest.forced[forest.parent]  # of a chain: its nodes follow each other
+    first = np.maximum.accumulate(np.where(begins, np.arange(forest.size), 0))
+    reached = np.zeros(forest.size, np.bool_)
+    reached[nodes] = True
+    return np.flatnonzero(reached | forest.forced & reached[forest.parent[first]])
 
 
 def _draw_at(nodes: IntArray, forest: Forest, logits: Tensor, rows: IntArray) -> IntArray:
