@@ -15,7 +15,7 @@ from jobs.grammar.evaluation import NotEvaluated, is_valid
 from jobs.grammar.keywords import Misplaced, at, count_keyword, listed, type_keyword, values_keywords
 from jobs.grammar.negation import ASSERTIONS, NoComplement, complement
 from jobs.grammar.numbers import number_keywords
-from jobs.grammar.objects import object_keywords
+from jobs.grammar.objects import object_keywords, without_general_pattern
 from jobs.grammar.overlap import beyond, disjoint, listed_values
 from jobs.grammar.recursion import remove_endless
 from jobs.grammar.references import References, TooManySteps
@@ -32,6 +32,7 @@ Place = tuple[str, ...]
 _VALUES_AND_MORE: Final = frozenset(
     {"allOf", "anyOf", "oneOf", "not", "if", "contains", "uniqueItems", "minProperties", "pattern", "multipleOf"}
 )
+_MAPS: Final = ("properties", "patternProperties")  # keywords whose objects map names to schemas
 _OLD_DRAFT: Final = re.compile(r"draft-0[3-7]/")  # siblings of $ref have no meaning in these
 # Keywords that can't be held: values that ask for nothing, and what to do.
 _REFUSED: Final[dict[str, tuple[tuple[Any, ...], str]]] = {
@@ -61,6 +62,7 @@ class _Rewriter:
         self._names: dict[int, str] = {}  # of schemas that are named by a reference, by identity
         self._waiting: list[tuple[str, Any, Place]] = []
         self._kept: list[Any] = []  # schemas made here, whose identities must stay their own
+        self._pairs: dict[tuple[int, int], Json] = {}
         self._num_schemas = 0
         declared = root.get("$schema") if isinstance(root, dict) else None
         self._old = isinstance(declared, str) and _OLD_DRAFT.search(declared) is not None
@@ -75,15 +77,25 @@ class _Rewriter:
         whole: Json = {"anyOf": [root]} if isinstance(root, bool) else root
         return whole | ({"$defs": definitions} if definitions else {})
 
-    def _schema(self, schema: Any, place: Place, *, whole: bool = False) -> Any:
-        """Return the rewritten schema at a place; not `whole`: maybe as a reference to it."""
+    def _schema(self, schema: Any, place: Place, *, whole: bool = False, combined: bool = False) -> Any:
+        """Return the rewritten schema at a place; not `whole`: maybe as a reference to it.
+
+        `combined`: other keywords hold for the same value. llguidance can't combine these with a reference to a
+        definition that is being read, so references are replaced by their schemas.
+        """
         if isinstance(schema, bool):
             return schema
         self._check(schema, place)
         if self._old and "$ref" in schema:
             schema = {"$ref": schema["$ref"]}
+        if combined and "$ref" in schema and len(ASSERTIONS & schema.keys()) == 1:
+            with at(*place):
+                target = self._references.find(_string(schema["$ref"]))
+            return self._schema(target, (*place, "$ref"), whole=True, combined=True)
         if not whole and _combines_references(schema):
             return self._named(schema, place)
+        with at(*place):
+            schema = without_general_pattern(schema, self._both)
         values = self._valid_values(schema)
         if values is not None:
             with at(*place):
@@ -94,7 +106,15 @@ class _Rewriter:
             lengths, patterns = string_keywords(schema)
             found |= object_keywords(schema, lambda part, *steps: self._schema(part, (*place, *steps)))
             found |= lengths | self._array_keywords(schema, place)
-        return _conjunction([*self._in_order(schema, place, found), *({"pattern": pattern} for pattern in patterns)])
+        parts = self._in_order(schema, place, found, combined or len(ASSERTIONS & schema.keys()) > 1)
+        return _conjunction([*parts, *({"pattern": pattern} for pattern in patterns)])
+
+    def _both(self, first: Any, second: Any) -> Any:
+        """Return a schema for which both must hold; the same two get the same one, or recursion would not end."""
+        if _bare(first) == _bare(second):
+            return first
+        self._kept += [first, second]
+        return self._pairs.setdefault((id(first), id(second)), {"allOf": [first, second]})
 
     def _valid_values(self, schema: Json) -> list[Any] | None:
         """Return the valid values of a schema that lists them beside other keywords; None for other schemas."""
@@ -108,7 +128,7 @@ class _Rewriter:
         except (NotEvaluated, RequestRefused, TypeError):
             return None
 
-    def _in_order(self, schema: Json, place: Place, found: Json) -> list[Json]:
+    def _in_order(self, schema: Json, place: Place, found: Json, combined: bool) -> list[Json]:
         """Return the keywords of a schema and those that apply other schemas to the same value, in their order.
 
         It decides the order of the properties of an answer.
@@ -121,7 +141,7 @@ class _Rewriter:
                 waits = {}
             elif name in _APPLICATORS:
                 with at(*place, name):
-                    parts.append(_APPLICATORS[name](self, schema, (*place, name)))
+                    parts.append(_APPLICATORS[name](self, schema, (*place, name), combined))
         return [*parts, waits]
 
     def _check(self, schema: Any, place: Place) -> None:
@@ -146,11 +166,11 @@ class _Rewriter:
             found["items"] = self._schema(schema[rest], (*place, rest))
         return found
 
-    def _reference(self, schema: Json, place: Place) -> Json:
+    def _reference(self, schema: Json, place: Place, combined: bool) -> Json:
         reference = _string(schema["$ref"])
         target = self._references.find(reference)
-        if len(ASSERTIONS & schema.keys()) > 1:
-            return {"allOf": [self._schema(target, place, whole=True)]}
+        if combined:
+            return {"allOf": [self._schema(target, place, whole=True, combined=True)]}
         return self._named(target, tuple(reference.removeprefix("#/").split("/")))
 
     def _named(self, schema: Any, place: Place) -> Json:
@@ -163,33 +183,30 @@ class _Rewriter:
             self._waiting.append((name, schema, place))
         return {"$ref": f"#/$defs/{self._names[id(schema)]}"}
 
-    def _all_of(self, schema: Json, place: Place) -> Json:
-        return {"allOf": self._parts(schema, place, combined=len(schema["allOf"]) > 1)}
+    def _all_of(self, schema: Json, place: Place, combined: bool) -> Json:
+        return {"allOf": self._parts(schema, place, combined or len(listed(schema["allOf"])) > 1)}
 
-    def _any_of(self, schema: Json, place: Place) -> Json:
-        return {"anyOf": self._parts(schema, place)}
+    def _any_of(self, schema: Json, place: Place, combined: bool) -> Json:
+        return {"anyOf": self._parts(schema, place, combined)}
 
-    def _parts(self, schema: Json, place: Place, *, combined: bool = False) -> list[Any]:
-        """Return the schemas of a list. llguidance can't combine others with a reference that is being read."""
-        parts = listed(schema[place[-1]])
-        if combined or len(ASSERTIONS & schema.keys()) > 1:
-            return [self._schema(self._resolved(part), (*place, str(n)), whole=True) for n, part in enumerate(parts)]
-        return [self._schema(part, (*place, str(n))) for n, part in enumerate(parts)]
+    def _parts(self, schema: Json, place: Place, combined: bool) -> list[Any]:
+        parts = enumerate(listed(schema[place[-1]]))
+        return [self._schema(part, (*place, str(n)), whole=combined, combined=combined) for n, part in parts]
 
-    def _one_of(self, schema: Json, place: Place) -> Json:
+    def _one_of(self, schema: Json, place: Place, combined: bool) -> Json:
         """Return an anyOf of alternatives that exclude each other, if that can be said."""
         parts = [self._resolved(part) for part in listed(schema["oneOf"])]
         if len(parts) > _MAX_CHOSEN:
             raise UnsupportedParameter(f"More than {_MAX_CHOSEN} alternatives can't be held; use anyOf.")
-        written = [self._schema(part, (*place, str(n)), whole=True) for n, part in enumerate(parts)]
-        return {"anyOf": [self._without_others(n, parts, written[n], place) for n in range(len(parts))]}
+        return {"anyOf": [self._without_others(n, parts, place, combined) for n in range(len(parts))]}
 
-    def _without_others(self, n: int, parts: list[Any], written: Any, place: Place) -> Any:
+    def _without_others(self, n: int, parts: list[Any], place: Place, combined: bool) -> Any:
         """Return an alternative without the values of those that may overlap with it."""
         document = self._references
         others = [m for m in range(len(parts)) if m != n and not disjoint(parts[n], parts[m], document)]
+        place = (*place, str(n))
         if not others:
-            return written
+            return self._schema(parts[n], place, whole=True, combined=combined)
         try:
             against = [
                 self._made(beyond(parts[n], parts[m], document) or complement(parts[m], document), place)
@@ -200,21 +217,21 @@ class _Rewriter:
                 f"The alternatives {n} and {others[0]} may both be valid for a value, which can't be excluded. Use "
                 "anyOf, or give each alternative a required property with another const."
             ) from None
-        return {"allOf": [written, *against]}
+        return {"allOf": [self._schema(parts[n], place, whole=True, combined=True), *against]}
 
-    def _not(self, schema: Json, place: Place) -> Json:
+    def _not(self, schema: Json, place: Place, combined: bool) -> Json:
         return {"allOf": [self._complement(schema["not"], place)]}
 
-    def _if(self, schema: Json, place: Place) -> Json:
+    def _if(self, schema: Json, place: Place, combined: bool) -> Json:
         then, other = schema.get("then", True), schema.get("else", True)
         if then is True and other is True:
             return {}
-        held = self._schema(schema["if"], place, whole=True)
-        other = self._schema(self._resolved(other), (*place[:-1], "else"), whole=True)
-        then = self._schema(self._resolved(then), (*place[:-1], "then"), whole=True)
+        held = self._schema(schema["if"], place, whole=True, combined=True)
+        other = self._schema(other, (*place[:-1], "else"), whole=True, combined=True)
+        then = self._schema(then, (*place[:-1], "then"), whole=True, combined=True)
         return {"anyOf": [{"allOf": [held, then]}, {"allOf": [self._complement(schema["if"], place), other]}]}
 
-    def _dependencies(self, schema: Json, place: Place) -> Json:
+    def _dependencies(self, schema: Json, place: Place, combined: bool) -> Json:
         """Return for each property: it is absent, or what depends on it holds."""
         given = schema[place[-1]]
         if not isinstance(given, dict):
@@ -223,7 +240,7 @@ class _Rewriter:
         for name, needed in given.items():
             part = {"required": needed} if isinstance(needed, list) else needed
             absent = {"properties": {name: False}}
-            demands.append({"anyOf": [absent, self._schema(self._resolved(part), (*place, name), whole=True)]})
+            demands.append({"anyOf": [absent, self._schema(part, (*place, name), whole=True, combined=True)]})
         return {"allOf": demands}
 
     def _complement(self, schema: Any, place: Place) -> Any:
@@ -237,7 +254,7 @@ class _Rewriter:
 
     def _made(self, schema: Any, place: Place) -> Any:
         self._kept.append(schema)
-        return self._schema(schema, place, whole=True)
+        return self._schema(schema, place, whole=True, combined=True)
 
     def _resolved(self, schema: Any) -> Any:
         """Return the schema that a bare reference names."""
@@ -248,7 +265,7 @@ class _Rewriter:
         return schema
 
 
-_APPLICATORS: Final[dict[str, Callable[[_Rewriter, Json, Place], Json]]] = {
+_APPLICATORS: Final[dict[str, Callable[[_Rewriter, Json, Place, bool], Json]]] = {
     "$ref": _Rewriter._reference,
     "allOf": _Rewriter._all_of,
     "anyOf": _Rewriter._any_of,
@@ -261,13 +278,31 @@ _APPLICATORS: Final[dict[str, Callable[[_Rewriter, Json, Place], Json]]] = {
 }
 
 
+def _bare(schema: Any) -> Any:
+    """Return a schema without annotations, to compare it."""
+    if not isinstance(schema, dict):
+        return [_bare(part) for part in schema] if isinstance(schema, list) else schema
+    return {
+        name: {key: _bare(each) for key, each in part.items()}
+        if name in _MAPS and isinstance(part, dict)
+        else _bare(part)
+        for name, part in schema.items()
+        if name in ASSERTIONS
+    }
+
+
 def _combines_references(schema: Json) -> bool:
-    """Return whether a reference stands beside other keywords, or in a list beside them."""
-    said = ASSERTIONS & schema.keys()
-    lists = [schema[name] for name in ("allOf", "anyOf", "oneOf") if name in said and isinstance(schema[name], list)]
-    listed = any(isinstance(part, dict) and "$ref" in part for parts in lists for part in parts)
-    many = len(said) > 1 or len(schema.get("allOf", ())) > 1
-    return many and ("$ref" in said or listed)
+    """Return whether other keywords hold for the same value as a reference."""
+    many = len(ASSERTIONS & schema.keys()) > 1 or len(schema.get("allOf", ())) > 1
+    return many and _has_reference(schema)
+
+
+def _has_reference(schema: Any) -> bool:
+    """Return whether a reference in a schema holds for the same value as the schema."""
+    if not isinstance(schema, dict):
+        return False
+    lists = [schema[name] for name in ("allOf", "anyOf", "oneOf") if isinstance(schema.get(name), list)]
+    return "$ref" in schema or any(_has_reference(part) for parts in lists for part in parts)
 
 
 def _refuse_keywords(schema: Json) -> None:

@@ -8,15 +8,17 @@ from typing import Any, Final
 from jobs.errors import InvalidValue, UnsupportedParameter
 from jobs.grammar.keywords import count_keyword, listed, writable
 from jobs.grammar.negation import ASSERTIONS
-from jobs.grammar.patterns import ANY, literal
+from jobs.grammar.patterns import ANY, literal, search_patterns
 from jobs.grammar.strings import searched
 from jobs.grammar.trial import is_found
 
 MAX_PROPERTIES: Final = 1_000  # of one object
 _MAX_PATTERNS: Final = 40  # of names: all pairs are compared
 _MAX_COUNTED: Final = 100  # optional properties of an object with minProperties or maxProperties
+_ALL_NAMES: Final = (search_patterns(""), search_patterns("^"))  # of patterns that are found in every name
 _NAME_KEYWORDS: Final = frozenset({"type", "pattern", "const", "enum", "minLength", "maxLength"})
 
+Both = Callable[[Any, Any], Any]
 Rewrite = Callable[..., Any]  # of a part of the schema, and the steps to it
 
 
@@ -45,6 +47,24 @@ def object_keywords(schema: Mapping[str, Any], rewrite: Rewrite) -> dict[str, An
         found |= _named(schema["propertyNames"], found)
     _check_counts(found)
     return found
+
+
+def without_general_pattern(schema: dict[str, Any], both: Both) -> dict[str, Any]:
+    """Return the schema of an object, in which a pattern for all names is written as `additionalProperties`.
+
+    `both` returns the schema of two that must hold, the same for the same two.
+    """
+    patterns = schema.get("patternProperties")
+    if not isinstance(patterns, dict) or len(patterns) != 1:
+        return schema
+    ((pattern, part),) = patterns.items()
+    if searched(pattern, "patternProperties") not in _ALL_NAMES:
+        return schema
+    others = {name: value for name, value in schema.items() if name != "patternProperties"}
+    named = schema.get("properties")
+    if isinstance(named, dict):
+        others["properties"] = {name: both(each, part) for name, each in named.items()}
+    return others | {"additionalProperties": part}
 
 
 def _members(schema: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -105,6 +105,19 @@ HELD: list[tuple[Any, list[Any]]] = [
         },
         [{"a": 1, "b": 2}, {"a": 1, "b": "x"}, {"b": "x"}],
     ),
+    (
+        {
+            "$ref": "#/$defs/a",
+            "$defs": {
+                "a": {
+                    "type": "object",
+                    "properties": {"x": {"type": ["object", "integer"]}},
+                    "patternProperties": {".*": {"anyOf": [{"$ref": "#/$defs/a"}, {"type": "integer"}]}},
+                }
+            },
+        },
+        [{"x": {"x": 1}, "y": 2}, {"x": "1"}, {"y": "1"}, {"y": {"z": {}}}],
+    ),
     ({"allOf": [{"type": "integer", "minimum": 2}, {"maximum": 4}]}, [1, 2, 5]),
     ({"oneOf": SHAPES}, [{"kind": "circle", "r": 1}, {"kind": "box"}, {"kind": "x"}]),
     (
