@@ -27,6 +27,7 @@ from worker.engine.speculation.sequence_columns import SequenceColumns
 from worker.engine.speculation.tree_masks import TreeMasks
 
 SOURCES = 3  # of candidates at most, each with statistics of its own
+_SPARE_NODES = 64  # memory for draft nodes from the start; more costs an allocation when it is needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class Forest(Nodes):
         self.columns = sequences if isinstance(sequences, SequenceColumns) else SequenceColumns(sequences)
         self.sequences = self.columns.sequences
         count = len(self.sequences)
-        super().__init__(count, count, tree_discount)
+        super().__init__(count, 4 * count + _SPARE_NODES, tree_discount)
         self.tree[:], self.parent[:], self.depth[:], self.value[:] = np.arange(count), -1, 0, tree_discount
         self.token[:] = [s.ids[-1] for s in self.sequences]
         self.forced[:] = False

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from worker.engine.host.tree_kernels import tree_kernels
 from worker.engine.sampling.sampling import argmax, draw
-from worker.engine.segments import IntArray
+from worker.engine.segments import BoolArray, IntArray
 from worker.engine.speculation.draft_tree import Forest
 
 
@@ -57,12 +57,21 @@ def walk(forest: Forest, logits: Tensor, rows: IntArray) -> AcceptedPaths:
     if forest.masks is not None:
         forest.masks.finish()
         lazy |= forest.masks.constrained
-    drawn = np.full(forest.size, _UNKNOWN)  # the target's token at each node
-    if lazy.any() and _draws_at_once(logits):
-        drawn, lazy = _draw_at(np.arange(forest.size), forest, logits, rows), np.zeros_like(lazy)
-    elif not lazy.all():
+    if not lazy.any():
+        drawn = argmax(logits)[rows]
+    elif _draws_at_once(logits):
+        drawn = _draw_at(np.arange(forest.size), forest, logits, rows)
+    else:
+        drawn = _drawn_lazily(forest, logits, rows, lazy)
+    return AcceptedPaths(*tree_kernels().paths(forest, drawn))
+
+
+def _drawn_lazily(forest: Forest, logits: Tensor, rows: IntArray, lazy: BoolArray) -> IntArray:
+    """Return the target's token at each node [nodes]; of `lazy` trees [trees] only at those that the walk visits."""
+    drawn = np.full(forest.size, _UNKNOWN)
+    if not lazy.all():
         drawn = np.where(lazy[forest.tree], _UNKNOWN, argmax(logits)[rows])
-    moving = forest.roots if lazy.any() else forest.roots[:0]  # the nodes that the walks have come to
+    moving = np.flatnonzero(lazy)  # the nodes that the walks have come to
     while len(moving):
         undrawn = moving[drawn[moving] == _UNKNOWN]
         if len(undrawn):
@@ -70,7 +79,7 @@ def walk(forest: Forest, logits: Tensor, rows: IntArray) -> AcceptedPaths:
             drawn[undrawn] = _draw_at(undrawn, forest, logits, rows)
         moving = tree_kernels().matching_children(forest, drawn)[moving]
         moving = moving[moving >= 0]
-    return AcceptedPaths(*tree_kernels().paths(forest, drawn))
+    return drawn
 
 
 _UNKNOWN = -2  # no token, and not NaN's -1
