@@ -25,6 +25,7 @@ from jobs.queue.worker_notifier import WorkerNotifier
 from jobs.schema_check import require_schema
 from jobs.tracing import start_tracing, stop_tracing
 from worker.loading.loader import load_engine
+from worker.serving.garbage import exempt_loaded_objects
 from worker.serving.request_process import RequestProcess
 from worker.serving.service import EngineService, Pulse, new_worker_id
 from worker.settings import WorkerSettings
@@ -95,6 +96,7 @@ def serve(settings: WorkerSettings) -> int:
 
     signal.signal(signal.SIGTERM, _exit_normally)  # Celery installs its handler later; requests may be claimed before
     try:
+        exempt_loaded_objects()
         service.start(make_pulse(settings.redis_url, service.worker_id))
         log.info("Serving %s as %s", loaded.name, service.worker_id, extra={"action": "ready"})
         app.worker_main(["worker", "--concurrency=4", "--loglevel=INFO", f"--hostname={service.worker_id}@%h"])

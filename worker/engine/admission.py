@@ -29,7 +29,9 @@ class Admission:
         everything = [*running, *candidates]
         now = np.array([self._pages_now(s) for s in everything], np.int64)
         final = np.maximum(self._pages_at_end(everything), now)
-        low, high = int(not running), len(candidates)
+        if peak_pages(now, final) <= self._slots.pages:  # as most often
+            return len(candidates)
+        low, high = int(not running), len(candidates) - 1
         while low < high:
             middle = (low + high + 1) // 2
             count = len(running) + middle

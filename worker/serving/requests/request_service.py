@@ -12,6 +12,7 @@ from jobs.streaming.pubsub import Publisher
 from jobs.tracing import start_tracing, stop_tracing
 from storage.session import DATABASE_UNAVAILABLE, LONG_STATEMENT_TIMEOUT_S, Database
 from worker.serving.channel import SocketChannel
+from worker.serving.garbage import exempt_loaded_objects
 from worker.serving.messages import Setup
 from worker.serving.requests.request_loop import RequestLoop
 from worker.serving.requests.sink import Sink
@@ -53,6 +54,7 @@ def _serve(channel: SocketChannel, setup: Setup) -> int:
         interval_s=settings.partials_interval_s,
         reserved=setup.reserved,
     )
+    exempt_loaded_objects()
     while loop.hand_back_s is None:
         if channel.closed:  # the worker is dead: others continue when its leases expire
             return 0
