@@ -5,6 +5,9 @@ MODEL := smollm2-135m-instruct
 # Prompts of `make bench`: MT-Bench questions if they are beside the checkout, else the examples.
 BENCH_PROMPTS ?= $(firstword $(wildcard ../shared/data/mt_bench_dev.jsonl) examples/prompts.jsonl)
 
+# Test processes that run at once, each with servers of its own.
+SERVICE_PROCESSES ?= 4
+
 # Faults that `make chaos` injects per database.
 CHAOS_FAULTS ?= 50
 
@@ -39,14 +42,19 @@ check: setup ## Check style, types and import directions
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-unit: setup ## Run the quick tests: no service processes, on SQLite and on PostgreSQL from a wheel
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit -n auto --dist worksteal -p no:schemathesis  # a process per core, a thread each
+# A process per core, a thread each. Tests with servers wait for most of their time, so they get more processes.
+ON_CORES := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -p no:schemathesis
+ON_SERVERS := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(SERVICE_PROCESSES) --dist loadgroup --no-loadscope-reorder
+
+unit: setup ## Run the quick tests: no servers, no interpreters
+	$(ON_CORES) tests/unit -m 'not postgresql'
 
 integration: model ## Run the tests with real servers, processes and SmolLM2
-	$(BIN)/pytest tests/integration tests/acceptance
+	$(ON_CORES) tests/unit/storage -m postgresql
+	$(ON_SERVERS) tests/acceptance tests/integration
 
 long: model ## Run the laws that take longer than a change should wait for
-	$(BIN)/pytest -m long tests/integration tests/acceptance
+	$(ON_SERVERS) tests/acceptance tests/integration -m long
 
 chaos: setup ## Inject faults into every part of the service, and check that no request is lost
 	$(BIN)/python -m tests.chaos.run --database postgresql --faults $(CHAOS_FAULTS)

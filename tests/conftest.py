@@ -39,6 +39,14 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `--dist loadgroup`, run the tests of a file in one process, unless they are marked as independent."""
+    for item in items:
+        if not any(item.iter_markers("independent")) and not any(item.iter_markers("xdist_group")):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 def pytest_collection_finish() -> None:
     """Collect garbage again, but only what tests make."""
     gc.freeze()
@@ -48,7 +56,7 @@ def pytest_collection_finish() -> None:
 def start_redis(port: int, directory: Path) -> subprocess.Popen[bytes]:
     """Start a Redis-protocol server like `basic up` does, and wait until it answers."""
     server = subprocess.Popen(server_arguments(server_binary(), port, directory), stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     with redis.Redis(port=port) as client:
         while True:
             try:
@@ -64,7 +72,7 @@ def start_redis(port: int, directory: Path) -> subprocess.Popen[bytes]:
 
 def stop(server: subprocess.Popen[bytes]) -> None:
     server.terminate()
-    server.wait(10)
+    server.wait(60)
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from jobs.processes import parent_death_hook
 from tests.ports import free_port
 from tests.processes import children_of
 
-_READY_S = 30.0
+_READY_S = 120.0
 _FOR_TESTS = {"max_connections": "60", "shared_buffers": "32MB", "listen_addresses": "127.0.0.1"}
 # Settings for tests that do not need durable commits.
 QUICK = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}

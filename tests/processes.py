@@ -7,7 +7,7 @@ import select
 from pathlib import Path
 
 
-def ended(pid: int, timeout_s: float = 10.0) -> bool:
+def ended(pid: int, timeout_s: float = 60.0) -> bool:
     """Wait until a process has ended, child or not; return False at the timeout."""
     try:
         descriptor = os.pidfd_open(pid)

@@ -42,7 +42,7 @@ class Service:
         return done.stdout
 
     def openai(self, key: str = "any") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.api_url}/v1", api_key=key, max_retries=0, timeout=120)
+        return openai.OpenAI(base_url=f"{self.api_url}/v1", api_key=key, max_retries=0, timeout=240)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import redis
 
 from jobs.client import Client
@@ -21,6 +22,8 @@ from jobs.messages import PartialEvent, PromptBatch
 from jobs.producer import batch_job_id, push
 from jobs.streaming.pubsub import channel
 from tests.acceptance.conftest import Service
+
+pytestmark = pytest.mark.xdist_group("service")  # all files that share one `basic up`
 
 MODEL = "smollm2-135m-instruct"
 ROUNDING = 0.5  # of a bfloat16 logit, in units of logits
@@ -94,7 +97,7 @@ def test_partials_on_redis_are_numbered_and_spell_the_output(service: Service) -
     job_id = batch_job_id(batch.id)
     with redis.Redis.from_url(service.redis_url, decode_responses=True) as client, client.pubsub() as subscription:
         subscription.subscribe(channel(job_id))
-        assert subscription.get_message(timeout=5)["type"] == "subscribe"
+        assert subscription.get_message(timeout=240)["type"] == "subscribe"
         assert push(batch, service.redis_url) == "watched"
         events = list(_until_the_job_ends(subscription))
         push(batch, service.redis_url)
@@ -110,7 +113,7 @@ def test_partials_on_redis_are_numbered_and_spell_the_output(service: Service) -
 
 
 def _until_the_job_ends(subscription: redis.client.PubSub) -> Iterator[PartialEvent]:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         message = subscription.get_message(timeout=1)
         if message is None or message["type"] != "message":
@@ -191,7 +194,7 @@ def test_an_unknown_model_is_refused_with_those_there_are(service: Service) -> N
 
 
 def test_plain_http_submits_polls_streams_and_fetches(service: Service) -> None:
-    with httpx.Client(base_url=service.api_url, timeout=60) as http:
+    with httpx.Client(base_url=service.api_url, timeout=240) as http:
         submitted = http.post("/v1/jobs", json={"prompts": ["Say hello."], "max_tokens": 12, "temperature": 0}).json()
         job = f"/v1/jobs/{submitted['id']}"
         with http.stream("GET", f"{job}/events") as stream:

@@ -78,7 +78,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Iterator
         time.sleep(0.05)
     yield ApiServer(ready.read_text().strip(), process.pid)
     process.terminate()
-    assert process.wait(20) == 0
+    assert process.wait(120) == 0
 
 
 @contextmanager

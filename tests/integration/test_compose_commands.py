@@ -28,7 +28,7 @@ from tests.postgres import QUICK, Postgres
 
 ROOT = Path(__file__).parents[2]
 STARTED = ("redis", "postgres", "migrate", "api", "ingest", "worker")
-READY_S = 120
+READY_S = 240
 
 # redis-cli of the image: only what the health check asks of it.
 REDIS_CLI = """
@@ -131,7 +131,7 @@ class Compose:
                 os.killpg(process.pid, signal.SIGTERM)
         for process in self.processes.values():
             try:
-                process.wait(30)
+                process.wait(120)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
@@ -192,7 +192,7 @@ def compose(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compose]:
 
 def test_the_node_comes_up_and_serves_who_has_the_key_that_make_secrets_made(compose: Compose) -> None:
     asked = {"model": "tiny", "prompt": "hello", "max_tokens": 4}
-    with httpx.Client(base_url=compose.api_url, timeout=60, trust_env=False) as http:
+    with httpx.Client(base_url=compose.api_url, timeout=240, trust_env=False) as http:
         assert http.post("/v1/completions", json=asked).status_code == 401
         answer = http.post("/v1/completions", json=asked, headers={"authorization": f"Bearer {compose.key}"})
         assert answer.status_code == 200, answer.text

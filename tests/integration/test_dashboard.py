@@ -19,7 +19,7 @@ from jobs.settings import JobsSettings
 from tests.browser import browser, picture
 from tests.models import save_tiny
 
-PATIENCE_MS = 20_000
+PATIENCE_MS = 60_000
 DIM = {"light": "rgb(93, 99, 109)", "dark": "rgb(166, 173, 184)"}  # of a report's side notes
 UGLY = (
     "<script>document.title = 'pwned'</script><img src=x onerror=\"document.title = 'pwned'\">"

@@ -20,7 +20,7 @@ TOGETHER = (str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", *ALO
 
 def run(*command: str, cache_dir: Path, **environment: str) -> str:
     told = {"BASIC_CACHE_DIR": str(cache_dir), "BASIC_DTYPE": "float32", "BASIC_MAX_CONTEXT": "512"} | environment
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | told)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | told)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 

@@ -17,8 +17,9 @@ from jobs.local.service import LocalService, down, running_service, start_detach
 from jobs.local.startup import environment
 from jobs.settings import JobsSettings
 from tests.conftest import free_port
-from tests.models import save_tiny
 from tests.processes import children_of, ended
+
+pytestmark = pytest.mark.independent
 
 AWKWARD = "d a%41t?a #'é[x]*\"\\y"  # characters with a meaning in URLs, SQL, shells or globs
 
@@ -64,12 +65,6 @@ def test_a_killed_parent_takes_its_server_along_and_no_write_is_lost(tmp_path: P
     parent.kill()
     parent.wait()
     assert ended(server)
-
-
-@pytest.fixture(scope="module")
-def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random model."""
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture
@@ -131,7 +126,7 @@ def test_ctrl_c_in_the_foreground_ends_all_with_status_0(settings: JobsSettings)
         processes = children_of(process.pid)
         assert len(processes) == 4
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
+        assert process.wait(240) == 0
     assert all(ended(pid) for pid in processes)
 
 

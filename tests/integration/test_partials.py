@@ -43,7 +43,7 @@ def follow(database: Database, url: str, poll_s: float = 5.0) -> AsyncGenerator[
 
 
 def reading(database: Database, url: str, poll_s: float = 5.0) -> asyncio.Task[bytes]:
-    return asyncio.create_task(asyncio.wait_for(rest_of(follow(database, url, poll_s)), 20))
+    return asyncio.create_task(asyncio.wait_for(rest_of(follow(database, url, poll_s)), 120))
 
 
 async def subscribed(server_url: str, readers: int = 1) -> None:
@@ -157,10 +157,10 @@ def test_a_restart_of_the_redis_server_loses_no_text(start: Start, database: Dat
 def test_the_publisher_says_what_anyone_can_read_with_redis_cli(redis_url: str) -> None:
     with redis.Redis.from_url(redis_url, decode_responses=True) as client, client.pubsub() as listener:
         listener.subscribe("basic:partials:job-1")
-        assert listener.get_message(timeout=5) is not None
+        assert listener.get_message(timeout=60) is not None
         publisher = Publisher(redis_url)
         publisher.publish([EVENT])
-        message = listener.get_message(timeout=5)
+        message = listener.get_message(timeout=60)
         publisher.close()
     assert message is not None
     assert message["data"].startswith('{"v":1,"job_id":"job-1","request":"a","index":0,"choice":0,"seq":0,')

@@ -76,9 +76,9 @@ def test_a_consumer_of_the_models_queue_receives_the_notification(server: redis.
         assert job_id == "batch_1"
         heard.set()
 
-    with start_worker(app, pool="threads", concurrency=1, perform_ping_check=False, shutdown_timeout=10):
+    with start_worker(app, pool="threads", concurrency=1, perform_ping_check=False, shutdown_timeout=60):
         notify_workers(make_producer_app(redis_url), "batch_1", "tiny")
-        assert heard.wait(10)
+        assert heard.wait(60)
 
 
 def test_a_pushed_batch_becomes_a_job_through_the_real_ingest_worker(
@@ -93,11 +93,11 @@ def test_a_pushed_batch_becomes_a_job_through_the_real_ingest_worker(
         pool="threads",
         concurrency=1,
         perform_ping_check=False,
-        shutdown_timeout=10,
+        shutdown_timeout=60,
     ):
         for _ in range(2):
             push(batch, redis_url)
-        notification = server.blpop([f"{KEY_PREFIX}{model_queue('tiny')}"], timeout=10)
+        notification = server.blpop([f"{KEY_PREFIX}{model_queue('tiny')}"], timeout=60)
     with database.read() as session:
         job = queries.job(session, batch_job_id("nightly"))
     database.dispose()

@@ -18,6 +18,8 @@ from tests.nodes import Cluster
 from tests.processes import children_of, ended
 from tests.split import texts
 
+pytestmark = pytest.mark.independent
+
 BASIC = Path(sys.executable).with_name("basic")
 
 

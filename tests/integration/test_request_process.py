@@ -12,19 +12,15 @@ import pytest
 from tests.chaos.request_process import DEADLY_TEXT, ENDLESS_TEXT
 from tests.chaos.stack import Stack
 from tests.integration.test_worker_process import ended, rows, submit, text_of
-from tests.models import save_tiny
 from tests.processes import children_of
 from tests.processes import ended as process_ended
 
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+pytestmark = pytest.mark.independent
 
 
 @pytest.fixture
-def stack(tmp_path: Path, target: Path) -> Iterator[Stack]:
-    made = Stack(tmp_path / "stack", target, None, workers=1, step_s=0.01)
+def stack(tmp_path: Path, tiny_target: Path) -> Iterator[Stack]:
+    made = Stack(tmp_path / "stack", tiny_target, None, workers=1, step_s=0.01)
     yield made
     made.stop()
 

@@ -19,7 +19,6 @@ DEAF = 20
 COMMITS, EVENTS = 150, 64  # as a worker with 64 sequences publishes them
 TEXT = "a few more words of text " * 60
 SENT_BYTES = COMMITS * EVENTS * len(TEXT)
-NODE_EVENTS_PER_S = 284  # of a large node, by the load model
 DEADLINE_S = 60.0
 
 
@@ -66,8 +65,9 @@ def test_subscribers_that_never_read_are_cut_off_and_slow_nobody(port: int) -> N
         for _ in range(DEAF):
             opened.enter_context(deaf_subscriber(port, "job"))
         assert len(client.client_list("pubsub")) == DEAF
+        alone_s, _ = publish_to_a_reader(port, "another job")
         took_s, longest_s = publish_to_a_reader(port, "job")
         assert client.client_list("pubsub") == []
         assert client.info("memory")["used_memory_peak"] < DEAF * 12e6 < DEAF * SENT_BYTES
-    assert longest_s < 1, "who publishes waits for nobody"
-    assert COMMITS * EVENTS / took_s > 10 * NODE_EVENTS_PER_S
+    assert longest_s < took_s / 10, "who publishes waits for nobody"
+    assert took_s < 10 * alone_s, "and its readers wait for no other one"

@@ -110,14 +110,14 @@ def test_batches_and_events_go_through_tls_with_a_password(tls_port: int, certif
     assert is_ready(url)
     with redis.Redis.from_url(redis_url, password=PASSWORD) as plain, plain.pubsub() as subscription:
         subscription.subscribe(channel("job"))
-        assert subscription.get_message(timeout=5) is not None
+        assert subscription.get_message(timeout=60) is not None
 
         push(PromptBatch(id="a", requests=("Hello",)), url)
         assert plain.llen("basic:basic.ingest") == 1
 
         publisher = Publisher(url)
         publisher.publish([PartialEvent(job_id="job", type="job")])
-        assert subscription.get_message(timeout=10) is not None
+        assert subscription.get_message(timeout=60) is not None
         publisher.close()
 
 

@@ -31,6 +31,8 @@ from storage.session import Database
 from tests.conftest import free_port
 from tests.unit.worker.serving.test_runner import MODEL, Worker
 
+pytestmark = pytest.mark.independent
+
 STRANGER = f"00-{'ab' * 16}-{'cd' * 8}-01"
 
 
@@ -196,7 +198,7 @@ def test_a_collector_that_is_down_delays_no_exit() -> None:
     env = without_otel() | {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{free_port()}"}
     began_at = time.monotonic()
     subprocess.run([sys.executable, "-c", code], check=True, env=env, capture_output=True)
-    assert time.monotonic() - began_at < 15  # the library alone would take 30 s
+    assert time.monotonic() - began_at < 25  # the library alone would take 30 s
 
 
 @pytest.mark.parametrize(

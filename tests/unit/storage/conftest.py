@@ -1,4 +1,4 @@
-"""Every test of storage that asks for a `database` runs twice: on SQLite and on a real PostgreSQL server."""
+"""Each law of a `database` is written once and runs in two tiers: unit on SQLite, integration on PostgreSQL."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 from storage.session import LONG_STATEMENT_TIMEOUT_S, Database
 from tests.databases import make_empty, on_shared_sqlite, open_sqlite
 
+KINDS = ["sqlite", pytest.param("postgresql", marks=pytest.mark.postgresql)]
+
 
 @pytest.fixture(scope="session")
 def postgresql(postgresql_url: str) -> Iterator[Database]:
@@ -19,7 +21,7 @@ def postgresql(postgresql_url: str) -> Iterator[Database]:
     database.dispose()
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=KINDS)
 def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
     """An empty database."""
     if request.param == "sqlite":

@@ -17,6 +17,7 @@ from storage.records import Checkpoint, Claim, RequestFailure, RequestProgress
 from storage.session import Database
 from tests.databases import make_empty, open_sqlite
 from tests.unit.storage import acts
+from tests.unit.storage.conftest import KINDS
 
 WORKERS = st.sampled_from(["w1", "w2"])
 JOBS = st.sampled_from(["a", "b"])
@@ -105,7 +106,7 @@ class TwoWorkers(RuleBasedStateMachine):
                     assert self.ended.setdefault((job_id, index), row) == row
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_laws_hold_after_every_act(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> None:
     paths = (tmp_path / str(number) for number in count())
 

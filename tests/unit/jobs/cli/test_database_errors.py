@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -73,37 +70,6 @@ def test_a_database_of_a_newer_version_is_not_touched_and_the_sentence_says_so(t
 def test_another_start_may_work_when_the_database_is_away_and_not_when_its_url_is_wrong() -> None:
     assert exit_status(DatabaseUnavailable()) == 75
     assert exit_status(SetupError()) == 78
-
-
-# Runs modules as `python -m` does, each in a process of its own: forks share what is imported.
-FORKS = """
-import os, runpy, sys
-import jobs.api.app
-
-for command in sys.argv[1:]:
-    url, module, *arguments = command.split()
-    print("$", command, file=sys.stderr, flush=True)
-    child = os.fork()
-    if child == 0:
-        os.environ["BASIC_DATABASE_URL"] = url
-        sys.argv = [module, *arguments]
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-        sys.exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print("=", status, file=sys.stderr, flush=True)
-"""
-
-
-def test_a_process_ends_with_the_sentence_alone(tmp_path: Path) -> None:
-    statuses = {f"{AWAY} jobs.api": 75, "nonsense jobs.ingest": 78, f"{AWAY} jobs.cli api --port 0": 1}
-    own = {"BASIC_DATA_DIR": str(tmp_path)}
-    started = [sys.executable, "-c", FORKS, *statuses]
-    done = subprocess.run(started, env=os.environ | own, capture_output=True, text=True, check=False)
-    for command, status in statuses.items():
-        _, _, said = done.stderr.partition(f"$ {command}\n")
-        sentence, end = said.splitlines()[:2]
-        assert end == f"= {status}", done.stderr
-        assert not sentence.startswith("Traceback")
 
 
 def test_opening_a_good_database_says_nothing(tmp_path: Path) -> None:

@@ -86,19 +86,6 @@ def test_the_capacity_that_a_live_worker_chose_is_a_finding(installed: JobsSetti
     assert message == "tiny on localhost, process 1: 100,000 KV tokens, up to 64 sequences of up to 8,192 tokens"
 
 
-def test_a_server_that_evicts_is_a_problem(installed: JobsSettings, redis_url: str) -> None:
-    import redis
-
-    settings = installed.model_copy(update={"redis_url": redis_url})
-    assert found(settings)["redis memory"].status == "ok"
-    with redis.Redis.from_url(redis_url) as client:
-        client.config_set("maxmemory-policy", "allkeys-lru")
-        try:
-            assert "allkeys-lru" in found(settings)["redis memory"].message
-        finally:
-            client.config_set("maxmemory-policy", "noeviction")
-
-
 def test_a_distribution_that_owns_one_of_our_import_names_is_named() -> None:
     owners = {"jobs": ["basic-batch", "other-jobs"], "storage": ["basic-batch"], "migrations": ["someone-else"]}
     assert list(shared_names(owners)) == [("jobs", "other-jobs")]
