@@ -44,7 +44,7 @@ check: setup ## Check style, types and import directions
 
 # A process per core, a thread each. Tests with servers wait for most of their time, so they get more processes.
 ON_CORES := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -p no:schemathesis
-ON_SERVERS := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(SERVICE_PROCESSES) --dist loadgroup --no-loadscope-reorder
+ON_SERVERS := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(SERVICE_PROCESSES) --dist loadscope --no-loadscope-reorder
 
 unit: setup ## Run the quick tests: no servers, no interpreters
 	$(ON_CORES) tests/unit -m 'not postgresql'

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import redis
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from jobs.local.redis_server import server_arguments, server_binary
 from tests.ports import free_port
 from tests.postgres import QUICK, Postgres
+from tests.scheduling import ByServers
 
 # Triton reads this at import: without a GPU the kernels run in its interpreter.
 if not Path("/dev/nvidiactl").exists():
@@ -39,12 +42,10 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup`, run the tests of a file in one process, unless they are marked as independent."""
-    for item in items:
-        if not any(item.iter_markers("independent")) and not any(item.iter_markers("xdist_group")):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling | None:
+    """Distribute tests with `--dist loadscope` by the servers that they share."""
+    return ByServers(config, log) if config.getvalue("dist") == "loadscope" else None
 
 
 def pytest_collection_finish() -> None:

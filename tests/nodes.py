@@ -24,7 +24,7 @@ from jobs.submission.request_parser import Item
 from storage.models import ChoiceOutput, DecodeStep, JobRow, Request, Worker
 from storage.session import Database
 
-_DEADLINE_S = 250.0
+_DEADLINE_S = 840.0
 _PAUSE_S = 0.05
 
 

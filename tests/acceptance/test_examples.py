@@ -12,8 +12,6 @@ import pytest
 from tests.acceptance.conftest import Service
 from tests.paths import EXAMPLES
 
-pytestmark = pytest.mark.xdist_group("service")  # all files that share one `basic up`
-
 
 def run(service: Service, *command: str, **environment: str) -> str:
     places = {"BASIC_API_URL": service.api_url, "BASIC_REDIS_URL": service.redis_url}

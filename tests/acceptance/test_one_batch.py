@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 import redis
 
 from jobs.client import Client
@@ -22,8 +21,6 @@ from jobs.messages import PartialEvent, PromptBatch
 from jobs.producer import batch_job_id, push
 from jobs.streaming.pubsub import channel
 from tests.acceptance.conftest import Service
-
-pytestmark = pytest.mark.xdist_group("service")  # all files that share one `basic up`
 
 MODEL = "smollm2-135m-instruct"
 ROUNDING = 0.5  # of a bfloat16 logit, in units of logits

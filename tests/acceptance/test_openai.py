@@ -18,8 +18,6 @@ from openai.types.chat import ChatCompletion
 from jobs import Client
 from tests.acceptance.conftest import CONTEXT_TOKENS, Service
 
-pytestmark = pytest.mark.xdist_group("service")  # all files that share one `basic up`
-
 MODEL = "smollm2-135m-instruct"
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 FINAL = {"completed", "failed", "expired", "cancelled"}

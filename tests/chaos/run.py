@@ -35,7 +35,7 @@ from tests.postgres import Postgres
 REQUESTS = 12
 MAX_TOKENS = 160
 _PAUSE_S = (0.5, 4.0)  # between two faults
-_END_S = 240.0
+_END_S = 840.0
 _OPEN_JOBS = 3  # jobs that run at any time
 
 

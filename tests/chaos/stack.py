@@ -27,7 +27,7 @@ from tests.paths import ROOT
 from tests.ports import free_port
 from tests.postgres import Postgres
 
-_READY_S = 300.0
+_READY_S = 840.0
 
 
 class Stack:

@@ -25,8 +25,6 @@ from storage import files, schema, writes
 from storage.session import Database
 from tests.ports import free_port
 
-pytestmark = pytest.mark.independent
-
 LINES = 20_000
 BAD = range(0, LINES, 2_000)  # lines whose content is refused
 PATIENCE_S = 120.0

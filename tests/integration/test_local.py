@@ -19,8 +19,6 @@ from jobs.settings import JobsSettings
 from tests.conftest import free_port
 from tests.processes import children_of, ended
 
-pytestmark = pytest.mark.independent
-
 AWKWARD = "d a%41t?a #'é[x]*\"\\y"  # characters with a meaning in URLs, SQL, shells or globs
 
 # A parent that starts a Redis-protocol server as its child, prints its process id and waits to be killed.

@@ -26,8 +26,6 @@ from tests.databases import drop_schema
 from tests.factories import a_checkpoint, a_finished_choice, a_step, some_steps
 from tests.unit.storage.acts import claim, claim_one, flush, record, whole
 
-pytestmark = pytest.mark.independent
-
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:

@@ -17,8 +17,6 @@ from tests.models import save_tiny
 from tests.nodes import Cluster
 from tests.processes import children_of, ended
 
-pytestmark = pytest.mark.independent
-
 _COMMIT_S = 0.1  # time in which a commit that was sent completes
 
 
@@ -49,14 +47,14 @@ def test_replicas_share_a_job_a_dead_one_is_started_again_and_a_stop_drains_all(
         assert (done.status, done.requests_completed) == ("completed", 40)
         assert [len(output.token_ids) for output in cluster.outputs(job)] == [120] * 40
         supervisor.terminate()
-        assert supervisor.wait(240) == 0, cluster.words()
+        assert supervisor.wait(840) == 0, cluster.words()
         assert ended(started_again.pid)
         assert [worker.pid for worker in cluster.workers()] == [workers[0].pid]  # the others stopped cleanly
 
 
 def test_invalid_settings_end_the_supervisor_without_a_restart(cluster: Cluster) -> None:
     with cluster.node(replicas=2, target="/no/such/model") as supervisor:
-        assert supervisor.wait(240) == 78
+        assert supervisor.wait(840) == 78
     assert "no model directory /no/such/model" in cluster.words()
 
 

@@ -33,8 +33,6 @@ from tests.postgres import QUICK, Postgres
 from tests.unit.jobs.api.test_routes import answer_all
 from tests.unit.storage.acts import record
 
-pytestmark = pytest.mark.independent
-
 A_JOB = {"requests": ["Hello"], "max_tokens": 10}
 A_CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
 WAITS_S = 90.0  # of a process that waits for a Redis server that hangs, by `patient`

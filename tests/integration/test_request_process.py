@@ -15,8 +15,6 @@ from tests.integration.test_worker_process import ended, rows, submit, text_of
 from tests.processes import children_of
 from tests.processes import ended as process_ended
 
-pytestmark = pytest.mark.independent
-
 
 @pytest.fixture
 def stack(tmp_path: Path, tiny_target: Path) -> Iterator[Stack]:

@@ -31,8 +31,6 @@ from storage.session import Database
 from tests.conftest import free_port
 from tests.unit.worker.serving.test_runner import MODEL, Worker
 
-pytestmark = pytest.mark.independent
-
 STRANGER = f"00-{'ab' * 16}-{'cd' * 8}-01"
 
 

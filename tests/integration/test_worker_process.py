@@ -18,8 +18,6 @@ from storage.records import NewJob, NewRequest
 from tests.chaos.stack import Stack
 from tests.chaos.worker import HANG, POISON, STEP_VARIABLE
 
-pytestmark = pytest.mark.independent
-
 MODEL = "tiny"
 
 

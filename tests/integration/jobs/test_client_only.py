@@ -9,8 +9,6 @@ from importlib.metadata import requires, version
 
 import pytest
 
-pytestmark = pytest.mark.independent
-
 # The packages of the extras, as they are imported. The client's own needs stay.
 BLOCKED = (
     "accelerate alembic celery fastapi fastapi_swagger gguf huggingface_hub kombu llguidance matplotlib multipart "

@@ -14,8 +14,6 @@ import pytest
 
 from tests.unit.jobs.client.test_client import tokens
 
-pytestmark = pytest.mark.independent
-
 
 def served(answers: Iterable[bytes]) -> tuple[str, socket.socket]:
     """Answer one call on a socket with these parts of a body that does not end; return URL and socket."""
