@@ -46,7 +46,7 @@ check: setup ## Check style, types and import directions
 ON_CORES := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -p no:schemathesis
 ON_SERVERS := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(SERVICE_PROCESSES) --dist loadscope --no-loadscope-reorder
 
-unit: setup ## Run the quick tests: no servers, no interpreters
+unit: setup ## Run the quick tests, without servers
 	$(ON_CORES) tests/unit -m 'not postgresql'
 
 integration: model ## Run the tests with real servers, processes and SmolLM2

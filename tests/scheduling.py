@@ -24,7 +24,7 @@ _INDEPENDENT = frozenset(
 )
 
 
-class ByServers(LoadScopeScheduling):
+class ByServers(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
     """Tests of a file run in one process, because they share its servers, unless a table above says otherwise."""
 
     def _split_scope(self, nodeid: str) -> str:
