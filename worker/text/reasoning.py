@@ -89,8 +89,8 @@ class Reasoning:
         opened = self._tail(prompt).endswith(start)
         if opened and wanted.enabled is False:
             raise InvalidValue(
-                "the model's chat template can't switch its reasoning off; leave the field out, and set "
-                "include_reasoning to false for answers without it",
+                "the model's chat template can't switch its reasoning off; leave out enable_thinking: false and what "
+                "means the same, and set include_reasoning to false for answers without it",
                 param="enable_thinking",
             )
         return ReasoningFormat(start=start, end=end, opened=opened, included=wanted.included, separate=wanted.separate)
