@@ -111,7 +111,7 @@ def _repeated(stored: StoredResponse, defaults: Mapping[str, Any]) -> Json:
         "tools": [] if stored.request.tools is None else list(map(_tool, stored.request.tools.functions)),
         "top_logprobs": sampling.logprobs or 0,
         "top_p": sampling.top_p,
-        "truncation": "disabled",
+        "truncation": "disabled" if sampling.truncate_prompt_tokens is None else "auto",
         "user": echo.get("user"),
     }
 

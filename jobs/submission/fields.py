@@ -124,6 +124,7 @@ def _responses() -> Iterable[Field]:
         ("max_output_tokens", "integer", "Cap of the answer, its reasoning included.", (), "It is called max_tokens."),
         ("text", "object", "format: the form of the answer, as response_format.", ({},), "Set response_format."),
         ("include", "list of strings", "message.output_text.logprobs returns them.", ([],), "Set logprobs."),
+        ("truncation", "string", "auto: as truncate_prompt_tokens -1.", ("disabled",), "Set truncate_prompt_tokens."),
         ("background", "boolean", "Answer at once, and generate as a job.", (False,), f"{theirs} Submit a job."),
     ):
         yield _honoured(name, kind, meaning, idle, endpoints=_RESPONSES)
@@ -136,9 +137,6 @@ def _responses() -> Iterable[Field]:
     yield _refused("prompt_logprobs", "integer", _NO_RAW, False, endpoints=_RESPONSES)
     yield _refused(
         "conversation", "string or object", f"{theirs} Conversations are not stored: set previous_response_id."
-    )
-    yield _refused(
-        "truncation", "string", "Prompts are not truncated; a prompt that is too long is refused.", "disabled"
     )
     yield _refused("context_management", "list of objects", "Conversations are not compacted.", [])
     yield _refused("background_options", "object", "A background response has the window of a job.", {})

@@ -448,11 +448,25 @@ def _request(fields: Mapping[str, Any], rules: Rules, index: int) -> GenerationR
         raise InvalidValue(
             f"This job uses the model {rules.model!r}. Submit requests for other models as another job.", param="model"
         )
-    with as_given(fields, rules.endpoint):
-        given = parameter_fields({name: value for name, value in fields.items() if name in PARAMETERS}, rules.endpoint)
-        parameters = parse_parameters(given, rules.endpoint, rules.defaults)
-        grammar = read_grammar(given, rules.endpoint, rules.grammar)
-    prompt = _response_prompt(fields, rules) if rules.endpoint == RESPONSES_ENDPOINT else _prompt(fields, rules)
+    if rules.endpoint != RESPONSES_ENDPOINT:
+        return _chat_request(fields, rules, index)
+    conversation = read_conversation(fields, rules.history)
+    with as_given(fields, rules.endpoint, conversation.places):
+        given = parameter_fields(_parameters_in(fields), rules.endpoint)
+        request = _chat_request({**given, "messages": conversation.messages}, rules, index)
+    return request.model_copy(update={"response": read_options(fields)})
+
+
+def _parameters_in(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name in PARAMETERS}
+
+
+def _chat_request(fields: Mapping[str, Any], rules: Rules, index: int) -> GenerationRequest:
+    """Return the request of a body with `messages` or `prompt`."""
+    given = body_fields(_parameters_in(fields))
+    parameters = parse_parameters(given, rules.endpoint, rules.defaults)
+    grammar = read_grammar(given, rules.endpoint, rules.grammar)
+    prompt = read_prompt(fields, rules.endpoint, rules.max_prompt_chars)
     if is_prefill(fields):
         parameters["continue_final_message"] = True
     sampling = _sampling_for(parameters, rules, index)
@@ -461,18 +475,6 @@ def _request(fields: Mapping[str, Any], rules: Rules, index: int) -> GenerationR
     options = merged_options(rules.defaults, parameters)
     tools = read_tools({**rules.defaults, **parameters}, rules.max_prompt_chars)
     return GenerationRequest(model=rules.model, sampling=sampling, tools=tools, grammar=grammar, **prompt, **options)
-
-
-def _prompt(fields: Mapping[str, Any], rules: Rules) -> dict[str, Any]:
-    return read_prompt(fields, rules.endpoint, rules.max_prompt_chars)
-
-
-def _response_prompt(fields: Mapping[str, Any], rules: Rules) -> dict[str, Any]:
-    """Return the messages of a body of /v1/responses, and what its Response object repeats."""
-    conversation = read_conversation(fields, rules.history)
-    with as_given(fields, rules.endpoint, conversation.places):
-        prompt = _prompt({"messages": conversation.messages}, rules)
-    return prompt | {"response": read_options(fields)}
 
 
 def _sampling_for(parameters: Mapping[str, Any], rules: Rules, index: int) -> SamplingParameters:

@@ -185,7 +185,7 @@ class ResponseReply(_ResponsePart):
     tools: list[Json]
     top_logprobs: int
     top_p: float
-    truncation: Literal["disabled"]
+    truncation: Literal["auto", "disabled"]
     user: str | None
 
 

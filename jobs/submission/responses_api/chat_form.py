@@ -85,6 +85,8 @@ def chat_parameters(fields: Mapping[str, Any]) -> Json:
     chat = dict(fields)
     if "max_output_tokens" in chat:
         chat["max_completion_tokens"] = chat.pop("max_output_tokens")
+    if "truncation" in chat:
+        chat |= _truncation(chat.pop("truncation"))
     if "text" in chat:
         chat |= _text(chat.pop("text"), chat)
     if "reasoning" in chat:
@@ -178,6 +180,13 @@ def _flag(fields: Mapping[str, Any], name: str, *, default: bool) -> bool:
     if not isinstance(value, bool):
         raise InvalidValue(f"must be true or false, not {shown(value)}", param=name)
     return value
+
+
+def _truncation(value: Any) -> Json:
+    """Return `truncate_prompt_tokens`: of a prompt that is too long, the end that fits is kept."""
+    if value not in ("auto", "disabled"):
+        raise InvalidValue(f"must be auto or disabled, not {shown(value)}", param="truncation")
+    return {"truncate_prompt_tokens": -1} if value == "auto" else {}
 
 
 def _text(value: Any, chat: Mapping[str, Any]) -> Json:

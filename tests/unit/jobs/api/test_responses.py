@@ -50,6 +50,7 @@ def events_of(reply: Any) -> list[dict[str, Any]]:
 
 def test_a_response_has_every_field_of_openai_s_type_and_of_ours(serve: Serve) -> None:
     given: dict[str, Any] = {"instructions": "Be brief.", "metadata": {"a": "b"}, "user": "me", "temperature": 0.5}
+    given["truncation"] = "auto"
     reply = serve().post(RESPONSES_ENDPOINT, json=ASKED | given)
     ours = ResponseReply.model_validate_json(reply.content, strict=True)
     theirs = Response.model_validate(reply.json())
@@ -57,7 +58,7 @@ def test_a_response_has_every_field_of_openai_s_type_and_of_ours(serve: Serve) -
     assert theirs.usage is not None
     assert theirs.usage.total_tokens == theirs.usage.input_tokens + theirs.usage.output_tokens
     assert (ours.instructions, ours.metadata, ours.user) == ("Be brief.", {"a": "b"}, "me")
-    assert (ours.temperature, ours.max_output_tokens) == (0.5, 5)
+    assert (ours.temperature, ours.max_output_tokens, ours.truncation) == (0.5, 5, "auto")
 
 
 def test_a_response_is_the_chat_of_the_same_conversation(serve: Serve, database: Database) -> None:
@@ -334,7 +335,7 @@ def test_a_background_response_that_fails_says_why(serve: Serve) -> None:
         ({"prompt": {"id": "a"}}, "unsupported_parameter", "prompt"),
         ({"instructions": 1}, "invalid_value", "instructions"),
         ({"conversation": "conv_1"}, "unsupported_parameter", "conversation"),
-        ({"truncation": "auto"}, "unsupported_parameter", "truncation"),
+        ({"truncation": "some"}, "invalid_value", "truncation"),
         ({"max_output_tokens": 0}, "invalid_value", "max_output_tokens"),
         ({"tools": [{"type": "web_search"}]}, "unsupported_parameter", "tools[0].type"),
         ({"text": {"form": 1}}, "unknown_parameter", "text.form"),

@@ -105,6 +105,7 @@ HONOURED: dict[str, Any] = {
     "ignore_eos": True,
     "logprobs": {"/v1/chat/completions": True, "/v1/completions": 2, RESPONSES_ENDPOINT: True},
     "include": {RESPONSES_ENDPOINT: ["message.output_text.logprobs"]},
+    "truncation": "auto",
     "response_format": {"type": "json_object"},
     "structured_outputs": {"regex": "[ab]+"},
     "guided_json": {"type": "array"},
