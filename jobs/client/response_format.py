@@ -10,6 +10,7 @@ from typing import Any, Final, get_origin
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from jobs.errors import AnswerUnreadable, InvalidValue
+from jobs.grammar.closing import closed
 
 # A pydantic class, a dataclass, a TypedDict, a TypeAdapter, or any other type of values; or an object.
 ResponseFormat = type[Any] | TypeAdapter[Any] | Mapping[str, Any]
@@ -19,14 +20,17 @@ _MAX_NAME_CHARS: Final = 64
 
 
 def response_format(form: Any) -> dict[str, Any]:
-    """Return the `response_format` of a request; raise InvalidValue for what is neither a type nor an object."""
+    """Return the `response_format` of a request; raise InvalidValue for what is neither a type nor an object.
+
+    The schema of a class leaves out what the class ignores: other properties, and repeated items of a set.
+    """
     if isinstance(form, Mapping):
         return dict(form) if form.get("type") in _FORMATS else _of_schema("answer", dict(form))
     name = getattr(form, "__name__", "answer")
     try:
         adapter = adapter_of(form)
         if adapter is not None:
-            return _of_schema(name[:_MAX_NAME_CHARS], _closed(adapter.json_schema()))
+            return _of_schema(name[:_MAX_NAME_CHARS], closed(adapter.json_schema(), keep_unique=False))
     except PydanticUserError as exc:
         raise InvalidValue(f"{name} has no JSON schema: {exc.message}", param="response_format") from exc
     what = f"a value of type {type(form).__name__}"
@@ -67,17 +71,3 @@ def read_answer(text: str, finish_reason: str, adapter: TypeAdapter[Any] | None)
 
 def _of_schema(name: str, schema: dict[str, Any]) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": name, "schema": schema, "strict": True}}
-
-
-def _closed(schema: Any) -> Any:
-    """Return the schema of a class without properties that the class does not name: it would ignore these."""
-    if isinstance(schema, list):
-        return [_closed(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    parts = {
-        name: part if name in ("const", "default", "enum", "examples") else _closed(part)
-        for name, part in schema.items()
-    }
-    is_open = isinstance(schema.get("properties"), dict) and "additionalProperties" not in schema
-    return parts | {"additionalProperties": False} if is_open else parts

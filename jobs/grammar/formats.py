@@ -6,7 +6,11 @@ left out, because checkers refuse them.
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
+
+from jobs.errors import InvalidValue, UnsupportedParameter
+from jobs.grammar.patterns import ANY, full_pattern
 
 _MONTHS_31: Final = "(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])"
 _MONTHS_30: Final = "(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
@@ -97,3 +101,24 @@ WITHOUT_FORM: Final = frozenset(
     {"binary", "directory-path", "double", "file-path", "float", "html", "markdown", "multiline", "password", "path"}
     | {"string", "text", "textarea"}
 )
+
+_NUMERIC: Final = ("integer", "number")
+
+
+def format_patterns(name: Any, schema: Mapping[str, Any]) -> list[str]:
+    """Return the expressions that a text of this format must match. Raise RequestRefused for an unknown one."""
+    if not isinstance(name, str):
+        raise InvalidValue("must be a string", param="format")
+    types = schema.get("type", "string")
+    types = types if isinstance(types, list) else [types]
+    if name in WITHOUT_FORM or (name in INTEGERS and "integer" in types):
+        return []
+    if name in PATTERNS:
+        longest = MAX_LENGTHS.get(name)
+        return [full_pattern(PATTERNS[name]), *([] if longest is None else [f"{ANY}{{1,{longest}}}"])]
+    if not {"string", *_NUMERIC} & set(types):
+        return []  # formats are for strings and numbers
+    raise UnsupportedParameter(
+        f"The format {name[:40]!r} can't be held. Leave it out, and say with a pattern what the text looks like.",
+        param="format",
+    )

@@ -12,14 +12,13 @@ from typing import Any, Final
 
 from jobs.errors import InvalidValue, RequestRefused, UnsupportedParameter
 from jobs.grammar.evaluation import NotEvaluated, is_valid
-from jobs.grammar.keywords import Misplaced, at, count_keyword, listed, type_keyword, values_keywords
+from jobs.grammar.keywords import Misplaced, at, count_keyword, listed, string_keywords, type_keyword, values_keywords
 from jobs.grammar.negation import ASSERTIONS, NoComplement, complement
 from jobs.grammar.numbers import number_keywords
 from jobs.grammar.objects import object_keywords, without_general_pattern
 from jobs.grammar.overlap import beyond, disjoint, listed_values
 from jobs.grammar.recursion import remove_endless
 from jobs.grammar.references import References, TooManySteps
-from jobs.grammar.strings import string_keywords
 
 MAX_DEPTH: Final = 40  # of schemas in schemas
 MAX_SCHEMAS: Final = 5_000

@@ -1,4 +1,4 @@
-"""Read keywords of a JSON schema: types, counts, fixed values; and name the place of one that is wrong."""
+"""Read keywords of a JSON schema: types, counts, strings, fixed values; and name the place of one that is wrong."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from jobs.errors import InvalidValue, RequestRefused, UnsupportedParameter
+from jobs.grammar.formats import format_patterns
 from jobs.grammar.numbers import exact_number
+from jobs.grammar.patterns import search_patterns
 
 MAX_VALUES: Final = 5_000  # of one enum
 MAX_MINIMUM: Final = 100_000  # of characters, items or properties: longer answers fit no context
@@ -61,6 +63,27 @@ def count_keyword(schema: Mapping[str, Any], name: str) -> dict[str, int]:
     if count > MAX_MINIMUM:
         raise InvalidValue(f"must be at most {MAX_MINIMUM}: longer answers fit no context", param=name)
     return {name: count} if count else {}
+
+
+def string_keywords(schema: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the lengths of strings, and the patterns that all must match, in llguidance's syntax."""
+    found = count_keyword(schema, "minLength") | count_keyword(schema, "maxLength")
+    patterns: list[str] = []
+    if "pattern" in schema:
+        patterns += searched(schema["pattern"], "pattern")
+    if "format" in schema:
+        patterns += format_patterns(schema["format"], schema)
+    return found, [f"^{pattern}$" for pattern in patterns]
+
+
+def searched(pattern: Any, name: str) -> tuple[str, ...]:
+    """Return the translation of a pattern of the schema; raise RequestRefused with the field `name`."""
+    if not isinstance(pattern, str):
+        raise InvalidValue("must be a string", param=name)
+    try:
+        return search_patterns(pattern)
+    except (InvalidValue, UnsupportedParameter) as refused:
+        raise type(refused)(refused.message, param=name) from refused
 
 
 def values_keywords(schema: Mapping[str, Any]) -> dict[str, Any]:

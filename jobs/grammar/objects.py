@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from jobs.errors import InvalidValue, UnsupportedParameter
-from jobs.grammar.keywords import count_keyword, listed, writable
+from jobs.grammar.keywords import count_keyword, listed, searched, writable
 from jobs.grammar.negation import ASSERTIONS
 from jobs.grammar.patterns import ANY, literal, search_patterns
-from jobs.grammar.strings import searched
 from jobs.grammar.trial import is_found
 
 MAX_PROPERTIES: Final = 1_000  # of one object

@@ -13,6 +13,7 @@ from typing import Any, Final
 from pydantic_core import from_json
 
 from jobs.errors import InvalidValue, MissingParameter, UnsupportedParameter
+from jobs.grammar.closing import closed
 from jobs.grammar.compiler import check
 from jobs.messages import Endpoint, GrammarSpec
 from jobs.submission.fields import field_of
@@ -137,22 +138,7 @@ def _closed(found: _Found, param: str) -> _Found:
     """Return the schema with no properties but the named ones, wherever it does not say otherwise."""
     if found.spec.kind != "json_schema":
         raise InvalidValue("has a meaning for a schema only", param=param)
-    return _Found(
-        found.spec.model_copy(update={"value": _dumped(_without_others(from_json(found.spec.value)))}), found.param
-    )
-
-
-def _without_others(schema: Any) -> Any:
-    if isinstance(schema, list):
-        return [_without_others(each) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    closed = {
-        name: value if name in ("const", "enum", "default", "examples", "required") else _without_others(value)
-        for name, value in schema.items()
-    }
-    named = any(isinstance(schema.get(name), dict) for name in ("properties", "patternProperties"))
-    return closed | {"additionalProperties": False} if named and "additionalProperties" not in schema else closed
+    return _Found(found.spec.model_copy(update={"value": _dumped(closed(from_json(found.spec.value)))}), found.param)
 
 
 def _with_whitespace(found: _Found, pattern: str, param: str = "guided_whitespace_pattern") -> _Found:

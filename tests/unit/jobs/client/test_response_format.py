@@ -42,6 +42,23 @@ def test_a_class_becomes_the_schema_of_its_fields_and_of_no_others(form: Any) ->
     assert schema["additionalProperties"] is False
 
 
+class Named(BaseModel):
+    properties: City
+    uniqueItems: bool
+
+
+def test_fields_that_are_called_as_keywords_stay_fields() -> None:
+    schema = response_format(Named)["json_schema"]["schema"]
+    assert schema["properties"].keys() == {"properties", "uniqueItems"}
+    assert (schema["additionalProperties"], schema["$defs"]["City"]["additionalProperties"]) == (False, False)
+
+
+def test_a_set_takes_repeated_items_since_it_ignores_them() -> None:
+    items = {"type": "array", "items": {"type": "string"}}
+    assert response_format(set[str])["json_schema"]["schema"] == items
+    assert response_format(items | {"uniqueItems": True})["json_schema"]["schema"]["uniqueItems"], "no class ignores it"
+
+
 def test_an_object_is_a_schema_or_the_field_itself() -> None:
     assert response_format(SCHEMA)["json_schema"]["schema"] == SCHEMA
     assert response_format({"type": "json_object"}) == {"type": "json_object"}
