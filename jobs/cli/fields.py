@@ -24,7 +24,9 @@ filled key of a batch line other than `custom_id`, `id`, `method`, `url` and `bo
 The prompt is `messages` on `/v1/chat/completions`, `prompt` on `/v1/completions`, and `input`, `instructions` and
 `previous_response_id` on [`/v1/responses`](responses.md). A request of a job may also have `custom_id` (or `id`),
 `model` and `timeout_s`. `max_tokens` beyond what the prompt leaves of the context is reduced to that; the answer then
-ends with `finish_reason` `length`.
+ends with `finish_reason` `length`. `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty` and `max_tokens` that
+a request does not set come from the model's generation config ([reasoning.md](reasoning.md#default-sampling)), else
+they have OpenAI's defaults.
 
 This page is generated: `basic fields --markdown > docs/fields.md`.
 """
