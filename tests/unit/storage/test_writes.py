@@ -135,6 +135,7 @@ def test_a_worker_registers_sends_heartbeats_and_stops(database: Database) -> No
         assert queries.models(session) == []
 
 
+@pytest.mark.postgresql
 def test_rows_that_lose_their_connection_while_they_are_copied_say_so_as_every_statement_does(
     postgresql: Database,
 ) -> None:

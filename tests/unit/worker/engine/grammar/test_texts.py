@@ -67,7 +67,8 @@ def reference(sequence: Sequence) -> list[int]:
     assert sequence.grammar is not None
     while sequence.remaining and EOS not in sequence.output_ids:
         logits = model(torch.tensor([sequence.ids])).logits[0, -1:].float()
-        adjustments = adjustments_of([sequence.sampling], [sequence.seen(())]) if sequence.sampling.adjusted else None
+        bias, seen = sequence.bias(len(sequence.ids)), sequence.seen(())
+        adjustments = adjustments_of([bias], [seen]) if sequence.sampling.adjusted else None
         position = np.array([len(sequence.ids)])
         mask = fresh_mask(sequence.grammar, sequence.output_ids)
         sequence.ids += draw(logits, sequence.sampling.record, position, None, adjustments, mask).tolist()
