@@ -324,9 +324,9 @@ class TextStream:
     ) -> None:
         """Continue the tokens `before`; None starts a new text. `sampling` says what the text holds, and its end."""
         self._token_bytes = token_bytes(codec.tokenizer)
-        self._skips_special = sampling is None or sampling.skip_special_tokens
-        shown = codec.shown_ids(form) if self._skips_special else self._token_bytes.special
-        self._detokenizer = Detokenizer(codec.tokenizer, before, shown)
+        skips_special = sampling is None or sampling.skip_special_tokens
+        self._shown = codec.shown_ids(form) if skips_special else self._token_bytes.special
+        self._detokenizer = Detokenizer(codec.tokenizer, before, self._shown)
         self._reasoning = ReasoningCounter(form, () if grammar is None else grammar.after)
         self._names_ids = sampling is not None and sampling.return_tokens_as_token_ids
         self._keeps_stop = sampling is not None and sampling.include_stop_str_in_output
@@ -358,7 +358,7 @@ class TextStream:
     def resume(self, ids: Sequence[int], accepted: Iterable[bool]) -> None:
         """Take tokens that an earlier worker has committed and published."""
         self.push(ids, accepted)
-        self._first = self._first and self._skips_special and all(map(self._token_bytes.is_special, ids))
+        self._first = self._first and not any(map(self._is_text, ids))
 
     def push(self, ids: Sequence[int], accepted: Iterable[bool], *, ended: bool = False) -> Pieces:
         """Add tokens; return the new (text, source) pieces: source `draft` for accepted draft tokens, else `target`.
@@ -396,9 +396,12 @@ class TextStream:
         return tuple(self._likelihoods(token, entry) for token, entry in zip(ids, logprobs, strict=False))
 
     def _likelihoods(self, token: int, entry: TokenLogprobs) -> TokenAlternatives:
-        first, self._first = self._first, self._first and self._skips_special and self._token_bytes.is_special(token)
-        read = self._token_bytes.likelihoods(entry, token, first=first, special_bytes=not self._skips_special)
+        first, self._first = self._first, self._first and not self._is_text(token)
+        read = self._token_bytes.likelihoods(entry, token, first=first, shown=self._shown)
         return read.renamed([token_name(i) for i in (token, *(i for i, _ in entry.top))]) if self._names_ids else read
+
+    def _is_text(self, token: int) -> bool:
+        return token in self._shown or not self._token_bytes.is_special(token)
 
     def _pass(self, pieces: Pieces, passed: Pieces) -> None:
         for chunk, source in passed:

@@ -47,14 +47,14 @@ class TokenBytes:
         return token in self._special
 
     def likelihoods(
-        self, entry: TokenLogprobs, token: int, *, first: bool = False, special_bytes: bool = False
+        self, entry: TokenLogprobs, token: int, *, first: bool = False, shown: frozenset[int] = frozenset()
     ) -> TokenAlternatives:
         """Return the log-probabilities of a token and its alternatives with their texts.
 
-        `first`: they start a text. `special_bytes`: special tokens are text, and so have bytes.
+        `first`: they start a text. `shown` special tokens are text, and so have bytes.
         """
         chosen, *top = (
-            self._token_likelihood(each, logprob, first, special_bytes)
+            self._token_likelihood(each, logprob, first, shown)
             for each, logprob in ((token, entry.logprob), *entry.top)
         )
         return TokenAlternatives(chosen, tuple(top))
@@ -65,9 +65,9 @@ class TokenBytes:
             self._cache[token, first] = self._text_and_bytes(token, first)
         return self._cache[token, first]
 
-    def _token_likelihood(self, token: int, logprob: float, first: bool, special_bytes: bool) -> ScoredToken:
+    def _token_likelihood(self, token: int, logprob: float, first: bool, shown: frozenset[int]) -> ScoredToken:
         text, raw = self.text_and_bytes(token, first=first)
-        return ScoredToken(text, logprob, tuple(text.encode()) if raw is None and special_bytes else raw)
+        return ScoredToken(text, logprob, tuple(text.encode()) if token in shown else raw)
 
     def _text_and_bytes(self, token: int, first: bool) -> tuple[str, tuple[int, ...] | None]:
         symbols: Any = self._tokenizer.convert_ids_to_tokens(token)  # one id gives one token; the type covers lists too

@@ -17,6 +17,7 @@ from jobs.messages import (
 from jobs.openai.answers import split_answer
 from tests.models import byte_tokenizer
 from worker.engine.grammar.grammar import Grammar
+from worker.engine.token_logprobs import TokenLogprobs
 from worker.text.codec import Codec
 from worker.text.reasoning import MARKERS, markers_of
 
@@ -93,6 +94,9 @@ def test_markers_that_are_special_tokens_are_part_of_the_text_and_other_special_
 
     assert split_answer(form, stream.text) == split_answer(form, "[THINK]I add.\ufffd[/THINK]4")
     assert stream.reasoning_tokens == len(ids) - 2
+    scored = stream.readable_logprobs(ids, [TokenLogprobs(0.0, ()) for _ in ids])
+    said = b"".join(bytes(one.chosen.bytes or ()) for one in scored)
+    assert said == b"[THINK]I add.\xe2[/THINK]4", "the bytes are those of the text"
 
 
 SWITCHED = (
