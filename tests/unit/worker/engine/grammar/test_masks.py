@@ -308,15 +308,24 @@ def test_an_error_is_believed_of_a_new_matcher_only() -> None:
     assert (after.mask == before.mask).all()
 
 
-def test_a_matcher_survives_any_walk() -> None:
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        LOOSE,
+        Grammar("start: /[a-z]{0,3}/ <[270-272]> /[a-z]{0,3}/ <[5]>"),  # tokens by number
+        Grammar('start: part "x"\npart[stop="q"]: /[a-p]*/'),  # a matcher that can't walk back is compiled anew
+    ],
+    ids=["schema", "tokens", "stop"],
+)
+def test_a_matcher_survives_any_walk(grammar: Grammar) -> None:
     rng = np.random.default_rng(0)
-    constraint = Constraint(LOOSE, vocabulary(), frozenset([EOS]), 0)
+    constraint = Constraint(grammar, vocabulary(), frozenset([EOS]), 0)
     paths: list[list[int]] = [[]]
-    for _ in range(60):
+    for _ in range(40):
         path = paths[int(rng.integers(len(paths)))]
         mask = constraint.allowed(path).mask
         assert mask is not None
-        assert ids_of(mask) == fresh(LOOSE, path)
+        assert ids_of(mask) == fresh(grammar, path)
         paths += [[*path, token] for token in rng.permutation(sorted(ids_of(mask) - {EOS}))[:3].tolist()]
 
 
