@@ -142,6 +142,7 @@ class SchemaRun:
     cpu_s: float
     tokens_per_step: float
     speed_ratio: float  # tokens per second over plain decoding
+    cpu_ratio: float  # the same by processor time, which other programs change less
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +296,7 @@ class _Totals:
             cpu_s=self.cpu_s,
             tokens_per_step=self.tokens / self.steps,
             speed_ratio=(self.tokens / self.wall_s) / (plain.tokens / plain.wall_s),
+            cpu_ratio=(self.tokens / self.cpu_s) / (plain.tokens / plain.cpu_s),
         )
 
 
