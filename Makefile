@@ -16,7 +16,7 @@ CHAOS_FAULTS ?= 50
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test check unit integration long chaos audit bench secrets clean
+.PHONY: help setup model demo test check unit integration long chaos audit clients bench secrets clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,11 @@ chaos: setup ## Inject faults into every part of the service, and check that no 
 audit: setup ## Check the pinned packages for known vulnerabilities; needs network access
 	test -x .venv/audit/bin/pip-audit || { $(BIN)/python -m venv .venv/audit && .venv/audit/bin/pip install -q pip-audit; }
 	.venv/audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
+
+clients: model ## Try client libraries (instructor, langchain, pydantic-ai) on the service; needs network access
+	test -x .venv/clients/bin/python || { $(BIN)/python -m venv .venv/clients && \
+	  .venv/clients/bin/pip install -q instructor langchain-openai 'pydantic-ai-slim[openai]'; }
+	$(BIN)/pytest -s tests/acceptance/test_client_libraries.py
 
 bench: model ## Measure decoding against transformers' generate, at every batch size, mixed lengths, and the HTTP API; forty minutes
 	$(BIN)/basic bench --prompts $(BENCH_PROMPTS)

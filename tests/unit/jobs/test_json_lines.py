@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from jobs.api.routes.job_outputs import _line as output_line
 from jobs.batch_files.output_lines import result_line
 from jobs.client.results import Output
 from jobs.json_lines import json_line
-from jobs.messages import CHAT_ENDPOINT, PartialEvent
+from jobs.messages import CHAT_ENDPOINT, AnswerFormat, CallAnswer, PartialEvent
+from jobs.openai.call_formats import HERMES
 from jobs.streaming.sse import encode_event
 from storage.batches import BatchClaim
 from storage.queries import ChoiceView, OutputView
@@ -54,3 +56,14 @@ def said(value: Any) -> list[Any]:
     if isinstance(value, dict):
         return [text for key, inner in value.items() for text in (key, *said(inner))]
     return [text for inner in value for text in said(inner)] if isinstance(value, list) else [value]
+
+
+def test_a_line_of_a_batch_and_one_of_the_job_have_the_same_calls() -> None:
+    form = AnswerFormat(calls=CallAnswer(form="hermes")).model_dump(mode="json")
+    choice = replace(an_output().choices[0], text=HERMES.calls([("f", "{}"), ("g", '{"a": 1}')]))
+    output = replace(an_output(), choices=(choice,), answer_format=form)
+    (answered,) = json.loads(result_line(BATCH, output))["response"]["body"]["choices"]
+    (listed,) = json.loads(output_line(output, CHAT_ENDPOINT, BATCH.job_id))["choices"]
+    assert [call["function"]["name"] for call in answered["message"]["tool_calls"]] == ["f", "g"]
+    assert answered["message"]["tool_calls"] == listed["tool_calls"]
+    assert answered["finish_reason"] == listed["finish_reason"] == "tool_calls"
