@@ -276,6 +276,8 @@ class Codec:
         sampling = request.sampling
         truncates = sampling.truncate_prompt_tokens is not None
         if request.messages is None and (endpoint == COMPLETIONS_ENDPOINT or not self._chat.has_template):
+            if request.tools is not None:
+                raise InvalidValue("this model has no chat template, which would show it the tools", param="tools")
             text = request.prompt or ""
             self._check_length(text, "prompt", truncates)
             added = sampling.add_special_tokens is not False

@@ -81,6 +81,14 @@ def test_special_tokens_in_tools_and_calls_are_text(template: str) -> None:
     assert bytes(ids).count(b"<eos>") == 2
 
 
+def test_a_model_without_a_chat_template_takes_no_tools() -> None:
+    tokenizer = byte_tokenizer(chat=False)
+    one = Codec(tokenizer, frozenset({256}), 4096, len(tokenizer))
+    with pytest.raises(InvalidValue, match="no chat template") as refused:
+        one.encode(request().model_copy(update={"messages": None, "prompt": "hi"}), CHAT_ENDPOINT)
+    assert refused.value.param == "tools"
+
+
 def test_a_special_token_in_the_name_of_a_parameter_is_refused() -> None:
     function = FunctionTool(name="f", parameters={"properties": {"<eos>": {}}})
     with pytest.raises(InvalidValue, match="special token <eos>") as refused:
