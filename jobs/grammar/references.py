@@ -10,7 +10,7 @@ from jobs.errors import InvalidValue, UnsupportedParameter
 
 _IDS: Final = ("$id", "id")
 _ANCHORS: Final = ("$anchor", "$dynamicAnchor")
-_MAX_STEPS: Final = 50_000  # of comparing and evaluating parts of one schema
+_MAX_STEPS: Final = 30_000  # of comparing and evaluating parts of one schema
 
 
 class TooManySteps(InvalidValue):

@@ -316,7 +316,7 @@ HOSTILE: dict[str, Any] = {
             for a in range(30)
         ]
     },
-    "many optional": {"type": "object", "properties": {f"p{n}": {} for n in range(1_000)}},
+    "many optional": {"type": "object", "properties": {f"p{n}": {} for n in range(600)}},
     "patterns": {"patternProperties": {f"^a{n}b": {} for n in range(100)}},
     "conditions": {"allOf": [{"if": {"required": [f"a{n}"]}, "then": {"required": [f"b{n}"]}} for n in range(12)]},
     "repeats": {"pattern": "((a{99}){99}){99}"},
