@@ -69,7 +69,7 @@ def _decoded(
         form = loaded.codec.answer_format(request, CHAT_ENDPOINT, prompt)
         grammar = loaded.codec.grammar(request, form)
         sequence = loaded.codec.sequence((0, index), prompt, request.sampling, 0, grammar)
-        stream = loaded.codec.stream((), prompt, CHAT_ENDPOINT, form, grammar)
+        stream = loaded.codec.stream(request.sampling, prompt, CHAT_ENDPOINT, form, grammar)
         streams[sequence.number] = OutputStream(sequence.key, stream)
         sequences.append(sequence)
         engine.add(sequence)
