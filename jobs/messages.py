@@ -331,6 +331,8 @@ class PromptBatch(Frozen):
 class ReasoningFormat(Frozen):
     """How the text of a request marks its reasoning: the model's own markers, as its chat template has them."""
 
+    model_config = ConfigDict(extra="ignore")  # newer workers write more
+
     start: str
     end: str
     opened: bool = False  # the prompt ends with `start`: the text begins inside the reasoning
@@ -357,6 +359,8 @@ class AnswerFormat(Frozen):
     later than the first tokens. Null there: the text is the content.
     """
 
+    model_config = ConfigDict(extra="ignore")  # newer workers write more
+
     reasoning: ReasoningFormat | None = Field(None, exclude_if=lambda value: value is None)
     calls: CallAnswer | None = Field(None, exclude_if=lambda value: value is None)
 
@@ -379,6 +383,8 @@ class PartialEvent(Frozen):
     replaces the reader's text. Only events with a choice's text from its start have the `answer_format`, if there is
     one.
     """
+
+    model_config = ConfigDict(extra="ignore")  # newer servers send more
 
     v: Literal[1] = MESSAGE_VERSION
     job_id: str

@@ -72,7 +72,8 @@ def an_error(status: int, code: str | None = None, message: str = "No.", param: 
 
 def a_stream(*events: PartialEvent) -> httpx.Response:
     lines = [
-        f"id: 7.0.0.{event.seq}\nevent: {event.type}\ndata: {event.model_dump_json(exclude_none=True)}\n\n"
+        f"id: 7.0.0.{event.seq}\nevent: {event.type}\n"
+        f"data: {json.dumps(event.model_dump(mode='json', exclude_none=True) | {'a_field_of_tomorrow': True})}\n\n"
         for event in events
     ]
     return httpx.Response(200, text=": ping\n\n" + "".join(lines))
