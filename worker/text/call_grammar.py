@@ -117,7 +117,7 @@ class CallGrammar:
 def after_reasoning(content: str, reasoning: ReasoningFormat, *, thought: bool) -> str:
     """Return the grammar of a content after an opened reasoning, which the text holds unless it is `thought`.
 
-    The reasoning ends with the first end marker, whatever tokens spell it.
+    The reasoning ends with the first end marker, in any tokens that spell it.
     """
     lines = ["start: BREAKS? @content" if thought else "start: thought BREAKS? @content"]
     if not thought:

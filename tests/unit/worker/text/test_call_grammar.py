@@ -45,6 +45,13 @@ def tokenizer(markers: tuple[str, ...], special: bool) -> tuple[Tokenizer, LLTok
     return backend, LLTokenizer(backend.to_str())
 
 
+@cache
+def compiled(tokens: LLTokenizer, lark: str) -> LLMatcher:
+    matcher = LLMatcher(tokens, LLMatcher.grammar_from_lark(lark))
+    assert not matcher.is_error(), matcher.get_error()
+    return matcher
+
+
 class Case:
     """A family's grammars, for a tokenizer that reads its markers as text, as special tokens, or as added tokens."""
 
@@ -59,8 +66,7 @@ class Case:
     def takes(self, text: str, choice: ToolChoice = "required", **more: Any) -> bool:
         """Return whether an answer may be this text."""
         tools = Tools(functions=FUNCTIONS, choice=choice, **more)
-        matcher = LLMatcher(self.tokens, LLMatcher.grammar_from_lark(self.grammar.text(tools)))
-        assert not matcher.is_error(), matcher.get_error()
+        matcher = compiled(self.tokens, self.grammar.text(tools)).deep_copy()
         ids = self.backend.encode(text, add_special_tokens=False).ids
         return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import Any
 
 import pytest
@@ -34,6 +35,12 @@ FUNCTION = FunctionTool(name="f", description="Do f.", parameters={"properties":
 CALL = HERMES.call("f", '{"a": 1}')
 
 
+@cache
+def compiled(tokenizer: str, grammar: str) -> LLMatcher:
+    return LLMatcher(LLTokenizer(tokenizer), grammar)
+
+
+@cache
 def codec(template: str, *special: str) -> Codec:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
@@ -55,7 +62,7 @@ def takes(one: Codec, asked: GenerationRequest, text: str) -> bool:
     form = one.answer_format(asked, CHAT_ENDPOINT, one.encode(asked, CHAT_ENDPOINT))
     grammar = one.grammar(asked, form)
     assert grammar is not None
-    matcher = LLMatcher(LLTokenizer(one.tokenizer.backend_tokenizer.to_str()), grammar.text)
+    matcher = compiled(one.tokenizer.backend_tokenizer.to_str(), grammar.text).deep_copy()
     ids = list(one.tokenizer.encode(text, add_special_tokens=False))
     if grammar.after:
         ids = ids[ids.index(grammar.after[0]) + 1 :]
