@@ -34,6 +34,9 @@ BEST_CHILD_RECOVERY = 0.002  # per layer, of deeper ratios towards 1. Higher tri
 # Tree budget (tree_budget.py).
 MIN_NET_GAIN = 0.03  # of a plain step's tokens. Lower verifies trees whose gain is within the error of the cost model.
 
+# Growth (drafting.py).
+MAX_FORCED_READS = 4  # forced tokens that a network reads to draft beyond them. More read longer keys, a layer each.
+
 # Planner (planner.py).
 CLOSE_GAIN = 0.1  # gain of drafts below which probes are more frequent: a wrong judgement is likely there
 PROBE_CLOSE_FACTOR = 8  # how much more frequent. Higher judges better, and costs more plain steps.

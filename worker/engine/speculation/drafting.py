@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
-from worker.engine.segments import IntArray
+from worker.engine.segments import BoolArray, IntArray
 from worker.engine.sequence import Sequence
+from worker.engine.speculation.constants import MAX_FORCED_READS
 from worker.engine.speculation.draft_tree import Candidates, Forest
 from worker.engine.speculation.tree_budget import Budget
 
@@ -36,6 +37,9 @@ class Drafter(Protocol):
         """Forget a sequence."""
 
 
+_NONE: IntArray = np.empty(0, np.int64)
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     """The candidates that a drafter offered below a frontier, with the drafter's own probabilities."""
@@ -45,9 +49,6 @@ class Layer:
 
 
 Calibrate = Callable[[Forest, Layer], Candidates]  # a drafter's probabilities -> the estimates that trees are built on
-
-
-_NONE: IntArray = np.empty(0, np.int64)
 
 
 def as_offered(_: Forest, layer: Layer) -> Candidates:
@@ -63,34 +64,92 @@ class Growth:
     detached: IntArray  # ends of forced chains: only a drafter that runs no forward can expand them
 
 
+class _Reading:
+    """Short chains of forced tokens that a network reads, one a layer, to draft beyond them."""
+
+    def __init__(self, forest: Forest, max_tokens: int) -> None:
+        self._forest = forest
+        self._max_tokens = max_tokens
+        self._below: dict[int, int] = {}  # the node to read after each
+
+    def take(self, ends: IntArray) -> tuple[IntArray, IntArray]:
+        """Take the chains that are short enough; return the nodes above them, and the ends of the others."""
+        parent, forced = self._forest.parent, self._forest.forced
+        above, others = [], []
+        for end in ends.tolist():
+            chain = [end]
+            while len(chain) <= self._max_tokens and forced[chain[-1]]:
+                chain.append(int(parent[chain[-1]]))
+            if forced[chain[-1]]:
+                others.append(end)
+                continue
+            above.append(chain[-1])
+            self._below.update(zip(chain[1:], chain, strict=False))
+        return np.array(above, np.int64), np.array(others, np.int64)
+
+    def next(self, nodes: IntArray) -> IntArray:
+        """Return what is to be read after nodes."""
+        return np.array([self._below[node] for node in nodes.tolist() if node in self._below], np.int64)
+
+    def asked(self, nodes: IntArray) -> IntArray:
+        """Return the nodes that are expanded, and not only read."""
+        return nodes[self._are_asked(nodes)] if self._below else nodes
+
+    def permitted(self, frontier: IntArray, offered: Candidates) -> Candidates:
+        """Return what grammars leave of the candidates: nothing beside a forced token."""
+        if self._forest.masks is None:
+            return offered
+        offered = self._forest.masks.permitted(frontier, offered)
+        if not self._below:
+            return offered
+        asked = self._are_asked(frontier)
+        return replace(offered, probabilities=np.where(asked[:, None], offered.probabilities, 0.0))
+
+    def _are_asked(self, nodes: IntArray) -> BoolArray:
+        return np.array([node not in self._below for node in nodes.tolist()], np.bool_)
+
+
 def grow(
-    forest: Forest, drafter: Drafter, budget: Budget, max_depth: int, roots: IntArray, calibrate: Calibrate = as_offered
+    forest: Forest,
+    drafter: Drafter,
+    budget: Budget,
+    max_depth: int,
+    roots: IntArray,
+    calibrate: Calibrate = as_offered,
+    forced: IntArray = _NONE,
 ) -> Growth:
     """Grow the trees below `roots` in place and return what was offered.
+
+    `forced` are the ends of chains that grammars force below some of them.
 
     Gains never rise with depth: a layer splits the value of the one above it. So the first layer that is not worth its
     cost is the right place to stop. Nodes of that layer can still be selected, since they are drafted already.
 
-    Where a grammar forces the next tokens, they become nodes and the drafter is not asked. One that runs no forward
-    goes on below them; a network has not read them.
+    Where a grammar forces the next tokens, they become nodes and the drafter proposes nothing. One that runs no forward
+    goes on below them. A network has to read them before: it does if they are few.
     """
     layers: list[Layer] = []
-    detached = [_NONE]
+    reading = _Reading(forest, MAX_FORCED_READS)
     everywhere = drafter.forward_free is drafter
-    frontier = forest.expandable(roots)
+    detached = [_NONE if everywhere else reading.take(forced)[1]]
+    frontier = forest.expandable(np.concatenate([roots, forced]) if everywhere and len(forced) else roots)
     while len(frontier) and len(layers) < max_depth:
-        offered = drafter.expand(forest, frontier)
-        if forest.masks is not None:
-            offered = forest.masks.permitted(frontier, offered)
+        offered = reading.permitted(frontier, drafter.expand(forest, frontier))
         layers.append(Layer(frontier, offered))
         added = _NONE
         if offered.probabilities.any():
             added = forest.add_layer(frontier, calibrate(forest, layers[-1]), budget.min_value)
-        frontier, ends = forest.force(forest.expandable(budget.frontier(forest, frontier, added)))
-        if everywhere and len(ends):
-            frontier = forest.expandable(np.concatenate([frontier, ends]))
+        read, asked = reading.next(frontier), reading.asked(frontier)
+        further = budget.frontier(forest, asked, added) if len(asked) else added
+        frontier, ends = forest.force(forest.expandable(further))
+        if everywhere:
+            more = ends
         else:
-            detached.append(ends)
+            above, others = reading.take(ends)
+            more = np.concatenate([above, read])
+            detached.append(others)
+        if len(more):
+            frontier = forest.expandable(np.concatenate([frontier, more]))
     return Growth(layers, np.concatenate(detached))
 
 

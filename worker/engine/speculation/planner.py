@@ -10,7 +10,6 @@ from time import perf_counter
 import numpy as np
 
 from worker.engine.batch import Batch
-from worker.engine.grammar.constraint import Stretch
 from worker.engine.grammar.constraints import Constraints
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.segments import IntArray
@@ -18,6 +17,7 @@ from worker.engine.speculation.constants import (
     CLEAR_GAIN,
     CLOSE_GAIN,
     EARNING_HORIZON,
+    MAX_FORCED_READS,
     MAX_LOOKUP_SHARE,
     MAX_TRIAL_SHARE,
     PROBE_CLOSE_FACTOR,
@@ -40,6 +40,11 @@ class _Strategy:
 
     drafter: Drafter
     stats: DrafterStats
+
+    @property
+    def forced_reads(self) -> int:
+        """Tokens forced by a grammar that it reads before it drafts beyond them; what runs no forward need not."""
+        return 0 if self.drafter.forward_free is self.drafter else MAX_FORCED_READS
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +81,6 @@ class StepTimes:
 
     verify_ms: float
     step_ms: float  # the whole step, bookkeeping included
-
-
-def _is_open(stretch: Stretch) -> bool:
-    return stretch.open and not stretch.tokens
 
 
 class Planner:
@@ -119,7 +120,7 @@ class Planner:
             self._columns = SequenceColumns(batch.emitting)
         discount = self._acceptance.tree_discount if self._calibrated else 1.0
         forest = Forest(self._columns, discount, self._masks())
-        start = self._start(batch, self._open_roots(batch, forest))
+        start = self._start(batch, forest)
         if isinstance(start, Decision):
             return self._without_drafts(batch, forest, start)
         strategy = start.strategy
@@ -141,13 +142,16 @@ class Planner:
         return TreeMasks(self._columns, self._constraints)
 
     @staticmethod
-    def _open_roots(batch: Batch, forest: Forest) -> IntArray:
-        """Return the roots of decoding sequences below which a drafter may propose: no grammar forces a token there."""
-        roots = np.arange(len(batch.decoding))
-        masks = forest.masks
-        if masks is None or batch.plain:
+    def _roots(batch: Batch, forest: Forest, reads: int = 0) -> IntArray:
+        """Return the roots of decoding sequences below which a drafter may propose.
+
+        Not those where a grammar forces tokens, but if these are at most `reads` and others may follow them.
+        """
+        roots, masks = np.arange(len(batch.decoding)), forest.masks
+        if masks is None:
             return roots
-        return roots[[not masks.constrained[tree] or _is_open(masks.root(tree)) for tree in roots.tolist()]]
+        stretches = [masks.root(tree) if masks.constrained[tree] else None for tree in roots.tolist()]
+        return roots[[found is None or (found.open and len(found.tokens) <= reads) for found in stretches]]
 
     def _without_drafts(self, batch: Batch, forest: Forest, reason: Decision) -> StepPlan:
         """Return a plan without drafts, but with forced tokens unless it is to be plain or has no memory for them."""
@@ -234,7 +238,7 @@ class Planner:
                 gain = tokens - batch_size * (step_ms - plan.catch_up_ms) / plain_ms
                 stats.costs.observe_gain(gain / len(plan.layers[0].frontier))
 
-    def _start(self, batch: Batch, roots: IntArray) -> _Start | Decision:
+    def _start(self, batch: Batch, forest: Forest) -> _Start | Decision:
         """Return the first strategy that may draft and for which of the roots, or the reason why none may."""
         batch_size = len(batch.decoding)
         if not self._strategies or batch.plain:
@@ -245,16 +249,18 @@ class Planner:
             return Decision.MEMORY
         if self._options.mode is Mode.PAPER:
             strategy = self._strategies[0]
+            roots = self._roots(batch, forest, strategy.forced_reads)
             uncached = sum(strategy.drafter.num_uncached_tokens(batch.decoding[root]) for root in roots.tolist())
             return _Start(strategy, roots, uncached) if len(roots) else Decision.GRAMMAR
         self._state.steps += 1
-        if self._probes(batch_size, forced=len(roots) < batch_size):
+        if self._probes(batch_size, forced=forest.masks is not None and len(self._roots(batch, forest)) < batch_size):
             return Decision.PROBE
-        if not len(roots):
-            return Decision.GRAMMAR
         decision = Decision.GUARD
         for strategy in self._strategies:
-            if self._may_draft(batch, strategy.stats.guard):
+            roots = self._roots(batch, forest, strategy.forced_reads)
+            if not len(roots):
+                decision = Decision.GRAMMAR
+            elif self._may_draft(batch, strategy.stats.guard):
                 start = self._affordable(batch, strategy, roots)
                 if start is not None:
                     return start
@@ -339,29 +345,28 @@ class Planner:
     def _grow(self, batch: Batch, forest: Forest, budget: Budget, start: _Start) -> tuple[list[Layer], float]:
         """Grow the trees; return what was offered, and the ms that went into catching up.
 
-        Forced tokens come first. What follows them is drafted by the strategy if it runs no forward, or by its part
-        that runs none.
+        Forced tokens come first. What follows them is drafted by the strategy if it runs no forward or reads them, and
+        otherwise by its part that runs none.
         """
-        strategy = start.strategy
         _, ends = forest.force(np.arange(len(batch.decoding)))
-        everywhere = strategy.drafter.forward_free is strategy.drafter
-        roots = np.concatenate([start.roots, ends]) if everywhere and len(ends) else start.roots
-        growth, catch_up_ms = self._grow_from(forest, strategy, budget, roots, start.num_uncached_tokens)
-        detached = growth.detached if everywhere else np.concatenate([ends, growth.detached])
+        taken = np.isin(forest.tree[ends], start.roots) if start.strategy.forced_reads else np.ones(len(ends), np.bool_)
+        growth, catch_up_ms = self._grow_from(forest, budget, start, ends[taken])
+        detached = np.concatenate([growth.detached, ends[~taken]])
         if not len(detached) or self._lookup is None:
             return growth.layers, catch_up_ms
-        further, _ = self._grow_from(forest, self._lookup, self._budget(batch, self._lookup), detached)
+        further, _ = self._grow_from(forest, self._budget(batch, self._lookup), _Start(self._lookup, detached, 0))
         return [*growth.layers, *further.layers], catch_up_ms
 
     def _grow_from(
-        self, forest: Forest, strategy: _Strategy, budget: Budget, nodes: IntArray, num_uncached_tokens: int = 0
+        self, forest: Forest, budget: Budget, start: _Start, forced: IntArray | None = None
     ) -> tuple[Growth, float]:
-        started = self._clock()
+        began, strategy = self._clock(), start.strategy
         calibrate = self._calibrate if self._calibrated else as_offered
-        growth = grow(forest, strategy.drafter, budget, self._options.max_depth, nodes, calibrate)
-        ms = (self._clock() - started) * 1e3
+        forced = start.roots[:0] if forced is None else forced
+        growth = grow(forest, strategy.drafter, budget, self._options.max_depth, start.roots, calibrate, forced)
+        ms = (self._clock() - began) * 1e3
         expanded = [len(layer.frontier) for layer in growth.layers]
-        return growth, strategy.stats.costs.observe_growth(num_uncached_tokens, expanded, ms)
+        return growth, strategy.stats.costs.observe_growth(start.num_uncached_tokens, expanded, ms)
 
     def _calibrate(self, forest: Forest, layer: Layer) -> Candidates:
         return self._acceptance.of(forest, layer.frontier, layer.offered)
