@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -56,7 +57,7 @@ def test_nothing_is_stored_where_nothing_is_asked_for() -> None:
     ],
 )
 def test_as_many_alternatives_are_read_as_any_of_the_two_asks_for(
-    options: dict[str, object], scored_top: int | None
+    options: dict[str, Any], scored_top: int | None
 ) -> None:
     assert asked(**options).scored_top == scored_top
     assert asked(**options).wanted

@@ -238,7 +238,7 @@ def test_without_a_generation_prompt_no_answer_is_begun() -> None:
 def test_an_answer_that_continues_a_message_keeps_the_space_with_which_it_does() -> None:
     one = codec(CHATML.replace("<eos>", "</s>").replace("<bos>", "<s>"), sentencepiece())
     ids = one.encode(chat(("user", "b"), ("assistant", "b"), continue_final_message=True), CHAT_ENDPOINT)
-    word = one.tokenizer.convert_tokens_to_ids("▁a")
+    word: Any = one.tokenizer.convert_tokens_to_ids("▁a")  # one token gives one id; the type covers lists too
     for continues, text in [(True, " a"), (False, "a")]:
         stream = one.stream(SamplingParameters(seed=0, continue_final_message=continues), ids, CHAT_ENDPOINT)
         stream.push([word], [False])
