@@ -47,14 +47,14 @@ ON_CORES := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -p no:schem
 ON_SERVERS := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(SERVICE_PROCESSES) --dist loadscope --no-loadscope-reorder
 
 unit: setup ## Run the quick tests, without servers
-	$(ON_CORES) tests/unit -m 'not postgresql'
+	$(ON_CORES) tests/unit -m 'not postgresql and not long'
 
 integration: model ## Run the tests with real servers, processes and SmolLM2
-	$(ON_CORES) tests/unit/storage -m postgresql
+	$(ON_CORES) tests/unit/storage -m 'postgresql and not long'
 	$(ON_SERVERS) tests/acceptance tests/integration
 
 long: model ## Run the laws that take longer than a change should wait for
-	$(ON_SERVERS) tests/acceptance tests/integration -m long
+	$(ON_SERVERS) tests/acceptance tests/integration tests/unit -m long
 
 chaos: setup ## Inject faults into every part of the service, and check that no request is lost
 	$(BIN)/python -m tests.chaos.run --database postgresql --faults $(CHAOS_FAULTS)

@@ -135,7 +135,7 @@ def test_only_those_without_a_token_since_their_claim_are_suspects(database: Dat
     assert groups[2] != groups[3]
 
 
-@pytest.mark.parametrize("poison", [0, 3, 6])
+@pytest.mark.parametrize("poison", [0, 3, 6, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2, 4, 5))])
 def test_the_request_that_crashes_its_workers_is_found_and_all_others_complete(database: Database, poison: int) -> None:
     record(database, requests=7)
     deaths = 0
@@ -209,17 +209,21 @@ def test_a_request_that_crashes_its_only_worker_again_and_again_fails_in_the_end
     check_laws(database)
 
 
-def test_a_worker_that_crashes_at_every_first_step_fails_no_request(database: Database) -> None:
-    record(database, requests=4)
-    for death in range(22):  # 7 until each request is alone, then almost four for each
+# Deaths: one less than twice the requests until each is alone, then almost four for each.
+@pytest.mark.parametrize(("requests", "deaths"), [(4, 22), pytest.param(8, 45, marks=pytest.mark.long)])
+def test_a_worker_that_crashes_at_every_first_step_fails_no_request(
+    database: Database, requests: int, deaths: int
+) -> None:
+    record(database, requests=requests)
+    for death in range(deaths):
         register(database, f"bad-{death}", "bad")
-        assert claim(database, f"bad-{death}", 4)
+        assert claim(database, f"bad-{death}", requests)
         assert reclaimed(database, f"bad-{death}").poisoned == ()
 
     served = serve_all(database, "good")
 
-    assert served == 4
-    assert (view(database).requests_completed, view(database).requests_failed) == (4, 0)
+    assert served == requests
+    assert (view(database).requests_completed, view(database).requests_failed) == (requests, 0)
     check_laws(database)
 
 

@@ -32,13 +32,18 @@ def no_sharing(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-# Each architecture with two of the four pairs, all four among them.
+# Each architecture with two of the four pairs, all four among them; `make long` has the others.
 PAIRS = [((7, True), (500, False)), ((7, False), (500, True))]
 
 
 @pytest.mark.parametrize(
     ("architecture", "prefill_rows", "cpu_kernels"),
-    [(name, *pair) for number, name in enumerate(ARCHITECTURES) for pair in PAIRS[number % 2]],
+    [(name, *pair) for number, name in enumerate(ARCHITECTURES) for pair in PAIRS[number % 2]]
+    + [
+        pytest.param(name, *pair, marks=pytest.mark.long)
+        for number, name in enumerate(ARCHITECTURES)
+        for pair in PAIRS[1 - number % 2]
+    ],
 )
 def test_text_is_the_same_with_and_without_sharing(
     no_sharing: pytest.MonkeyPatch, architecture: str, prefill_rows: int, cpu_kernels: bool

@@ -91,6 +91,15 @@ def test_logits_equal_those_of_dense_attention(architecture: str) -> None:
         assert torch.allclose(ours.forward(step), plain.forward(step), atol=1e-4), name
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("architecture", [name for name, steps in FUSED.items() if steps < len(STEPS)])
+def test_logits_of_every_step_equal_those_of_dense_attention(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FUSED, architecture, len(STEPS))
+    test_logits_equal_those_of_dense_attention(architecture)
+
+
 def test_logits_and_tapped_states_of_two_layers_equal_those_of_dense_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPE, "num_hidden_layers", 2)
     plain, ours = packed(network("qwen3"), False, tapped=(0, 1)), fused("qwen3", tapped=(0, 1))
