@@ -50,6 +50,8 @@ def rewrite(schema: Any) -> Json:
         return _Rewriter(schema).run()
     except Misplaced as exc:
         raise exc.refused from exc
+    except (TypeError, AttributeError, KeyError, ValueError) as exc:  # no check has named it
+        raise InvalidValue("The schema is not valid: the value of a keyword has the wrong type.") from exc
 
 
 class _Rewriter:
@@ -124,7 +126,7 @@ class _Rewriter:
             return values and [value for value in values if is_valid(value, schema, self._references)]
         except TooManySteps:
             raise
-        except (NotEvaluated, RequestRefused, TypeError):
+        except (NotEvaluated, RequestRefused, TypeError, AttributeError):
             return None
 
     def _in_order(self, schema: Json, place: Place, found: Json, combined: bool) -> list[Json]:
@@ -292,7 +294,8 @@ def _bare(schema: Any) -> Any:
 
 def _combines_references(schema: Json) -> bool:
     """Return whether other keywords hold for the same value as a reference."""
-    many = len(ASSERTIONS & schema.keys()) > 1 or len(schema.get("allOf", ())) > 1
+    parts = schema.get("allOf")
+    many = len(ASSERTIONS & schema.keys()) > 1 or (isinstance(parts, list) and len(parts) > 1)
     return many and _has_reference(schema)
 
 

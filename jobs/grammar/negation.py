@@ -75,7 +75,11 @@ def complement(schema: Any, document: References, depth: int = 0) -> Any:
     named = [keyword for keyword in schema if keyword in ASSERTIONS]
     if "$ref" in named and len(named) > 1:  # older drafts ignore what stands beside it
         raise NoComplement
-    return _any_of([part for keyword in named for part in _complements(keyword, schema[keyword], document, depth + 1)])
+    try:
+        parts = [part for keyword in named for part in _complements(keyword, schema[keyword], document, depth + 1)]
+    except (TypeError, AttributeError, KeyError) as exc:  # a broken schema: refused where it stands
+        raise NoComplement from exc
+    return _any_of(parts)
 
 
 def _any_of(parts: list[Any]) -> Any:
@@ -91,7 +95,7 @@ def _complements(keyword: str, value: Any, document: References, depth: int) -> 
             return _other_values([value])
         case "enum", list():
             return _other_values(value)
-        case "required", list():
+        case "required", list() if all(isinstance(name, str) for name in value):
             return [{"type": "object", "properties": {name: False}} for name in value]
         case "properties", dict():
             return [

@@ -29,8 +29,9 @@ def number_keywords(schema: Mapping[str, Any]) -> dict[str, Any]:
     types = schema.get("type")
     whole = types == "integer" or (isinstance(types, list) and "integer" in types and "number" not in types)
     low, high = _bound(schema, "minimum", whole, 1), _bound(schema, "maximum", whole, -1)
-    if whole and schema.get("format") in INTEGERS:
-        least, most = INTEGERS[schema["format"]]
+    bounds = INTEGERS.get(str(schema.get("format")))
+    if whole and bounds is not None:
+        least, most = bounds
         low = least if low is None else max(low, least)
         high = most if high is None else min(high, most)
     found: dict[str, Any] = {}

@@ -39,8 +39,10 @@ class References:
         if self._steps > _MAX_STEPS:
             raise TooManySteps
 
-    def find(self, reference: str) -> Any:
+    def find(self, reference: Any) -> Any:
         """Return the schema that a reference names; raise RequestRefused if it is not in the document."""
+        if not isinstance(reference, str):
+            raise InvalidValue("A reference is a string.")
         address, _, fragment = reference.partition("#")
         if reference in self._named:
             return self._named[reference]

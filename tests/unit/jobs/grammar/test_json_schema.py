@@ -222,6 +222,12 @@ REFUSED: list[tuple[Any, str, str]] = [
     ({"patternProperties": {"a": {"type": "null"}, "b": {"type": "integer"}}}, "", "exclude each other"),
     ({"properties": {"x": {"properties": [1]}}}, "properties.x.properties", "object"),
     ({"anyOf": [{"type": "null"}, 3]}, "anyOf.1", "A schema is an object"),
+    ({"allOf": [{"enum": [False]}], "$ref": []}, "$ref", "string"),
+    ({"oneOf": [{"type": 3}, {"type": "null"}]}, "oneOf.0.type", "must be one of"),
+    ({"type": "integer", "format": []}, "format", "string"),
+    ({"not": {"required": [1]}}, "not", "Say what is valid"),
+    ({"type": "number", "multipleOf": 0, "allOf": [{"enum": [1]}]}, "multipleOf", "above 0"),
+    ({"allOf": 3}, "allOf", "list"),
 ]
 
 
