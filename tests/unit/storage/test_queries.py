@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from sqlalchemy import text
 
@@ -232,3 +234,11 @@ def test_every_error_of_a_job_is_listed_or_counted(database: Database) -> None:
     gone = ErrorCount("worse", "Gone: away.", 1)
     assert errors(20) == [hot, few, long, gone]
     assert errors(1) == [hot, ErrorCount("bad", None, 2), ErrorCount("worse", None, 1)]
+
+
+def test_a_request_is_shown_with_the_kind_of_its_grammar(database: Database) -> None:
+    plain, bound = a_request("a"), a_request("b")
+    assert bound.body is not None
+    record(database, "job-1", [plain, replace(bound, body={**bound.body, "grammar": {"kind": "regex", "value": "a"}})])
+    with database.read() as session:
+        assert [request.grammar for request in job_details.requests(session, "job-1")] == [None, "regex"]
