@@ -119,24 +119,24 @@ class Constraint:
         return None
 
     def _allowed(self, path: list[int]) -> Allowed:
-        """Return what is allowed after a bound path. An error is believed of a matcher that is compiled anew only.
+        """Return what is allowed after a bound path. An error counts only if a freshly compiled matcher has it too.
 
         The others have walked other paths before, and share a lexer with other sequences.
         """
-        matcher = self._matcher or self._rebuilt(anew=False)
+        matcher = self._matcher or self._rebuilt(fresh=False)
         mask = self._mask(matcher, path)
         if mask is None:
-            matcher = self._rebuilt(anew=True)
+            matcher = self._rebuilt(fresh=True)
             mask = self._mask(matcher, path)
         self._matcher = None if mask is None else matcher
         if mask is None:
             return self._failed(f"the grammar can't be followed: {first_line(matcher.get_error())}")
         return Allowed(mask) if mask.any() else self._failed("the grammar allows no token of the model here")
 
-    def _rebuilt(self, *, anew: bool) -> LLMatcher:
+    def _rebuilt(self, *, fresh: bool) -> LLMatcher:
         """Return a matcher at the newest token."""
         text = self._grammar.text
-        matcher = self._vocabulary.compile(text) if anew else self._vocabulary.matcher(text, self._number)
+        matcher = self._vocabulary.compile(text) if fresh else self._vocabulary.matcher(text, self._number)
         matcher.consume_tokens(self._bound)
         self._walked = []
         return matcher

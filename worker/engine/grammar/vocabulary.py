@@ -67,7 +67,7 @@ class GrammarVocabulary:
         return _thread(number % num_threads()).submit(function, *args, **kwargs)
 
     def compile(self, text: str) -> LLMatcher:
-        """Return a matcher for a grammar, compiled anew. It shares nothing with others."""
+        """Compile a grammar and return its matcher, which shares nothing with others."""
         matcher = LLMatcher(self.tokenizer, text, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise EngineError(f"the grammar is refused: {first_line(matcher.get_error())}")

@@ -126,7 +126,7 @@ def grow(
     cost is the right place to stop. Nodes of that layer can still be selected, since they are drafted already.
 
     Where a grammar forces the next tokens, they become nodes and the drafter proposes nothing. One that runs no forward
-    goes on below them. A network has to read them before: it does if they are few.
+    continues below them. A network has to read them before: it does if they are few.
     """
     layers: list[Layer] = []
     reading = _Reading(forest, MAX_FORCED_READS)

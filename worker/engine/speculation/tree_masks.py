@@ -116,7 +116,7 @@ class TreeMasks:
         return replace(offered, probabilities=np.minimum(changed, 1.0))
 
     def _start(self, forest: Forest, nodes: IntArray, limits: IntArray) -> list[tuple[Stretches, IntArray]]:
-        """Start to compute the stretches of nodes below roots, each with at most so many forced tokens."""
+        """Start to compute the stretches of nodes below roots, each with a limit of forced tokens."""
         if not len(nodes):
             return []
         paths = [forest.path(node) for node in nodes.tolist()]

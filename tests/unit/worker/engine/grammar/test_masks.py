@@ -313,7 +313,7 @@ def test_an_error_is_believed_of_a_new_matcher_only() -> None:
     [
         LOOSE,
         Grammar("start: /[a-z]{0,3}/ <[270-272]> /[a-z]{0,3}/ <[5]>"),  # tokens by number
-        Grammar('start: part "x"\npart[stop="q"]: /[a-p]*/'),  # a matcher that can't walk back is compiled anew
+        Grammar('start: part "x"\npart[stop="q"]: /[a-p]*/'),  # a matcher that can't walk back is compiled again
     ],
     ids=["schema", "tokens", "stop"],
 )
