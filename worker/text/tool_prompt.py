@@ -23,6 +23,7 @@ Render = Callable[[Sequence[Turn], Sequence[Turn] | None], str]  # messages and 
 _SHORT_ID_CHARS: Final = 9  # Mistral's templates take no others
 _TEXT: Final = "7dcb04"  # of a probe; occurs in no template
 _CONTENT: Final = "5e21fb"  # beside calls
+_RESULT: Final = "c09d3a"  # of calls
 _FUNCTIONS: Final = ("probe_a7dcb04", "probe_b7dcb04")
 _TOOL: Final = FunctionTool(
     name=_FUNCTIONS[0],
@@ -97,10 +98,13 @@ class ToolPrompt:
         self._render = render
         self._takes_system = takes_system
         family = detect(template)
-        self.native = family is not None and self._shows_tools()
+        style = self._find_style(family) if family is not None and self._shows_tools() else None
+        self.native = style is not None
         self.format: CallFormat = family if family is not None and self.native else HERMES
-        self._style = (self._find_style() or CallStyle()) if self.native else CallStyle()
-        self.parallel = self.format.next is not None and (not self.native or self._shows_calls(self._style, _FUNCTIONS))
+        self._style = style or CallStyle()
+        self.parallel = self.format.next is not None and (
+            not self.native or self._shows_calls(self.format, self._style, _FUNCTIONS)
+        )
 
     def turns(self, messages: Sequence[ChatMessage], tools: Tools | None) -> tuple[list[Turn], list[Turn] | None]:
         """Return a conversation and its tools as the template takes them."""
@@ -134,23 +138,27 @@ class ToolPrompt:
         shown = self._rendered([{"role": "user", "content": _TEXT}], [definition(_TOOL)])
         return _TOOL.name in shown
 
-    def _find_style(self) -> CallStyle | None:
-        """Return the first style in which the template shows a call, with content beside it if it shows both."""
-        found = next((style for style in _STYLES if self._shows_calls(style, _FUNCTIONS[:1])), None)
+    def _find_style(self, family: CallFormat) -> CallStyle | None:
+        """Return the first style in which the template shows a call in the family's form, and its result.
+
+        It has content beside the call if the template shows both. None: the template writes calls otherwise.
+        """
+        found = next((style for style in _STYLES if self._shows_calls(family, style, _FUNCTIONS[:1])), None)
         if found is None:
             return None
-        shows_content = self._shows_calls(found, _FUNCTIONS[:1], content=_CONTENT)
+        shows_content = self._shows_calls(family, found, _FUNCTIONS[:1], content=_CONTENT)
         return CallStyle(found.arguments_as_text, found.empty_content, shows_content, found.short_ids)
 
-    def _shows_calls(self, style: CallStyle, names: Sequence[str], content: str = "") -> bool:
+    def _shows_calls(self, family: CallFormat, style: CallStyle, names: Sequence[str], content: str = "") -> bool:
         calls = tuple(
             ToolCall(id=f"call_{n:024x}", name=name, arguments=json.dumps({name: n})) for n, name in enumerate(names)
         )
         called = ChatMessage(role="assistant", content=content, tool_calls=calls)
-        results = [ChatMessage(role="tool", content="a", tool_call_id=call.id, name=call.name) for call in calls]
+        results = [ChatMessage(role="tool", content=_RESULT, tool_call_id=call.id, name=call.name) for call in calls]
         turns = [{"role": "user", "content": "a"}, *style.turns(called), *map(style.result, results)]
         shown = self._rendered(turns, [definition(_TOOL)])
-        return content in shown and all(f'"{name}": {n}' in shown for n, name in enumerate(names))
+        texts = [f'{name}{family.arguments}{{"{name}": {n}' for n, name in enumerate(names)]
+        return all(text in shown for text in (content, _RESULT, f"{family.first}{names[0]}", *texts))
 
     def _rendered(self, turns: Sequence[Turn], tools: Sequence[Turn]) -> str:
         try:

@@ -159,7 +159,15 @@ def test_a_conversation_without_tools_is_as_it_was() -> None:
     )
 
 
-def test_a_template_of_an_unknown_family_is_not_given_tools() -> None:
-    unknown = QWEN.replace("<tool_call>\n", "<tool_call>\n<function=x>")
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        QWEN.replace("<tool_call>\n", "<tool_call>\n<function=x>"),
+        QWEN.replace("<tool_call>\n", "<tool_call>"),
+        QWEN.replace('"arguments"', '"input"'),
+        QWEN.replace("<tool_response>{{ m.content }}", "<tool_response>"),
+    ],
+)
+def test_a_template_that_writes_calls_in_another_form_or_hides_results_is_not_given_tools(unknown: str) -> None:
     assert prompt(unknown).native is False
-    assert "<tools>[" not in shown(unknown, history()[:1], tools())
+    assert "<tools>{" not in shown(unknown, history()[:1], tools())

@@ -146,7 +146,8 @@ def test_an_answer_is_of_the_response_format_or_a_call() -> None:
 
 
 def test_calls_that_are_json_can_t_be_told_from_an_answer_of_a_grammar() -> None:
-    llama = NATIVE.replace("<tool_call>", "").replace("</tool_call>", "") + '{# ipython "parameters":  #}'
+    call = '{"name": "{{ c.function.name }}", "parameters": {{ c.function.arguments | tojson }}}{# ipython #}'
+    llama = NATIVE.replace("<tool_call>\n{{ c.function | tojson }}\n</tool_call>", call)
     asked = request().model_copy(update={"grammar": GrammarSpec(kind="json_object")})
     with pytest.raises(UnsupportedParameter, match="set tool_choice to none or required"):
         takes(codec(llama), asked, "{}")
