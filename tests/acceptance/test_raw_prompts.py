@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from openai import BadRequestError, OpenAI
-from openai.types import CompletionChoice
+from openai.types import Completion, CompletionChoice
 
 from tests.acceptance.conftest import Service
 from tests.acceptance.test_openai import CHAT, COMPLETIONS, MODEL, ended, lines_of, submitted
@@ -48,7 +48,8 @@ def loglikelihood(ids: list[int], start: int) -> list[float]:
 
 
 def scored(client: OpenAI, prompts: Any, **options: Any) -> list[CompletionChoice]:
-    answer = client.completions.create(model=MODEL, prompt=prompts, echo=True, logprobs=1, temperature=0, **options)
+    asked = {"model": MODEL, "prompt": prompts, "echo": True, "logprobs": 1, "temperature": 0}
+    answer: Completion = client.completions.create(**asked | options)
     return answer.choices
 
 
@@ -103,7 +104,10 @@ def test_an_answer_continues_a_prefix_whole_and_streamed(client: OpenAI) -> None
 
 def test_batch_lines_return_token_ids_and_prompt_logprobs(client: OpenAI) -> None:
     asked = {"model": MODEL, "max_tokens": 4, "temperature": 0, "prompt_logprobs": 1, "return_token_ids": True}
-    bodies = {"chat": {"messages": [USER, PREFIX]}, "none": {"messages": [USER], "max_tokens": 0}}
+    bodies: dict[str, dict[str, Any]] = {
+        "chat": {"messages": [USER, PREFIX]},
+        "none": {"messages": [USER], "max_tokens": 0},
+    }
     lines = [{"custom_id": name, "method": "POST", "url": CHAT, "body": asked | body} for name, body in bodies.items()]
     found = lines_of(client, ended(client, submitted(client, lines)).output_file_id)
     for name, tokens in (("chat", 4), ("none", 0)):

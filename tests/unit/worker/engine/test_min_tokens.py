@@ -88,5 +88,7 @@ def test_after_min_tokens_a_token_is_drawn_as_without() -> None:
 def test_a_bias_of_an_end_token_counts_after_min_tokens_only() -> None:
     sequence = EngineSequence(0, [1, 2], 2, 9, Sampling(logit_bias=((7, 3.0), (8, 1.0)), min_tokens=2), frozenset({7}))
     early, late = sequence.bias(3), sequence.bias(4)
-    assert dict(zip(*map(np.ndarray.tolist, early), strict=True)) == {7: -np.inf, 8: 1.0}
-    assert dict(zip(*map(np.ndarray.tolist, late), strict=True)) == {7: 3.0, 8: 1.0}
+    assert [dict(zip(tokens.tolist(), values.tolist(), strict=True)) for tokens, values in (early, late)] == [
+        {7: -np.inf, 8: 1.0},
+        {7: 3.0, 8: 1.0},
+    ]

@@ -47,7 +47,8 @@ def told(results: Sequence[StepResult], some: Sequence[EngineSequence]) -> list[
 
 
 def target() -> Any:
-    return packed(tiny().to(torch.bfloat16))
+    model: Any = tiny()
+    return packed(model.to(torch.bfloat16))
 
 
 def run(some: list[EngineSequence], kind: str | None = None, **changes: Any) -> list[list[TokenLogprobs]]:
@@ -160,10 +161,8 @@ def test_a_sequence_of_no_tokens_ends_when_its_prompt_is_read_beside_others(kind
     some = asking()
     for empty in some[::2]:
         empty.max_tokens = 0
-    results = decode(
-        engine(target(), kind and drafter(kind), options(Mode.PAPER if kind else Mode.PLAIN)),
-        some,  # type: ignore[arg-type]
-    )
+    mode, drafts = (Mode.PAPER, drafter(kind)) if kind else (Mode.PLAIN, None)
+    results = decode(engine(target(), drafts, options(mode)), some)
     assert told(results, some) == expected
     for empty in some[::2]:
         assert (empty.output_ids, empty.finish_reason) == ([], FinishReason.LENGTH)
