@@ -23,6 +23,7 @@ from jobs.messages import GrammarSpec
 
 MAX_CHARS: Final = 200_000  # of a schema, an expression or a grammar
 _CACHED: Final = 64
+_RUST: Final = "pyo3_runtime"  # module of a panic, which is no Exception
 
 # One line break with its indentation, or a few spaces: what writers of JSON use. Small models write it without an end.
 WHITESPACE: Final = r"\r?\n[ \t]{0,40}|[ \t]{1,4}"
@@ -59,9 +60,13 @@ def _refusal(spec: GrammarSpec) -> tuple[type[RequestRefused], str, str] | None:
     try:
         text = grammar_text(spec)
         is_error, messages = LLMatcher.validate_grammar_with_warnings(text)
+        fault = messages[0] if messages else find_fault(text)
     except RequestRefused as refused:
         return type(refused), refused.message, refused.param or ""
-    fault = messages[0] if messages else find_fault(text)
+    except BaseException as panic:
+        if type(panic).__module__ != _RUST:
+            raise
+        return UnsupportedParameter, f"The grammar library fails on this: {_sentence(str(panic) or 'panic')}", ""
     if fault is None:
         return None
     place = _place_of(spec) if spec.kind == "json_schema" else ""

@@ -50,7 +50,7 @@ def rewrite(schema: Any) -> Json:
         return _Rewriter(schema).run()
     except Misplaced as exc:
         raise exc.refused from exc
-    except (TypeError, AttributeError, KeyError, ValueError) as exc:  # no check has named it
+    except (TypeError, AttributeError, KeyError, ValueError, RecursionError) as exc:  # no check has named it
         raise InvalidValue("The schema is not valid: the value of a keyword has the wrong type.") from exc
 
 
