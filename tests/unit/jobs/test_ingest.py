@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from celery.exceptions import Reject
+from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 
 from jobs import ingest as module
@@ -14,6 +15,7 @@ from jobs.messages import PromptBatch
 from jobs.producer import batch_job_id
 from jobs.settings import JobsSettings
 from storage import queries
+from storage.models import Request
 from storage.queries import JobView, OutputView
 from storage.session import Database
 
@@ -41,6 +43,19 @@ def answers(batch_id: str, database: Database) -> list[OutputView]:
 def test_a_batch_becomes_a_job_whose_id_the_producer_knows(database: Database, settings: JobsSettings) -> None:
     assert ingested(a_message(parameters={"max_tokens": 3}), database, settings) == batch_job_id("nightly")
     assert job_of("nightly", database).requests_total == 2
+
+
+def test_the_requests_of_a_batch_are_bound_by_its_schema_or_by_their_own(
+    database: Database, settings: JobsSettings
+) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+    own = [{"prompt": "two", "regex": "a+"}, {"prompt": "three", "guided_json": {"contains": {"type": "null"}}}]
+    ingested(a_message(parameters={"response_format": form}, requests=["one", *own]), database, settings)
+    with database.read() as session:
+        query = select(Request.body).where(Request.job_id == batch_job_id("nightly")).order_by(Request.request_index)
+        first, second, third = session.scalars(query)
+    assert (first["grammar"]["kind"], second["grammar"]["kind"], third) == ("json_schema", "regex", None)
+    assert [answer.error_param for answer in answers("nightly", database)] == ["guided_json.contains"]
 
 
 def test_a_batch_asks_for_a_comparison_with_plain_decoding(database: Database, settings: JobsSettings) -> None:
