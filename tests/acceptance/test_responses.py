@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import openai
 import pytest
 from openai import AzureOpenAI, OpenAI
 from openai.types.responses import Response
+from pydantic import BaseModel, Field
 
 from tests.acceptance.conftest import Service
 from tests.acceptance.test_openai import MODEL, checked, ended, lines_of, submitted
@@ -102,3 +104,38 @@ def test_a_prompt_that_is_too_long_is_an_error_of_the_input(client: OpenAI) -> N
         with pytest.raises(openai.BadRequestError) as refused:
             client.responses.create(model=MODEL, input="word " * 20_000, stream=stream)
         assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "input")
+
+
+class City(BaseModel):
+    """What a response is parsed into."""
+
+    name: str = Field(max_length=12)
+    people: int = Field(ge=0, le=10**6)
+
+
+def test_a_response_is_parsed_into_a_class_whole_and_streamed(client: OpenAI) -> None:
+    asked: dict[str, Any] = {"model": MODEL, "input": "Describe Paris.", "temperature": 0}
+    whole = client.responses.parse(text_format=City, **asked)
+    assert whole.status == "completed"
+    with client.responses.stream(text_format=City, **asked) as stream:
+        assert stream.get_final_response().output_parsed == whole.output_parsed is not None
+
+
+def test_a_function_is_called_and_its_result_continues_the_conversation_both_ways(client: OpenAI) -> None:
+    city = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+    tool = {"type": "function", "name": "get_weather", "parameters": city | {"additionalProperties": False}}
+    question: Any = {"role": "user", "content": "What is the weather in Paris?"}
+    asked: dict[str, Any] = {"model": MODEL, "tools": [tool], "temperature": 0, "max_output_tokens": 40}
+    forced = asked | {"tool_choice": "required", "parallel_tool_calls": False}
+    with client.responses.stream(input=[question], **forced) as stream:
+        called = checked(stream.get_final_response())
+    (call,) = called.output
+    assert call.type == "function_call"
+    assert (call.name, json.loads(call.arguments)["city"] in ("Paris", "Rome")) == ("get_weather", True)
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+    stored = client.responses.create(input=[result], previous_response_id=called.id, **asked)
+    items: Any = [question, call.to_dict(), result]
+    given = client.responses.create(input=items, **asked)
+    assert [item.to_dict() | {"id": ""} for item in stored.output] == [
+        item.to_dict() | {"id": ""} for item in given.output
+    ]
