@@ -35,7 +35,7 @@ _FUNCTION: Final = ("name", "description", "parameters", "strict")
 _FUNCTION_HINTS: Final = frozenset({"type", "allowed_callers", "async", "defer_loading", "output_schema"})
 _SCHEMA: Final = ("name", "description", "schema", "strict")
 _ECHOED: Final = ("text", "reasoning", "metadata")
-_ECHOED_HINTS: Final = ("user", "safety_identifier", "prompt_cache_key")  # dropped, whatever their values
+_ECHOED_HINTS: Final = ("user", "safety_identifier", "prompt_cache_key")  # dropped: their values need not be texts
 _MAX_HINT_CHARS: Final = 512
 _MAX_REFERENCES: Final = 128  # each is a read of the database
 _MESSAGE: Final = re.compile(r"messages\[(\d+)\](.*)", re.DOTALL)
@@ -111,6 +111,12 @@ def read_conversation(fields: Mapping[str, Any], history: History) -> Conversati
         previous = text(fields["previous_response_id"], "previous_response_id")
         for message in history.conversation(previous, "previous_response_id"):
             read.add(_chat_message(message), "previous_response_id")
+    _read_input(read, fields, history)
+    return read
+
+
+def _read_input(read: Conversation, fields: Mapping[str, Any], history: History) -> None:
+    """Add the messages of the input. A request of a job may call it `prompt`, if it is a text."""
     if isinstance(fields.get("prompt"), dict):
         raise UnsupportedParameter("Prompt templates are not stored here. Send input.", param="prompt")
     if "input" in fields and "prompt" in fields:
@@ -127,7 +133,6 @@ def read_conversation(fields: Mapping[str, Any], history: History) -> Conversati
         raise InvalidValue("must be a text or a list of at least one item", param="input")
     if not any(place.startswith("input") for place in read.places):
         raise InvalidValue("The input has no message.", param="input")
-    return read
 
 
 def read_options(fields: Mapping[str, Any]) -> ResponseOptions:
