@@ -360,3 +360,19 @@ def test_a_bad_body_is_refused_by_the_field_that_was_sent(
     reply = serve().post(RESPONSES_ENDPOINT, json=ASKED | change)
     assert reply.status_code == 400, reply.text
     assert (reply.json()["error"]["code"], reply.json()["error"]["param"]) == (code, param)
+
+
+def test_a_job_takes_bodies_texts_and_lines_of_responses_and_their_parameters(serve: Serve, database: Database) -> None:
+    api = serve(nothing)
+    line = {"custom_id": "line", "method": "POST", "url": RESPONSES_ENDPOINT, "body": {"input": "Hello"}}
+    job = api.post("/v1/jobs", json={"requests": [line, "Hello", {"input": "Hello"}], "max_output_tokens": 7}).json()
+    assert job["endpoint"] == RESPONSES_ENDPOINT, "that of the first line"
+    with database.read() as session:
+        bodies = queries.request_bodies(session, job["id"], range(3)).values()
+    requests = [GenerationRequest.model_validate(body) for body in bodies]
+    assert {(r.sampling.max_tokens, r.messages) for r in requests} == {(7, requests[0].messages)}
+    answer_all(database)
+    lines = [json.loads(line) for line in api.get(f"/v1/jobs/{job['id']}/outputs").text.splitlines()]
+    assert [line["choices"][0]["text"] for line in lines] == ["Paris."] * 3
+    read = api.get(f"{RESPONSES_ENDPOINT}/resp_{job['id']}_2").json()
+    assert (read["max_output_tokens"], read["status"]) == (7, "completed")
