@@ -64,9 +64,12 @@ audit: setup ## Check the pinned packages for known vulnerabilities; needs netwo
 	test -x .venv/audit/bin/pip-audit || { $(BIN)/python -m venv .venv/audit && .venv/audit/bin/pip install -q pip-audit; }
 	.venv/audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
-clients: model ## Try client libraries (instructor, langchain, pydantic-ai) on the service; needs network access
+clients: model ## Try client libraries (instructor, langchain, pydantic-ai, chatlas …) on the service; needs network access
 	test -x .venv/clients/bin/python || { $(BIN)/python -m venv .venv/clients && \
 	  .venv/clients/bin/pip install -q instructor langchain-openai 'pydantic-ai-slim[openai]'; }
+	test -x .venv/clients-responses/bin/python || { $(BIN)/python -m venv .venv/clients-responses && \
+	  .venv/clients-responses/bin/pip install -q chatlas openbatch loguru && \
+	  .venv/clients-responses/bin/pip install -q --no-deps autobatcher; }  # it asks for an older openai than chatlas
 	$(BIN)/pytest -s tests/acceptance/test_client_libraries.py
 
 bench: model ## Measure decoding against transformers' generate, at every batch size, mixed lengths, and the HTTP API; forty minutes

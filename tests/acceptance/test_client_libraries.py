@@ -11,15 +11,21 @@ import pytest
 from tests.acceptance.conftest import Service
 
 ROOT = Path(__file__).parents[2]
-PYTHON = ROOT / ".venv" / "clients" / "bin" / "python"
-SCRIPT = Path(__file__).with_name("client_libraries.py")
 
 
-@pytest.mark.skipif(not PYTHON.exists(), reason="the libraries need an environment of their own: make clients")
-def test_client_libraries_get_the_objects_and_calls_that_they_ask_for(service: Service) -> None:
-    command = [str(PYTHON), "-P", str(SCRIPT), service.api_url]
+@pytest.mark.parametrize(
+    ("script", "environment", "count"),
+    [("client_libraries.py", "clients", 9), ("response_libraries.py", "clients-responses", 5)],
+)
+def test_client_libraries_get_the_objects_and_calls_that_they_ask_for(
+    service: Service, script: str, environment: str, count: int
+) -> None:
+    python = ROOT / ".venv" / environment / "bin" / "python"
+    if not python.exists():
+        pytest.skip("the libraries need environments of their own: make clients")
+    command = [str(python), "-P", str(Path(__file__).with_name(script)), service.api_url]
     ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
     assert ran.returncode == 0, ran.stderr
     _, *checks = map(json.loads, ran.stdout.splitlines())
     assert {check["check"]: check["error"] for check in checks if check["error"]} == {}
-    assert len(checks) == 9
+    assert len(checks) == count
