@@ -123,7 +123,7 @@ def _is_requested() -> ColumnElement[bool]:
 
 
 def _sampled_requests(session: Session, job_id: str) -> Iterable[SampledRequest]:
-    """Yield the requests of the job's sample that have an output."""
+    """Yield the requests of the job's sample that have an output with tokens."""
     total, asked = session.execute(select(JobRow.requests_total, JobRow.compare_plain).where(JobRow.id == job_id)).one()
     sample = sorted(random.Random(job_id).sample(range(total), min(asked, total)))
     rows = session.execute(
@@ -141,6 +141,7 @@ def _sampled_requests(session: Session, job_id: str) -> Iterable[SampledRequest]
         .where(
             is_one_of((Request.job_id, Request.request_index), [(job_id, index) for index in sample]),
             ChoiceOutput.choice_index == 0,
+            ChoiceOutput.completion_tokens > 0,
         )
         .order_by(Request.request_index)
     )

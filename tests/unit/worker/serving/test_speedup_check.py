@@ -56,6 +56,14 @@ def test_a_sampled_job_is_decoded_in_both_variants_with_the_same_texts(database:
     assert numbers.speedup_error is not None
 
 
+def test_an_answer_without_tokens_is_not_compared(database: Database) -> None:
+    submit(database, "one", compare_plain=1, max_tokens=0, prompt_logprobs=0)
+    Worker(database, "a", interval_s=AT_END).run()
+    assert compared(database) == []
+    with database.read() as session:
+        assert session.scalars(select(JobRow)).one().compared_at is not None
+
+
 def test_steps_of_both_variants_are_interleaved_and_plain_steps_have_no_drafts(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
