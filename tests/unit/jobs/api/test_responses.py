@@ -318,48 +318,47 @@ def test_a_background_response_that_fails_says_why(serve: Serve) -> None:
     assert (found.status, found.error.code, found.error.message) == ("failed", "invalid_prompt", "too long")
 
 
-@pytest.mark.parametrize(
-    ("change", "code", "param"),
-    [
-        ({"input": None}, "missing_required_parameter", "input"),
-        ({"input": []}, "invalid_value", "input"),
-        ({"input": [{"type": "reasoning"}]}, "invalid_value", "input"),
-        ({"input": ["text"]}, "invalid_value", "input[0]"),
-        (
-            {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
-            "unsupported_parameter",
-            "input[0].content[0]",
-        ),
-        ({"input": [{"role": "robot", "content": "a"}]}, "invalid_value", "input[0].role"),
-        ({"messages": []}, "unknown_parameter", "messages"),
-        ({"prompt": {"id": "a"}}, "unsupported_parameter", "prompt"),
-        ({"instructions": 1}, "invalid_value", "instructions"),
-        ({"conversation": "conv_1"}, "unsupported_parameter", "conversation"),
-        ({"truncation": "some"}, "invalid_value", "truncation"),
-        ({"max_output_tokens": 0}, "invalid_value", "max_output_tokens"),
-        ({"tools": [{"type": "web_search"}]}, "unsupported_parameter", "tools[0].type"),
-        ({"text": {"form": 1}}, "unknown_parameter", "text.form"),
-        (
-            {"text": {"format": {"type": "json_schema", "name": "a"}}},
-            "missing_required_parameter",
-            "text.format.schema",
-        ),
-        ({"text": {"format": {"type": "xml"}}}, "invalid_value", "text.format.type"),
-        ({"reasoning": {"effect": 1}}, "invalid_value", "reasoning.effect"),
-        ({"include": ["all"]}, "invalid_value", "include[0]"),
-        ({"metadata": {"a": 1}}, "invalid_value", "metadata"),
-        ({"n": 2}, "unsupported_parameter", "n"),
-        ({"store": "no"}, "invalid_value", "store"),
-        ({"background": True, "store": False}, "invalid_value", "store"),
-        ({"stream": 1}, "invalid_value", "stream"),
-    ],
-)
-def test_a_bad_body_is_refused_by_the_field_that_was_sent(
-    serve: Serve, change: dict[str, Any], code: str, param: str
-) -> None:
-    reply = serve().post(RESPONSES_ENDPOINT, json=ASKED | change)
-    assert reply.status_code == 400, reply.text
-    assert (reply.json()["error"]["code"], reply.json()["error"]["param"]) == (code, param)
+BAD_BODIES: list[tuple[dict[str, Any], str, str]] = [
+    ({"input": None}, "missing_required_parameter", "input"),
+    ({"input": []}, "invalid_value", "input"),
+    ({"input": [{"type": "reasoning"}]}, "invalid_value", "input"),
+    ({"input": ["text"]}, "invalid_value", "input[0]"),
+    (
+        {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
+        "unsupported_parameter",
+        "input[0].content[0]",
+    ),
+    ({"input": [{"role": "robot", "content": "a"}]}, "invalid_value", "input[0].role"),
+    ({"messages": []}, "unknown_parameter", "messages"),
+    ({"prompt": {"id": "a"}}, "unsupported_parameter", "prompt"),
+    ({"instructions": 1}, "invalid_value", "instructions"),
+    ({"conversation": "conv_1"}, "unsupported_parameter", "conversation"),
+    ({"truncation": "some"}, "invalid_value", "truncation"),
+    ({"max_output_tokens": 0}, "invalid_value", "max_output_tokens"),
+    ({"tools": [{"type": "web_search"}]}, "unsupported_parameter", "tools[0].type"),
+    ({"text": {"form": 1}}, "unknown_parameter", "text.form"),
+    (
+        {"text": {"format": {"type": "json_schema", "name": "a"}}},
+        "missing_required_parameter",
+        "text.format.schema",
+    ),
+    ({"text": {"format": {"type": "xml"}}}, "invalid_value", "text.format.type"),
+    ({"reasoning": {"effect": 1}}, "invalid_value", "reasoning.effect"),
+    ({"include": ["all"]}, "invalid_value", "include[0]"),
+    ({"metadata": {"a": 1}}, "invalid_value", "metadata"),
+    ({"n": 2}, "unsupported_parameter", "n"),
+    ({"store": "no"}, "invalid_value", "store"),
+    ({"background": True, "store": False}, "invalid_value", "store"),
+    ({"stream": 1}, "invalid_value", "stream"),
+]
+
+
+def test_a_bad_body_is_refused_by_the_field_that_was_sent(serve: Serve) -> None:
+    api = serve()
+    for change, code, param in BAD_BODIES:
+        reply = api.post(RESPONSES_ENDPOINT, json=ASKED | change)
+        assert reply.status_code == 400, (change, reply.text)
+        assert (reply.json()["error"]["code"], reply.json()["error"]["param"]) == (code, param), change
 
 
 def test_a_job_takes_bodies_texts_and_lines_of_responses_and_their_parameters(serve: Serve, database: Database) -> None:
