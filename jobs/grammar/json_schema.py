@@ -15,7 +15,7 @@ from jobs.grammar.evaluation import NotEvaluated, is_valid
 from jobs.grammar.keywords import Misplaced, at, count_keyword, listed, string_keywords, type_keyword, values_keywords
 from jobs.grammar.negation import ASSERTIONS, NoComplement, complement
 from jobs.grammar.numbers import number_keywords
-from jobs.grammar.objects import object_keywords, without_general_pattern
+from jobs.grammar.objects import object_keywords, without_general_pattern, without_unnamed
 from jobs.grammar.overlap import beyond, disjoint, listed_values
 from jobs.grammar.recursion import remove_endless
 from jobs.grammar.references import References, TooManySteps
@@ -107,6 +107,8 @@ class _Rewriter:
             lengths, patterns = string_keywords(schema)
             found |= object_keywords(schema, lambda part, *steps: self._schema(part, (*place, *steps)))
             found |= lengths | self._array_keywords(schema, place)
+            if not combined and not _APPLICATORS.keys() & schema.keys():
+                found = without_unnamed(found)
         parts = self._in_order(schema, place, found, combined or len(ASSERTIONS & schema.keys()) > 1)
         return _conjunction([*parts, *({"pattern": pattern} for pattern in patterns)])
 

@@ -48,6 +48,20 @@ def object_keywords(schema: Mapping[str, Any], rewrite: Rewrite) -> dict[str, An
     return found
 
 
+def without_unnamed(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the keywords of an object with no properties but the named ones, unless they say something of others.
+
+    An answer stays valid without them, and small models would name more and more. `found` are all keywords that hold
+    for the object, as `object_keywords` returns them.
+    """
+    names = found.get("properties", {}).keys()
+    if not names or found.keys() & {"additionalProperties", "patternProperties"}:
+        return found
+    if not names >= set(found.get("required", [])) or found.get("minProperties", 0) > len(names):
+        return found
+    return found | {"additionalProperties": False}
+
+
 def without_general_pattern(schema: dict[str, Any], both: Both) -> dict[str, Any]:
     """Return the schema of an object, in which a pattern for all names is written as `additionalProperties`.
 

@@ -259,7 +259,8 @@ def test_a_pattern_that_makes_pythons_re_search_for_hours_is_read_at_once() -> N
 
 
 def test_a_name_is_written_in_one_way_so_no_escape_passes_for_another_name() -> None:
-    matcher = reader(schema_spec({"type": "object", "properties": {"a": {"type": "integer"}}}))
+    named = {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": True}
+    matcher = reader(schema_spec(named))
     assert accepts(matcher, '{"a":1,"b":"x"}')
     assert not accepts(matcher, r'{"\u0061":"x"}')
 
@@ -335,3 +336,29 @@ HOSTILE: dict[str, Any] = {
 def test_a_hostile_schema_is_refused_before_it_costs_anything(name: str) -> None:
     with pytest.raises(RequestRefused):
         check(schema_spec(HOSTILE[name]), "field")
+
+
+_NAMED: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}}
+_MORE = '{"a":1,"b":2}'
+
+
+@pytest.mark.parametrize(
+    ("schema", "more"),
+    [
+        (_NAMED, False),
+        ({"$ref": "#/$defs/named", "$defs": {"named": _NAMED}}, False),
+        ({"anyOf": [_NAMED, {"type": "null"}]}, False),
+        ({**_NAMED, "additionalProperties": True}, True),
+        ({**_NAMED, "additionalProperties": {"type": "integer"}}, True),
+        ({**_NAMED, "required": ["b"]}, True),
+        ({"type": "object"}, True),
+        ({"allOf": [_NAMED, {"properties": {"b": {"type": "integer"}}}]}, True),
+        ({**_NAMED, "anyOf": [{"required": ["b"]}, {"required": ["a"]}]}, True),
+        ({"allOf": [{"$ref": "#/$defs/named"}, {"required": ["b"]}], "$defs": {"named": _NAMED}}, True),
+    ],
+)
+def test_properties_without_a_name_are_written_only_where_the_schema_speaks_of_them(
+    schema: dict[str, Any], more: bool
+) -> None:
+    matcher = reader(schema_spec(schema))
+    assert accepts(matcher, _MORE) == more
