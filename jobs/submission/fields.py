@@ -25,7 +25,7 @@ class Treatment(StrEnum):
 _ALL: Final[tuple[Endpoint, ...]] = get_args(Endpoint)
 _CHAT: Final[tuple[Endpoint, ...]] = (CHAT_ENDPOINT, RESPONSES_ENDPOINT)  # a response is a chat in other words
 _TEXT: Final[tuple[Endpoint, ...]] = (COMPLETIONS_ENDPOINT,)
-_OLD: Final[tuple[Endpoint, ...]] = (CHAT_ENDPOINT, COMPLETIONS_ENDPOINT)
+_NOT_RESPONSES: Final[tuple[Endpoint, ...]] = (CHAT_ENDPOINT, COMPLETIONS_ENDPOINT)
 _RESPONSES: Final[tuple[Endpoint, ...]] = (RESPONSES_ENDPOINT,)
 
 
@@ -87,7 +87,7 @@ _TYPES: Final[Mapping[str, str]] = {
 }
 _OF_CHATS: Final = ("add_generation_prompt", "continue_final_message")
 _OF_COMPLETIONS: Final = ("n", "echo", "prompt_logprobs", "return_token_ids", "return_tokens_as_token_ids")
-_SAMPLING_ENDPOINTS: Final = dict.fromkeys(_OF_CHATS, _CHAT) | dict.fromkeys(_OF_COMPLETIONS, _OLD)
+_SAMPLING_ENDPOINTS: Final = dict.fromkeys(_OF_CHATS, _CHAT) | dict.fromkeys(_OF_COMPLETIONS, _NOT_RESPONSES)
 _FLOATS: Final = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
@@ -101,7 +101,7 @@ def _sampling() -> Iterable[Field]:
 
 
 _TOKENS: Final = "Set logit_bias, or a grammar for the text."
-_TAGS: Final = "Structural tags are not supported; ask for tools, or send a grammar."
+STRUCTURAL_TAGS: Final = "Structural tags are not supported; ask for tools, or send a grammar."
 _SCHEMA: Final = "The text is JSON that is valid for this schema."
 _REGEX: Final = "The whole text matches this expression."
 _LARK: Final = "The text follows this grammar, in Lark or EBNF."
@@ -128,7 +128,7 @@ def _responses() -> Iterable[Field]:
         ("background", "boolean", "Answer at once, and generate as a job.", (False,), f"{theirs} Submit a job."),
     ):
         yield _honoured(name, kind, meaning, idle, endpoints=_RESPONSES)
-        yield _refused(name, kind, instead, *idle, endpoints=_OLD)
+        yield _refused(name, kind, instead, *idle, endpoints=_NOT_RESPONSES)
     yield _honoured("metadata", "object", "Returned with the response.", ({},), endpoints=_RESPONSES)
     yield _honoured("store", "boolean", "False: the response can't be retrieved.", (True,), endpoints=_RESPONSES)
     yield _refused("n", "integer", "A response is one answer. Send it several times.", 1, endpoints=_RESPONSES)
@@ -157,7 +157,7 @@ FIELDS: Final[tuple[Field, ...]] = (
     # OpenAI
     *_dropped("boolean", "Only single requests are streamed; a batch or job ignores it.", "stream"),
     *_dropped("object", "Only for streams: include_usage ends them with the token counts.", "stream_options"),
-    *_dropped("object", "Use the metadata of the job.", "metadata", endpoints=_OLD),
+    *_dropped("object", "Use the metadata of the job.", "metadata", endpoints=_NOT_RESPONSES),
     *_dropped("string", "The chat template writes the tools.", "tool_prompt", endpoints=_CHAT),
     *_dropped("object", "Drafts are chosen by the service.", "prediction", endpoints=_CHAT),
     *_dropped("string", _HINT, "prompt_cache_key", "prompt_cache_retention", "service_tier", "verbosity"),
@@ -243,7 +243,7 @@ FIELDS: Final[tuple[Field, ...]] = (
     _honoured(
         "guided_whitespace_pattern", "string", "White space between the parts of JSON; without JSON it is ignored."
     ),
-    _refused("structural_tag", "string", _TAGS, ""),
+    _refused("structural_tag", "string", STRUCTURAL_TAGS, ""),
     *_dropped("string", "The service has one backend.", "guided_decoding_backend"),
     _refused("logits_processors", "list", _CODE, []),
     _refused("vllm_xargs", "object", _CODE, {}),

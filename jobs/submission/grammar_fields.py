@@ -16,8 +16,8 @@ from jobs.errors import InvalidValue, MissingParameter, UnsupportedParameter
 from jobs.grammar.closing import closed
 from jobs.grammar.compiler import check
 from jobs.messages import Endpoint, GrammarSpec
-from jobs.submission.fields import field_of
-from jobs.submission.values import kind, refuse_unknown, shown
+from jobs.submission.fields import STRUCTURAL_TAGS, field_of
+from jobs.submission.values import boolean, kind, object_fields, refuse_unknown, shown
 
 MAX_CHOICES: Final = 1_000  # of `choice`
 MAX_NAME_CHARS: Final = 64
@@ -26,7 +26,6 @@ _FORMATS: Final = ("text", "json_object", "json_schema")
 _WITH_VALUE: Final = ("json", "json_object", "json_schema", "regex")  # types of TGI's grammar
 _WHITESPACE: Final = ("whitespace_pattern", "disable_any_whitespace", "disable_additional_properties")
 _KINDS: Final = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
-_TAGS: Final = "Structural tags are not supported; ask for tools, or write the tags and their content as a grammar."
 _JSON_ONLY: Final = "has a meaning for JSON only: give it together with a schema or json_object"
 
 
@@ -68,7 +67,7 @@ def read_grammar(
 
 
 def _response_format(value: Any, param: str) -> Iterator[_Found]:
-    form = _object(value, param)
+    form = object_fields(value, param)
     name = form.get("type")
     if name == "text":
         refuse_unknown(form, {"type"}, f"{param}.")
@@ -80,7 +79,7 @@ def _response_format(value: Any, param: str) -> Iterator[_Found]:
     elif "value" in form:
         yield from _tagged(form, param)
     elif name == "structural_tag":
-        raise UnsupportedParameter(_TAGS, param=f"{param}.type")
+        raise UnsupportedParameter(STRUCTURAL_TAGS, param=f"{param}.type")
     elif name is None:
         raise MissingParameter(f"The type is missing: one of {', '.join(_FORMATS)}.", param=f"{param}.type")
     else:
@@ -92,23 +91,23 @@ def _named_schema(form: Mapping[str, Any], param: str) -> _Found:
     if "json_schema" in form:
         refuse_unknown(form, {"type", "json_schema"}, f"{param}.")
         param = f"{param}.json_schema"
-        form = _object(form["json_schema"], param)
+        form = object_fields(form["json_schema"], param)
     refuse_unknown(form, {"type", "name", "description", "strict", "schema"}, f"{param}.")
     if len(_text(form.get("name", ""), f"{param}.name")) > MAX_NAME_CHARS:
         raise InvalidValue(f"must have at most {MAX_NAME_CHARS} characters", param=f"{param}.name")
     _text(form.get("description", ""), f"{param}.description")
-    _boolean(form.get("strict", False), f"{param}.strict")  # a schema is held in any case
+    boolean(form.get("strict", False), f"{param}.strict")  # a schema is held in any case
     if "schema" not in form:
         raise MissingParameter("The schema is missing.", param=f"{param}.schema")
     return _schema(form["schema"], f"{param}.schema")
 
 
 def _structured_outputs(value: Any, param: str) -> Iterator[_Found]:
-    form = {name: each for name, each in _object(value, param).items() if not name.startswith("_")}  # vLLM's own
+    form = {name: each for name, each in object_fields(value, param).items() if not name.startswith("_")}  # vLLM's own
     refuse_unknown(form, {*_KINDS, *_WHITESPACE}, f"{param}.")
     asked = [name for name in _KINDS if form.get(name, False) is not False]
     if form.get("structural_tag"):
-        raise UnsupportedParameter(_TAGS, param=f"{param}.structural_tag")
+        raise UnsupportedParameter(STRUCTURAL_TAGS, param=f"{param}.structural_tag")
     options = {name: form[name] for name in _WHITESPACE if form.get(name, False) is not False}
     if len(asked) > 1:
         raise InvalidValue(f"{asked[0]} and {asked[1]} contradict each other. Give one.", param=f"{param}.{asked[1]}")
@@ -121,9 +120,9 @@ def _structured_outputs(value: Any, param: str) -> Iterator[_Found]:
 
 
 def _with_options(found: _Found, options: Mapping[str, Any], param: str) -> _Found:
-    if _boolean(options.get("disable_additional_properties", False), f"{param}.disable_additional_properties"):
+    if boolean(options.get("disable_additional_properties", False), f"{param}.disable_additional_properties"):
         found = _closed(found, f"{param}.disable_additional_properties")
-    if _boolean(options.get("disable_any_whitespace", False), f"{param}.disable_any_whitespace"):
+    if boolean(options.get("disable_any_whitespace", False), f"{param}.disable_any_whitespace"):
         if "whitespace_pattern" in options:
             raise InvalidValue("contradicts disable_any_whitespace", param=f"{param}.whitespace_pattern")
         return _with_whitespace(found, "", f"{param}.disable_any_whitespace")
@@ -152,7 +151,7 @@ def _tgi_grammar(value: Any, param: str) -> Iterator[_Found]:
     if isinstance(value, str):
         yield _Found(GrammarSpec(kind="grammar", value=value), param)
     else:
-        yield from _tagged(_object(value, param), param)
+        yield from _tagged(object_fields(value, param), param)
 
 
 def _tagged(form: Mapping[str, Any], param: str) -> Iterator[_Found]:
@@ -167,7 +166,7 @@ def _tagged(form: Mapping[str, Any], param: str) -> Iterator[_Found]:
     if name == "regex":
         yield _Found(GrammarSpec(kind="regex", value=_text(form["value"], where)), where)
     elif name == "json_schema":
-        yield _named_schema(_object(form["value"], where), where)
+        yield _named_schema(object_fields(form["value"], where), where)
     else:
         yield _schema(form["value"], where)
 
@@ -177,7 +176,7 @@ def _json_schema(value: Any, param: str) -> Iterator[_Found]:
 
 
 def _json_object(value: Any, param: str) -> Iterator[_Found]:
-    if _boolean(value, param):
+    if boolean(value, param):
         yield _Found(_OBJECT, param)
 
 
@@ -209,22 +208,9 @@ def _schema(value: Any, param: str) -> _Found:
     return _Found(GrammarSpec(kind="json_schema", value=_dumped(value)), param)
 
 
-def _object(value: Any, param: str) -> dict[str, Any]:
-    """Return the fields of an object that are not null."""
-    if not isinstance(value, dict):
-        raise InvalidValue(f"must be an object, not {kind(value)}", param=param)
-    return {name: each for name, each in value.items() if each is not None}
-
-
 def _text(value: Any, param: str) -> str:
     if not isinstance(value, str):
         raise InvalidValue(f"must be a string, not {kind(value)}", param=param)
-    return value
-
-
-def _boolean(value: Any, param: str) -> bool:
-    if not isinstance(value, bool):
-        raise InvalidValue(f"must be true or false, not {shown(value)}", param=param)
     return value
 
 

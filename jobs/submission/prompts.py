@@ -9,7 +9,7 @@ from jobs.errors import InvalidValue, MissingParameter, PromptTooLong, Unsupport
 from jobs.messages import COMPLETIONS_ENDPOINT, ChatMessage, Endpoint
 from jobs.submission.fields import Treatment, message_field
 from jobs.submission.tool_messages import CallHistory
-from jobs.submission.values import kind, shown, text
+from jobs.submission.values import boolean, kind, shown, text
 
 _ROLES: Final = {role: role for role in get_args(ChatMessage.model_fields["role"].annotation)} | {"developer": "system"}
 _NULL_IS_EMPTY: Final = frozenset({"system", "developer", "assistant"})  # their content may be null
@@ -75,9 +75,7 @@ def is_prefill(fields: Mapping[str, Any]) -> bool:
 
 def _check_prefix(message: Mapping[str, Any], param: str, *, is_last: bool) -> None:
     prefix = message.get("prefix")
-    if prefix is not None and not isinstance(prefix, bool):
-        raise InvalidValue(f"must be true or false, not {shown(prefix)}", param=param)
-    if prefix and not (is_last and message["role"] == "assistant"):
+    if prefix is not None and boolean(prefix, param) and not (is_last and message["role"] == "assistant"):
         raise InvalidValue("Only the last message can be a prefix, and only an assistant's.", param=param)
 
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 from jobs.errors import InvalidValue, UnsupportedParameter
 from jobs.messages import COMPLETIONS_ENDPOINT, Endpoint
 from jobs.submission.fields import BUDGET
-from jobs.submission.values import clean_text, kind, shown
+from jobs.submission.values import boolean, clean_text, kind, object_fields, shown
 
 Fields = Mapping[str, Any]
 
@@ -93,12 +93,6 @@ def _check_texts(value: Any, param: str) -> None:
             _check_texts(inner, param)
 
 
-def _boolean(value: Any, param: str) -> bool:
-    if not isinstance(value, bool):
-        raise InvalidValue(f"must be true or false, not {shown(value)}", param=param)
-    return value
-
-
 def _effort(value: Any, param: str) -> dict[str, Any]:
     if value not in EFFORTS:
         raise InvalidValue(f"must be one of {', '.join(EFFORTS)}, not {shown(value)}", param=param)
@@ -106,22 +100,22 @@ def _effort(value: Any, param: str) -> dict[str, Any]:
 
 
 def _enabled(value: Any, param: str) -> dict[str, Any]:
-    return {"enabled": _boolean(value, param)}
+    return {"enabled": boolean(value, param)}
 
 
 def _included(value: Any, param: str) -> dict[str, Any]:
-    return {"included": _boolean(value, param)}
+    return {"included": boolean(value, param)}
 
 
 def _separate(value: Any, param: str) -> dict[str, Any]:
-    return {"separate": _boolean(value, param)}
+    return {"separate": boolean(value, param)}
 
 
 def _thinking(value: Any, param: str) -> dict[str, Any]:
     """Read `thinking`: a boolean, or an object with a type, as of Anthropic, DeepSeek and GLM."""
     if isinstance(value, bool):
         return {"enabled": value}
-    fields = _object(value, param, ("type", "budget_tokens", "clear_thinking", "display"))
+    fields = _known_fields(value, param, ("type", "budget_tokens", "clear_thinking", "display"))
     if "budget_tokens" in fields:
         raise UnsupportedParameter(BUDGET, param=f"{param}.budget_tokens")
     states = {"enabled": True, "adaptive": True, "disabled": False}
@@ -133,25 +127,24 @@ def _thinking(value: Any, param: str) -> dict[str, Any]:
 
 def _reasoning(value: Any, param: str) -> dict[str, Any]:
     """Read `reasoning`: an object, as of OpenRouter and the Responses API."""
-    fields = _object(value, param, ("effort", "enabled", "exclude", "max_tokens", "summary", "generate_summary"))
+    fields = _known_fields(value, param, ("effort", "enabled", "exclude", "max_tokens", "summary", "generate_summary"))
     if "max_tokens" in fields:
         raise UnsupportedParameter(BUDGET, param=f"{param}.max_tokens")
     read = _effort(fields["effort"], f"{param}.effort") if "effort" in fields else {}
     if "enabled" in fields:
         read |= _enabled(fields["enabled"], f"{param}.enabled")
     if "exclude" in fields:
-        read["included"] = not _boolean(fields["exclude"], f"{param}.exclude")
+        read["included"] = not boolean(fields["exclude"], f"{param}.exclude")
     return read
 
 
-def _object(value: Any, param: str, known: tuple[str, ...]) -> dict[str, Any]:
+def _known_fields(value: Any, param: str, known: tuple[str, ...]) -> dict[str, Any]:
     """Return the fields of an object that are not null; raise InvalidValue for unknown ones."""
-    if not isinstance(value, dict):
-        raise InvalidValue(f"must be an object, not {kind(value)}", param=param)
+    fields = object_fields(value, param)
     for name in value:
         if name not in known:
             raise InvalidValue(f"is none of {', '.join(known)}", param=f"{param}.{name[:64]}")
-    return {name: inner for name, inner in value.items() if inner is not None}
+    return fields
 
 
 _READERS: Final[Mapping[str, Callable[[Any, str], dict[str, Any]] | None]] = MappingProxyType(

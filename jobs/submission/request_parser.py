@@ -54,7 +54,7 @@ from jobs.submission.responses_api.chat_form import (
     read_options,
 )
 from jobs.submission.tools import read_tools, tool_options
-from jobs.submission.values import clean_text, kind, refuse_unknown, shown, whole
+from jobs.submission.values import boolean, clean_text, kind, refuse_unknown, shown, whole
 from storage.dialect import storable
 from storage.records import NewRequest, RequestFailure
 
@@ -279,8 +279,7 @@ def _meant(row: Field, value: Any) -> tuple[str, Any]:
     """Return the parameter that an honoured field sets, and its value."""
     if row.name != "do_sample":
         return row.same_as or row.name, value
-    if value is not False:
-        raise InvalidValue(f"must be true or false, not {shown(value)}", param=row.name)
+    boolean(value, row.name)  # true is idle
     return "temperature", 0.0
 
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 from jobs.errors import InvalidValue, MissingParameter, PromptTooLong, UnsupportedParameter
 from jobs.grammar.compiler import check
 from jobs.messages import COMPLETIONS_ENDPOINT, Endpoint, FunctionTool, GrammarSpec, ToolChoice, Tools
-from jobs.submission.values import kind, shown
+from jobs.submission.values import boolean, kind, shown
 
 TOOL_FIELDS: Final = ("tools", "tool_choice", "parallel_tool_calls")
 MAX_TOOLS: Final = 128
@@ -47,9 +47,7 @@ def read_tools(fields: Mapping[str, Any], max_chars: int) -> Tools | None:
     """
     functions = _functions(fields.get("tools") or ())
     choice, names = _choice(fields.get("tool_choice", "auto"), [function.name for function in functions])
-    parallel = fields.get("parallel_tool_calls", True)
-    if not isinstance(parallel, bool):
-        raise InvalidValue(f"must be a boolean, not {shown(parallel)}", param="parallel_tool_calls")
+    parallel = boolean(fields.get("parallel_tool_calls", True), "parallel_tool_calls")
     if not functions:
         return None
     _refuse_long(fields["tools"], max_chars)
@@ -113,13 +111,12 @@ def _tool(tool: Any, param: str) -> FunctionTool:
 @lru_cache(maxsize=512)  # the lines of a file mostly have the same tools
 def _function(definition: str, param: str) -> FunctionTool:
     fields = {name: value for name, value in json.loads(definition).items() if value is not None}
-    name, strict = fields.get("name"), fields.get("strict", False)
+    name = fields.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidValue("must have 1 to 64 letters, digits, underscores and dashes", param=f"{param}.name")
     if not isinstance(fields.get("description", ""), str):
         raise InvalidValue(f"must be a string, not {kind(fields['description'])}", param=f"{param}.description")
-    if not isinstance(strict, bool):
-        raise InvalidValue(f"must be a boolean, not {shown(strict)}", param=f"{param}.strict")
+    strict = boolean(fields.get("strict", False), f"{param}.strict")
     parameters = fields.get("parameters")
     if parameters is not None:
         _check_object(parameters, f"{param}.parameters")

@@ -38,6 +38,20 @@ def text(value: Any, param: str) -> str:
     return clean_text(value, param)
 
 
+def boolean(value: Any, param: str) -> bool:
+    """Return true or false; raise InvalidValue for other values."""
+    if not isinstance(value, bool):
+        raise InvalidValue(f"must be true or false, not {shown(value)}", param=param)
+    return value
+
+
+def object_fields(value: Any, param: str) -> dict[str, Any]:
+    """Return the fields of an object that are not null; raise InvalidValue for other values."""
+    if not isinstance(value, dict):
+        raise InvalidValue(f"must be an object, not {kind(value)}", param=param)
+    return {name: inner for name, inner in value.items() if inner is not None}
+
+
 def clean_text(text: str, param: str) -> str:
     """Return the text; raise InvalidValue for U+0000 and lone surrogates, which PostgreSQL and tokenizers reject."""
     if "\0" in text:

@@ -157,7 +157,7 @@ class DraftSlots:
         return chain(slot.number, entry, slot.sequence.ids[start:end], keep_last=True, position=start)
 
     def _entries(self, cached: int) -> int:
-        """Return the KV entries of a slot with so many committed tokens."""
+        """Return the KV entries of a slot with this number of committed tokens."""
         return max(cached - self._first_token, min(cached, 1))
 
     def _keep(self, slot: DraftSlot, cached: int) -> None:

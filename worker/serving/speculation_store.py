@@ -1,6 +1,6 @@
 """Keep what is learned about drafts in the database: a new process continues where workers of its kind stopped.
 
-Without the database, or with a record that can't be read, everything is learned anew: texts never depend on it.
+Without the database, or with a record that can't be read, the worker learns everything again. Texts never depend on it.
 """
 
 from __future__ import annotations

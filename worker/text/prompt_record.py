@@ -36,12 +36,7 @@ class PromptRecord:
         """Take the log-probabilities of the prompt's tokens but the first."""
         text, raw = self._token_bytes.text_and_bytes(self._ids[0], first=True)
         first = PromptToken((self._ids[0],), 0, TokenAlternatives(ScoredToken(text, None, raw), ()))
-        others = [
-            PromptToken(
-                (token, *(other for other, _ in entry.top)), entry.rank, self._token_bytes.likelihoods(entry, token)
-            )
-            for token, entry in zip(self._ids[1:], logprobs, strict=True)
-        ]
+        others = [self._scored(token, entry) for token, entry in zip(self._ids[1:], logprobs, strict=True)]
         self._details = replace(self._details, tokens=(first, *others))
 
     def _scored(self, token: int, entry: TokenLogprobs) -> PromptToken:

@@ -35,6 +35,7 @@ from jobs.openai.completions import ResponseHeader
 from jobs.openai.errors import error_body
 from jobs.submission.intake import Submission, create_interactive_job, new_call_id
 from jobs.submission.request_parser import Item, body_fields
+from jobs.submission.values import boolean
 from jobs.tracing import submit_span
 
 router = APIRouter(tags=["completions"], responses=ERRORS)
@@ -101,11 +102,9 @@ def _accept(services: Services, body: Body, request: Request, caller: Caller, en
 
 def _stream_options(fields: dict[str, Any]) -> tuple[bool, bool]:
     """Return whether to stream, and whether to end the stream with the token usage."""
-    stream, options = fields.get("stream", False), fields.get("stream_options", {})
-    if not isinstance(stream, bool):
-        raise InvalidValue("must be a boolean", param="stream")
+    stream, options = boolean(fields.get("stream", False), "stream"), fields.get("stream_options", {})
     if not isinstance(options, dict) or not isinstance(options.get("include_usage") or False, bool):
-        raise InvalidValue("must be an object; include_usage is a boolean", param="stream_options")
+        raise InvalidValue("must be an object; include_usage is true or false", param="stream_options")
     if any(options.values()) and not stream:
         raise InvalidValue("requires stream: true", param="stream_options")
     return stream, bool(options.get("include_usage"))

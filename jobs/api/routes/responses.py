@@ -38,6 +38,7 @@ from jobs.streaming.hub import PING
 from jobs.streaming.sse import decode_events
 from jobs.submission.intake import Submission, create_interactive_job, new_call_id
 from jobs.submission.request_parser import Item, body_fields
+from jobs.submission.values import boolean
 from jobs.tracing import submit_span
 from storage import queries
 from storage.event_log import Cursor
@@ -91,9 +92,7 @@ def _accept(services: Services, body: Body, request: Request, caller: Caller) ->
     fields = body_fields(json_object(body.open().read()))
     if (named := deployment(request.scope)) is not None:
         fields["model"] = named
-    stream, waits = fields.get("stream", False), fields.get("background") is not True
-    if not isinstance(stream, bool):
-        raise InvalidValue("must be a boolean", param="stream")
+    stream, waits = boolean(fields.get("stream", False), "stream"), fields.get("background") is not True
     with submit_span(request.headers) as traceparent:
         submission = Submission(
             [Item(0, fields)],

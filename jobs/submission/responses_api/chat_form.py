@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from jobs.errors import InvalidValue, MissingParameter, RequestRefused, UnknownResponse, UnsupportedParameter
 from jobs.messages import RESPONSES_ENDPOINT, ChatMessage, Endpoint, ResponseOptions
-from jobs.submission.values import check_metadata, kind, refuse_unknown, shown, text
+from jobs.submission.values import boolean, check_metadata, kind, object_fields, refuse_unknown, shown, text
 
 Json = dict[str, Any]
 
@@ -142,7 +142,8 @@ def read_options(fields: Mapping[str, Any]) -> ResponseOptions:
     for name in _ECHOED_HINTS:
         if isinstance(value := fields.get(name), str) and len(value) <= _MAX_HINT_CHARS and "\0" not in value:
             echo[name] = value
-    background, store = _flag(fields, "background", default=False), _flag(fields, "store", default=True)
+    background = boolean(fields.get("background", False), "background")
+    store = boolean(fields.get("store", True), "store")
     if background and not store:
         raise InvalidValue("A background response is stored until it is retrieved. Leave store out.", param="store")
     return ResponseOptions(
@@ -180,13 +181,6 @@ def _given_name(param: str, fields: Mapping[str, Any], places: Sequence[str]) ->
     return param
 
 
-def _flag(fields: Mapping[str, Any], name: str, *, default: bool) -> bool:
-    value = fields.get(name, default)
-    if not isinstance(value, bool):
-        raise InvalidValue(f"must be true or false, not {shown(value)}", param=name)
-    return value
-
-
 def _truncation(value: Any) -> Json:
     """Return `truncate_prompt_tokens`: of a prompt that is too long, the end that fits is kept."""
     if value not in ("auto", "disabled"):
@@ -196,14 +190,14 @@ def _truncation(value: Any) -> Json:
 
 def _text(value: Any, chat: Mapping[str, Any]) -> Json:
     """Return `response_format` and `verbosity` for the field `text`."""
-    fields = _object(value, "text")
+    fields = object_fields(value, "text")
     refuse_unknown(fields, {"format", "verbosity"}, "text.")
     found: Json = {"verbosity": fields["verbosity"]} if "verbosity" in fields else {}
     if "format" not in fields:
         return found
     if "response_format" in chat:
         raise InvalidValue("Give either text.format or response_format, not both.", param="response_format")
-    form = _object(fields["format"], "text.format")
+    form = object_fields(fields["format"], "text.format")
     if form.get("type") == "json_schema" and "json_schema" not in form:
         nested = {name: form.pop(name) for name in _SCHEMA if name in form}
         form["json_schema"] = nested
@@ -260,12 +254,6 @@ def _include(value: Any) -> Sequence[str]:
             known = ", ".join(sorted(_INCLUDABLE))
             raise InvalidValue(f"must be one of {known}, not {shown(part)}", param=f"include[{index}]")
     return value
-
-
-def _object(value: Any, param: str) -> Json:
-    if not isinstance(value, dict):
-        raise InvalidValue(f"must be an object, not {kind(value)}", param=param)
-    return {name: inner for name, inner in value.items() if inner is not None}
 
 
 def _chat_message(message: ChatMessage) -> Json:

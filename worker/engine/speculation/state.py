@@ -55,7 +55,7 @@ class SpeculationState:
     def restored(self, record: Mapping[str, Any]) -> Self:
         """Return this state with what an earlier process `record`ed.
 
-        Return it as it is if the record is of another version or damaged: then everything is learned anew.
+        Return it as it is if the record is of another version or damaged: then the process learns everything again.
         """
         if record.get("v") != RECORD_VERSION:
             return self

@@ -1,4 +1,4 @@
-"""Gzip data unpacks in bounded pieces, whatever its parts are."""
+"""Gzip data unpacks in bounded pieces, in any parts."""
 
 from __future__ import annotations
 

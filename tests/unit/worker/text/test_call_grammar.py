@@ -1,4 +1,4 @@
-"""Grammars of calls take what a family's models write, whatever their tokens, and nothing that a schema forbids."""
+"""Grammars of calls take what a family's models write, in any tokens, and nothing that a schema forbids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts under a grammar are those of plain masked decoding, whatever drafts, trees, batch, memory and restarts."""
+"""Texts under a grammar are those of plain masked decoding, with any drafts, trees, batch, memory and restarts."""
 
 from __future__ import annotations
 
