@@ -28,9 +28,9 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-def _unset(default: Any) -> Any:
+def _unset(default: Any, description: str | None = None, **limits: Any) -> Any:
     """Return a field that is left out of the JSON while it has its default: older versions reject unknown fields."""
-    return Field(default, exclude_if=lambda value: value == default)
+    return Field(default, description=description, exclude_if=lambda value: value == default, **limits)
 
 
 class ToolCall(Frozen):
@@ -47,7 +47,7 @@ class ChatMessage(Frozen):
     role: Literal["system", "user", "assistant", "tool"]
     content: str
     # Of an answer in the history, for templates that read it.
-    reasoning_content: str | None = Field(None, exclude_if=lambda value: value is None)
+    reasoning_content: str | None = _unset(None)
     tool_calls: tuple[ToolCall, ...] = _unset(())  # of an assistant
     tool_call_id: str | None = _unset(None)  # of a tool message: the call that it answers, and its function
     name: str | None = _unset(None)
@@ -138,11 +138,6 @@ def _kept_tokens(value: int | None) -> int | None:
     return value
 
 
-def _later(default: Any, description: str, **limits: Any) -> Any:
-    """Return a field that is left out of the JSON at its default: workers of an older version reject unknown fields."""
-    return Field(default, description=description, exclude_if=lambda value: value == default, **limits)
-
-
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
@@ -181,45 +176,45 @@ class SamplingParameters(Frozen):
     stop_token_ids: Annotated[tuple[TokenId, ...], BeforeValidator(_few_ids)] = Field(
         (), description="Additional end-of-sequence tokens; they apply with ignore_eos too."
     )
-    min_tokens: int = _later(
+    min_tokens: int = _unset(
         0,
         "No end-of-sequence token is drawn, and no stop string is found, before this many tokens.",
         ge=0,
         le=2**31 - 1,
     )
-    include_stop_str_in_output: bool = _later(
+    include_stop_str_in_output: bool = _unset(
         False, "The text keeps the stop string, or the text of the stop token, that ends it."
     )
-    skip_special_tokens: bool = _later(True, "False: the text holds special tokens too.")
-    add_generation_prompt: bool = _later(True, "False: the chat template does not begin an answer.")
-    continue_final_message: bool = _later(
+    skip_special_tokens: bool = _unset(True, "False: the text holds special tokens too.")
+    add_generation_prompt: bool = _unset(True, "False: the chat template does not begin an answer.")
+    continue_final_message: bool = _unset(
         False, "The answer continues the last message; then add_generation_prompt is false."
     )
-    add_special_tokens: bool | None = _later(
+    add_special_tokens: bool | None = _unset(
         None,
         "Whether the tokenizer adds its special tokens, such as BOS, to the prompt; none: to a raw prompt, not to a "
         "chat, whose template writes them.",
     )
-    truncate_prompt_tokens: Annotated[int | None, AfterValidator(_kept_tokens)] = _later(
+    truncate_prompt_tokens: Annotated[int | None, AfterValidator(_kept_tokens)] = _unset(
         None,
         "Keep this many tokens of a longer prompt; -1: as many as max_tokens leaves of the context.",
         ge=-1,
         le=2**31 - 1,
     )
-    truncation_side: Literal["left", "right"] = _later(
+    truncation_side: Literal["left", "right"] = _unset(
         "left", "left keeps the last tokens of a truncated prompt, right the first."
     )
-    echo: bool = _later(
+    echo: bool = _unset(
         False, "The text begins with the prompt, of a chat with the assistant's message that it continues."
     )
-    prompt_logprobs: int | None = _later(
+    prompt_logprobs: int | None = _unset(
         None,
         "Number of top tokens to return per prompt token, with its log-probability; none: neither.",
         ge=0,
         le=MAX_PROMPT_LOGPROBS,
     )
-    return_token_ids: bool = _later(False, "Return the token ids of prompt and answer.")
-    return_tokens_as_token_ids: bool = _later(False, "Log-probabilities name tokens as token_id:N.")
+    return_token_ids: bool = _unset(False, "Return the token ids of prompt and answer.")
+    return_tokens_as_token_ids: bool = _unset(False, "Log-probabilities name tokens as token_id:N.")
 
 
 # That the model's generation config may give; left out of stored requests that do not set them.
@@ -247,16 +242,16 @@ class GrammarSpec(Frozen):
 
     kind: Literal["json_schema", "json_object", "regex", "choice", "grammar"]
     value: str = ""
-    whitespace: str | None = Field(None, exclude_if=lambda pattern: pattern is None)
+    whitespace: str | None = _unset(None)
 
 
 class ReasoningOptions(Frozen):
     """What a request asks of the reasoning. What it leaves open is up to the model's chat template."""
 
-    enabled: bool | None = Field(None, exclude_if=lambda value: value is None)
-    effort: str | None = Field(None, exclude_if=lambda value: value is None)
-    included: bool = Field(True, exclude_if=lambda value: value)  # False: the answer leaves it out
-    separate: bool = Field(True, exclude_if=lambda value: value)  # False: the content is the whole text
+    enabled: bool | None = _unset(None)
+    effort: str | None = _unset(None)
+    included: bool = _unset(True)  # False: the answer leaves it out
+    separate: bool = _unset(True)  # False: the content is the whole text
 
 
 class ResponseOptions(Frozen):
@@ -285,11 +280,9 @@ class GenerationRequest(Frozen):
     prompt: Text | None = None
     prompts: Annotated[tuple[Text | TokenIds, ...], Field(min_length=1)] | None = None  # on /v1/completions
     sampling: SamplingParameters
-    # Omitted if unset, because workers of an older version reject unknown fields.
-    grammar: GrammarSpec | None = Field(None, exclude_if=lambda grammar: grammar is None)
-    # Arguments of the chat template, and of the reasoning; omitted if unset, like all fields that old workers lack.
-    chat_template_kwargs: dict[str, Any] | None = Field(None, exclude_if=lambda value: value is None)
-    reasoning: ReasoningOptions | None = Field(None, exclude_if=lambda value: value is None)
+    grammar: GrammarSpec | None = _unset(None)
+    chat_template_kwargs: dict[str, Any] | None = _unset(None)
+    reasoning: ReasoningOptions | None = _unset(None)
     tools: Tools | None = _unset(None)  # of a chat
     response: ResponseOptions | None = _unset(None)  # on /v1/responses
 
@@ -361,8 +354,8 @@ class AnswerFormat(Frozen):
 
     model_config = ConfigDict(extra="ignore")  # newer workers write more
 
-    reasoning: ReasoningFormat | None = Field(None, exclude_if=lambda value: value is None)
-    calls: CallAnswer | None = Field(None, exclude_if=lambda value: value is None)
+    reasoning: ReasoningFormat | None = _unset(None)
+    calls: CallAnswer | None = _unset(None)
 
 
 class Piece(Frozen):

@@ -1,4 +1,4 @@
-"""Follow a call, which is a job of one request whose caller waits: its events, its output, and its cancellation."""
+"""Create and follow a call, a job of one request whose caller waits: its events, its output, its cancellation."""
 
 from __future__ import annotations
 
@@ -8,16 +8,23 @@ from collections.abc import AsyncGenerator, Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.requests import ClientDisconnect
 
+from jobs.api.auth.caller import Caller
 from jobs.api.dependencies import Services
+from jobs.api.http.body import Body
+from jobs.api.http.paths import deployment
+from jobs.api.submissions import json_object
 from jobs.errors import AnswerTooLate, RequestFailed
-from jobs.messages import PartialEvent
+from jobs.messages import Endpoint, PartialEvent
 from jobs.streaming.sse import decode_events
+from jobs.submission.intake import Submission, create_interactive_job, new_call_id
+from jobs.submission.request_parser import Item, body_fields
+from jobs.tracing import submit_span
 from storage import queries, writes
 from storage.event_log import Cursor
 from storage.queries import OutputView
@@ -27,6 +34,40 @@ log = logging.getLogger(__name__)
 _cancels = ThreadPoolExecutor(4, "cancels")  # cancellations may wait for other writers
 
 T = TypeVar("T")
+
+
+def call_fields(request: Request, body: Body) -> dict[str, Any]:
+    """Return the fields of a call's body. The model of an Azure path precedes that of the body."""
+    fields = body_fields(json_object(body.open().read()))
+    if (named := deployment(request.scope)) is not None:
+        fields["model"] = named
+    return fields
+
+
+def create_call(
+    services: Services,
+    fields: dict[str, Any],
+    request: Request,
+    caller: Caller,
+    endpoint: Endpoint,
+    *,
+    waits: bool = True,
+    metadata: Any = None,
+) -> str:
+    """Store a call as a job and return its id; raise what is wrong with it. `waits`: the caller waits for the answer."""
+    with submit_span(request.headers) as traceparent:
+        submission = Submission(
+            [Item(0, fields)],
+            endpoint=endpoint,
+            metadata=metadata,
+            window_s=services.settings.interactive_timeout_s if waits else None,
+            job_id=new_call_id(endpoint),
+            api_key_id=caller.key_id,
+            traceparent=traceparent,
+        )
+        return create_interactive_job(
+            submission, database=services.database, notify=services.notify, settings=services.settings, waits=waits
+        )
 
 
 async def follow_call(services: Services, job_id: str) -> AsyncGenerator[PartialEvent]:

@@ -53,6 +53,7 @@ _TIMES: Final = "T(?:[0-9]+H(?:[0-9]+M(?:[0-9]+S)?)?|[0-9]+M(?:[0-9]+S)?|[0-9]+S
 _DAYS: Final = "(?:[0-9]+Y(?:[0-9]+M(?:[0-9]+D)?)?|[0-9]+M(?:[0-9]+D)?|[0-9]+D)"
 _DURATION: Final = f"P(?:{_DAYS}(?:{_TIMES})?|{_TIMES}|[0-9]+W)"  # RFC 3339, appendix A
 _POINTER: Final = "(?:/(?:[^/~]|~[01])*)*"  # RFC 6901
+_BASE64: Final = "(?:[0-9A-Za-z+/]{4})*(?:[0-9A-Za-z+/]{2}==|[0-9A-Za-z+/]{3}=)?"
 _HEX: Final = "[0-9A-Fa-f]"
 _UUID: Final = "{0}{{8}}-{0}{{4}}-{1}{0}{{3}}-{0}{{4}}-{0}{{12}}"
 
@@ -78,8 +79,8 @@ PATTERNS: Final[dict[str, str]] = {
     "relative-json-pointer": f"(?:0|[1-9][0-9]*)(?:#|{_POINTER})",
     "uuid": _UUID.format(_HEX, _HEX),
     **{f"uuid{version}": _UUID.format(_HEX, version) for version in range(1, 9)},
-    "byte": "(?:[0-9A-Za-z+/]{4})*(?:[0-9A-Za-z+/]{2}==|[0-9A-Za-z+/]{3}=)?",  # base64
-    "base64": "(?:[0-9A-Za-z+/]{4})*(?:[0-9A-Za-z+/]{2}==|[0-9A-Za-z+/]{3}=)?",
+    "byte": _BASE64,
+    "base64": _BASE64,
 }
 
 MAX_LENGTHS: Final[dict[str, int]] = {"hostname": 253, "idn-hostname": 253}

@@ -133,14 +133,16 @@ def _tool_choice(tools: Tools) -> str | Json:
     return tools.choice if tools.names is None else {"type": "allowed_tools", "mode": tools.choice, "tools": names}
 
 
-def _error(output: OutputView | None) -> Json:
+def response_error(status_code: int, message: str) -> Json:
     """Return the error of a failed response; OpenAI's types know few codes."""
+    code = "server_error" if status_code >= 500 or status_code == 408 else "invalid_prompt"
+    return {"code": code, "message": message}
+
+
+def _error(output: OutputView | None) -> Json:
     message = output.error_message if output is not None else None
-    status_code = (output.error_status_code if output is not None else None) or 500
-    return {
-        "code": "server_error" if status_code >= 500 or status_code == 408 else "invalid_prompt",
-        "message": message or "The request has no result.",
-    }
+    status_code = output.error_status_code if output is not None else None
+    return response_error(status_code or 500, message or "The request has no result.")
 
 
 def _usage(output: OutputView) -> Json:

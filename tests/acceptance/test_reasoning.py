@@ -89,7 +89,7 @@ def test_chats_streams_batches_and_jobs_give_the_same_parts(openai: OpenAI, serv
     counted = whole.usage.completion_tokens_details.reasoning_tokens or 0
     assert 0 < counted < whole.usage.completion_tokens
     cut = openai.chat.completions.create(**GREEDY | {"max_tokens": counted})
-    assert parts(cut) == (reasoning, None), "so many tokens are the reasoning and its end marker"
+    assert parts(cut) == (reasoning, None), "that number of tokens is the reasoning and its end marker"
     assert parts(openai.chat.completions.create(**GREEDY | {"max_tokens": counted - 1}))[1] is None
 
     deltas = [

@@ -14,17 +14,17 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
 from jobs.api.auth.caller import Caller, CurrentCaller
 from jobs.api.auth.stream_limits import StreamSlot
-from jobs.api.calls import call_output, drain, follow_call, next_text, or_disconnect
+from jobs.api.calls import call_fields, call_output, create_call, drain, follow_call, next_text, or_disconnect
 from jobs.api.dependencies import CurrentServices, Services, find_job
 from jobs.api.http.body import Body
-from jobs.api.http.paths import deployment
+from jobs.api.http.event_stream import event_stream
 from jobs.api.schemas.openapi import CHAT_BODY, COMPLETION_BODY, ERRORS
 from jobs.api.schemas.replies import CHAT, TEXT
-from jobs.api.submissions import json_object, require_json
+from jobs.api.submissions import require_json
 from jobs.api.write_threads import run_write
 from jobs.errors import BasicError, InvalidValue
 from jobs.json_lines import json_line
@@ -33,10 +33,7 @@ from jobs.openai import completions
 from jobs.openai.answers import STOP, AnswerParser
 from jobs.openai.completions import ResponseHeader
 from jobs.openai.errors import error_body
-from jobs.submission.intake import Submission, create_interactive_job, new_call_id
-from jobs.submission.request_parser import Item, body_fields
 from jobs.submission.values import boolean
-from jobs.tracing import submit_span
 
 router = APIRouter(tags=["completions"], responses=ERRORS)
 
@@ -74,28 +71,14 @@ async def _answer(request: Request, services: Services, caller: Caller, endpoint
     first = await or_disconnect(request, next_text(events))
     if first is None:
         await run_in_threadpool(call_output, services, call.header.id)
-    lines = _lines(services, call, first, events)
-    return StreamingResponse(lines, media_type="text/event-stream", headers={"cache-control": "no-store"})
+    return event_stream(_lines(services, call, first, events))
 
 
 def _accept(services: Services, body: Body, request: Request, caller: Caller, endpoint: Endpoint) -> _Call:
-    """Store the call as a job; raise what is wrong with it. The model of an Azure path precedes that of the body."""
-    fields = body_fields(json_object(body.open().read()))
-    if (named := deployment(request.scope)) is not None:
-        fields["model"] = named
+    """Store the call as a job; raise what is wrong with it."""
+    fields = call_fields(request, body)
     stream, with_usage = _stream_options(fields)
-    with submit_span(request.headers) as traceparent:
-        submission = Submission(
-            [Item(0, fields)],
-            endpoint=endpoint,
-            window_s=services.settings.interactive_timeout_s,
-            job_id=new_call_id(endpoint),
-            api_key_id=caller.key_id,
-            traceparent=traceparent,
-        )
-        job_id = create_interactive_job(
-            submission, database=services.database, notify=services.notify, settings=services.settings
-        )
+    job_id = create_call(services, fields, request, caller, endpoint)
     job = find_job(services, job_id, caller)
     return _Call(ResponseHeader(job_id, endpoint, job.model, int(job.created_at), job_id), stream, with_usage)
 

@@ -14,6 +14,7 @@ from jobs.api.auth.caller import CurrentCaller
 from jobs.api.auth.stream_limits import StreamSlot
 from jobs.api.dependencies import CurrentServices, ExistingJob, cancel_job, find_job
 from jobs.api.http.body import Body
+from jobs.api.http.event_stream import event_stream
 from jobs.api.routes.job_outputs import CURSOR, followed_lines, output_lines
 from jobs.api.schemas import serializers
 from jobs.api.schemas.openapi import ERRORS, JOB_BODY
@@ -31,7 +32,6 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses=ERRORS)
 
 ID_PREFIX = "^[A-Za-z0-9_-]{0,64}$"
 _RECONNECT = b"retry: 1000\n\n"  # ms until EventSource reconnects
-_STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # the second disables buffering in nginx
 
 
 @router.post("", response_model=None, openapi_extra=JOB_BODY, responses=JOB)
@@ -165,7 +165,7 @@ async def events(
     if cursor.status is not None and JobStatus(cursor.status).final:
         return Response(status_code=204)
     stream = _prepend(_RECONNECT, services.hub.follow(job.id, cursor))
-    return StreamingResponse(stream, media_type="text/event-stream", headers=_STREAM_HEADERS)
+    return event_stream(stream)
 
 
 async def _prepend(first: bytes, events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:

@@ -14,18 +14,18 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
 from jobs.api.auth.caller import Caller, CurrentCaller
 from jobs.api.auth.stream_limits import StreamSlot, StreamSlotIfAsked
-from jobs.api.calls import call_output, drain, follow_call, next_text, or_disconnect
+from jobs.api.calls import call_fields, call_output, create_call, drain, follow_call, next_text, or_disconnect
 from jobs.api.dependencies import CurrentServices, Services, cancel_job
 from jobs.api.http.body import Body
-from jobs.api.http.paths import deployment
+from jobs.api.http.event_stream import event_stream
 from jobs.api.schemas import serializers
 from jobs.api.schemas.openapi import ERRORS, RESPONSE_BODY
 from jobs.api.schemas.replies import INPUT_ITEMS, RESPONSE, STREAMED_RESPONSE
-from jobs.api.submissions import json_object, require_json
+from jobs.api.submissions import require_json
 from jobs.api.write_threads import run_write
 from jobs.errors import BasicError, InvalidValue, NotCancellable, NotFound
 from jobs.json_lines import json_line
@@ -33,13 +33,10 @@ from jobs.messages import RESPONSES_ENDPOINT, GenerationRequest, PartialEvent
 from jobs.openai.answer_words import WordParser
 from jobs.openai.response_events import ResponseEvents
 from jobs.openai.response_items import input_items, request_of
-from jobs.openai.response_object import StoredResponse, response_object
+from jobs.openai.response_object import StoredResponse, response_error, response_object
 from jobs.streaming.hub import PING
 from jobs.streaming.sse import decode_events
-from jobs.submission.intake import Submission, create_interactive_job, new_call_id
-from jobs.submission.request_parser import Item, body_fields
 from jobs.submission.values import boolean
-from jobs.tracing import submit_span
 from storage import queries
 from storage.event_log import Cursor
 from storage.queries import JobView, RequestView
@@ -49,7 +46,6 @@ router = APIRouter(prefix=RESPONSES_ENDPOINT, tags=["responses"], responses=ERRO
 Json = dict[str, Any]
 
 _CANCEL_WAIT_S = 5.0  # until a worker has let go of a cancelled response
-_HEADERS = {"cache-control": "no-store"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +71,7 @@ async def create_response(request: Request, services: CurrentServices, caller: C
     async with services.bodies.received(request, services.settings.max_json_bytes) as body:
         found, stream = await run_write(_accept, services, body, request, caller)
     if found.stored.options.background:
-        return _streamed(_replayed(services, found, caller)) if stream else JSONResponse(found.object())
+        return event_stream(_replayed(services, found, caller)) if stream else JSONResponse(found.object())
     events = follow_call(services, found.job.id)
     if not stream:
         await or_disconnect(request, drain(events))
@@ -84,28 +80,15 @@ async def create_response(request: Request, services: CurrentServices, caller: C
     first = await or_disconnect(request, next_text(events))
     if first is None:
         await run_in_threadpool(call_output, services, found.job.id)
-    return _streamed(_lines(services, found, caller, _prepended(first, events)))
+    return event_stream(_lines(services, found, caller, _prepended(first, events)))
 
 
 def _accept(services: Services, body: Body, request: Request, caller: Caller) -> tuple[_FoundResponse, bool]:
     """Store the response as a job; return it, and whether to stream it."""
-    fields = body_fields(json_object(body.open().read()))
-    if (named := deployment(request.scope)) is not None:
-        fields["model"] = named
+    fields = call_fields(request, body)
     stream, waits = boolean(fields.get("stream", False), "stream"), fields.get("background") is not True
-    with submit_span(request.headers) as traceparent:
-        submission = Submission(
-            [Item(0, fields)],
-            endpoint=RESPONSES_ENDPOINT,
-            metadata=fields.get("metadata"),
-            window_s=services.settings.interactive_timeout_s if waits else None,
-            job_id=new_call_id(RESPONSES_ENDPOINT),
-            api_key_id=caller.key_id,
-            traceparent=traceparent,
-        )
-        job_id = create_interactive_job(
-            submission, database=services.database, notify=services.notify, settings=services.settings, waits=waits
-        )
+    metadata = fields.get("metadata")
+    job_id = create_call(services, fields, request, caller, RESPONSES_ENDPOINT, waits=waits, metadata=metadata)
     return _find(services, job_id, caller), stream
 
 
@@ -145,7 +128,7 @@ async def retrieve_response(
 ) -> Response:
     """Read one response. With `stream`, send its events from the first, and new ones until it ends."""
     if stream:
-        return _streamed(_replayed(services, found, caller, starting_after))
+        return event_stream(_replayed(services, found, caller, starting_after))
     return JSONResponse(found.object())
 
 
@@ -187,10 +170,6 @@ async def list_input_items(
 def _whole(services: Services, found: _FoundResponse, caller: Caller) -> Response:
     call_output(services, found.job.id)  # raises its error
     return JSONResponse(_find(services, found.stored.id, caller).object())
-
-
-def _streamed(lines: AsyncIterator[str]) -> Response:
-    return StreamingResponse(lines, media_type="text/event-stream", headers=_HEADERS)
 
 
 async def _prepended(
@@ -257,8 +236,7 @@ async def _told(
                         yield stream.add(parser.finish())
         ended = (await run_in_threadpool(_find, services, found.stored.id, caller)).object()
     except BasicError as failed:
-        code = "server_error" if failed.status_code >= 500 else "invalid_prompt"
-        ended = opening | {"status": "failed", "error": {"code": code, "message": failed.message}}
+        ended = opening | {"status": "failed", "error": response_error(failed.status_code, failed.message)}
     yield stream.end(ended)
 
 

@@ -51,12 +51,17 @@ _GIVEN_NAMES: Final = {
 }
 
 
+def no_response(response_id: str, param: str) -> UnknownResponse:
+    """Return the refusal of an id that no response has."""
+    return UnknownResponse(f"There is no response {response_id[:80]!r}.", param=param)
+
+
 class History:
     """The responses that a caller may continue; without a database there are none."""
 
     def conversation(self, response_id: str, param: str) -> Sequence[ChatMessage]:
         """Return the messages that a response has read, and its answer; raise RequestRefused without one."""
-        raise UnknownResponse(f"There is no response {response_id[:80]!r}.", param=param)
+        raise no_response(response_id, param)
 
     def item(self, identity: str, param: str) -> Json:
         """Return an item of the output of a response; raise RequestRefused if there is none with this id."""

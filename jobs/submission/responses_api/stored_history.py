@@ -12,7 +12,7 @@ from jobs.openai.answers import split_answer
 from jobs.openai.completions import answer_format
 from jobs.openai.response_items import call_id_of, request_of, response_of_item
 from jobs.openai.response_object import StoredResponse, output_items
-from jobs.submission.responses_api.chat_form import History
+from jobs.submission.responses_api.chat_form import History, no_response
 from storage import queries
 from storage.queries import OutputView, RequestView
 from storage.session import Database
@@ -47,7 +47,7 @@ class StoredHistory(History):
     def _completed(self, response_id: str, param: str) -> tuple[GenerationRequest, OutputView]:
         found = self._find(response_id)
         if found is None or found.body is None:
-            raise UnknownResponse(f"There is no response {response_id[:80]!r}.", param=param)
+            raise no_response(response_id, param)
         request = GenerationRequest.model_validate(found.body)
         if not StoredResponse(response_id, request.model, 0, request).options.store:
             raise UnknownResponse(f"The response {response_id[:80]!r} was created with store: false.", param=param)

@@ -101,7 +101,7 @@ def test_a_schema_for_the_text_is_that_of_a_chat(serve: Serve, database: Databas
     assert made.text.to_dict() == {"format": form}
 
 
-def test_a_stream_has_the_events_of_its_answer_in_order_whoever_reads_it(serve: Serve) -> None:
+def test_a_stream_has_the_events_of_its_answer_in_order_for_every_reader(serve: Serve) -> None:
     api = serve()
     told = events_of(api.post(RESPONSES_ENDPOINT, json=ASKED | {"stream": True}))
     assert [event["type"].removeprefix("response.") for event in told] == [
@@ -286,7 +286,7 @@ def test_responses_are_their_owner_s_alone(serve: Serve, database: Database) -> 
     assert (reply.status_code, reply.json()["error"]["code"]) == (404, "previous_response_not_found")
 
 
-def test_a_response_that_is_not_stored_is_found_by_nobody(serve: Serve) -> None:
+def test_a_response_that_is_not_stored_is_not_found(serve: Serve) -> None:
     client = openai_on(serve())
     made = client.responses.create(**ASKED, store=False)
     with pytest.raises(NotFoundError, match="store: false"):

@@ -228,7 +228,7 @@ def test_without_a_grammar_nothing_is_called(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def broken_after(count: int) -> Callable[..., Any]:
-    """Return a `Constraint.allowed` that fails after so many output tokens."""
+    """Return a `Constraint.allowed` that fails after a number of output tokens."""
     allowed = Constraint.allowed
 
     def failing(self: Any, path: Any = ()) -> Allowed:
