@@ -54,7 +54,7 @@ def create_call(
     waits: bool = True,
     metadata: Any = None,
 ) -> str:
-    """Store a call as a job and return its id; raise what is wrong with it. `waits`: the caller waits for the answer."""
+    """Store a call as a job and return its id; raise what is wrong with it. `waits`: its caller waits for it."""
     with submit_span(request.headers) as traceparent:
         submission = Submission(
             [Item(0, fields)],
