@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from jobs.client import parameters
-from jobs.submission.fields import FIELDS, Treatment, names
+from jobs.messages import RESPONSES_ENDPOINT
+from jobs.submission.fields import FIELDS, Treatment
 from tests.paths import ROOT
 
 SCRIPT = """
@@ -72,5 +73,6 @@ def checked(script: Path) -> str:
 
 
 def test_the_typed_parameters_are_those_that_have_an_effect() -> None:
-    synonyms = {field.name for field in FIELDS if field.same_as is not None}
-    assert set(parameters.Parameters.__annotations__) == names(Treatment.HONOURED) - {"extra_body"} - synonyms
+    asked_here = (field for field in FIELDS if field.same_as is None and field.endpoints != (RESPONSES_ENDPOINT,))
+    effective = {field.name for field in asked_here if field.treatment is Treatment.HONOURED}
+    assert set(parameters.Parameters.__annotations__) == effective - {"extra_body"}
