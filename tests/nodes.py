@@ -20,7 +20,7 @@ from sqlalchemy import func, select
 from jobs.queue.worker_notifier import WorkerNotifier
 from jobs.settings import JobsSettings
 from jobs.submission.intake import Submission, create_job
-from jobs.submission.request_parser import Item
+from jobs.submission.items import Item
 from storage.models import ChoiceOutput, DecodeStep, JobRow, Request, Worker
 from storage.session import Database
 

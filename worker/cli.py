@@ -125,7 +125,7 @@ def generate(
     """
     from jobs.client.response_format import schema_file
     from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT
-    from jobs.submission.grammar_fields import read_grammar
+    from jobs.submission.parameters.grammar import read_grammar
     from worker.generate import generate as decode
     from worker.generate import request_for
     from worker.loading.loader import load_engine

@@ -23,7 +23,8 @@ from jobs.errors import AnswerTooLate, RequestFailed
 from jobs.messages import Endpoint, PartialEvent
 from jobs.streaming.sse import decode_events
 from jobs.submission.intake import Submission, create_interactive_job, new_call_id
-from jobs.submission.request_parser import Item, body_fields
+from jobs.submission.items import Item
+from jobs.submission.parameters.sampling import body_fields
 from jobs.tracing import submit_span
 from storage import queries, writes
 from storage.event_log import Cursor

@@ -19,7 +19,7 @@ from jobs.openai.paths import endpoint_of_url
 from jobs.settings import JobsSettings
 from jobs.submission.fields import PARAMETERS
 from jobs.submission.intake import Submission
-from jobs.submission.request_parser import Item, read_json, read_lines
+from jobs.submission.items import Item, read_json, read_lines
 from jobs.submission.values import refuse_unknown
 
 _JSON_TYPES = {"application/json"}

@@ -20,8 +20,8 @@ from jobs.errors import BasicError
 from jobs.keys import Scope
 from jobs.messages import TOOLS_TEMPERATURE, model_name
 from jobs.submission.intake import Submission, create_job
+from jobs.submission.items import Item
 from jobs.submission.models import known_models
-from jobs.submission.request_parser import Item
 from storage import queries
 from storage.queries import JobView
 

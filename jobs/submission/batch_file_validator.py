@@ -14,15 +14,9 @@ from jobs.errors import BasicError, InvalidJsonLine, InvalidValue
 from jobs.openai.paths import endpoint_of_line
 from jobs.submission.custom_ids import CustomIds, GivenId
 from jobs.submission.input_lines import Line, Sample, find_custom_id
+from jobs.submission.items import Item, read_line
 from jobs.submission.models import ModelNames
-from jobs.submission.request_parser import (
-    MAX_CUSTOM_ID_CHARS,
-    Item,
-    given_id,
-    is_post,
-    is_url_of,
-    read_line,
-)
+from jobs.submission.request_parser import MAX_CUSTOM_ID_CHARS, given_id, is_post, is_url_of
 from jobs.submission.values import clean_text
 
 MAX_ERRORS: Final = 100

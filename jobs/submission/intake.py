@@ -47,19 +47,12 @@ from jobs.openai.paths import endpoint_of_line
 from jobs.producer import Notify
 from jobs.settings import JobsSettings
 from jobs.submission.custom_ids import CustomIds
-from jobs.submission.grammar_fields import read_grammar
+from jobs.submission.items import Item
 from jobs.submission.models import ModelNames, known_models
+from jobs.submission.parameters.grammar import read_grammar
+from jobs.submission.parameters.sampling import parameter_fields, parse_parameters
 from jobs.submission.request_buffer import RequestBuffer
-from jobs.submission.request_parser import (
-    Item,
-    Rules,
-    given_id,
-    max_total_tokens,
-    parameter_fields,
-    parse_body,
-    parse_item,
-    parse_parameters,
-)
+from jobs.submission.request_parser import Rules, given_id, max_total_tokens, parse_body, parse_item
 from jobs.submission.responses_api.chat_form import as_given
 from jobs.submission.responses_api.stored_history import StoredHistory
 from jobs.submission.values import check_metadata

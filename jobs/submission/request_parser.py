@@ -9,26 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from types import MappingProxyType
-from typing import IO, Any
-
-from pydantic import ValidationError
-from pydantic_core import from_json
+from typing import Any
 
 from jobs.errors import (
     BasicError,
-    InvalidJsonLine,
     InvalidValue,
     MissingParameter,
     RequestFailed,
     RequestRefused,
-    UnsupportedParameter,
 )
-from jobs.input_format import wide_encoding
 from jobs.messages import (
     CHAT_ENDPOINT,
     COMPLETIONS_ENDPOINT,
@@ -40,71 +31,44 @@ from jobs.messages import (
 )
 from jobs.openai.paths import endpoint_of_url
 from jobs.submission.custom_ids import GivenId, default_id, recovered
-from jobs.submission.fields import PARAMETERS, Field, Treatment, field_of
-from jobs.submission.grammar_fields import read_grammar
-from jobs.submission.input_lines import Line, Sample, find_custom_id, split_lines
+from jobs.submission.fields import PARAMETERS
+from jobs.submission.items import Item
 from jobs.submission.models import ModelNames
+from jobs.submission.parameters.grammar import read_grammar
+from jobs.submission.parameters.reasoning import merged_options
+from jobs.submission.parameters.sampling import (
+    SAMPLING,
+    body_fields,
+    parameter_fields,
+    parse_parameters,
+    refuse_asking_for_nothing,
+    sampling_parameters,
+)
+from jobs.submission.parameters.tools import read_tools
 from jobs.submission.prompts import is_prefill, read_prompt
-from jobs.submission.reasoning import chat_options, merged_options
 from jobs.submission.responses_api.chat_form import (
     History,
     as_given,
-    chat_parameters,
     read_conversation,
     read_options,
 )
-from jobs.submission.tools import read_tools, tool_options
-from jobs.submission.values import boolean, clean_text, kind, refuse_unknown, shown, whole
+from jobs.submission.values import clean_text, kind, refuse_unknown
 from storage.dialect import storable
 from storage.records import NewRequest, RequestFailure
 
 log = logging.getLogger(__name__)
 
 MAX_CUSTOM_ID_CHARS = 64
-MAX_CHAT_LOGPROBS = 20  # alternatives per token, OpenAI's limit
-MAX_COMPLETION_LOGPROBS = 5
 MAX_CHOICES = 128  # of one request, over all its prompts: they are decoded together
-MAX_JSON_NODES = 1_000_000  # lists and objects of one JSON text: 2 bytes each as text, up to 240 in memory
-_CHUNK_BYTES = 1 << 20  # of a file, per read
 _BYTES_PER_TOKEN = 4  # estimate for ordinary text
 _CONTEXT_TOKENS = 4096  # assumed if no worker has reported its own
 MAX_TRACED_REQUESTS = 16  # the first requests of a job, which may store draft trees
 MAX_TIMEOUT_S = 30 * 86_400
 COMPLETIONS_MAX_TOKENS = 16  # OpenAI's default for raw prompts; chats have no default limit
 
-_NO_NUMBER = re.compile(rb"-?(?:NaN|Infinity)")
-_SAMPLING = frozenset(SamplingParameters.model_fields)
-_LOGPROBS = frozenset({"logprobs", "top_logprobs"})  # have different meanings on OpenAI's two endpoints
 _PROMPT_FIELDS = frozenset({"prompt", "messages", "model", "custom_id", "id", "timeout_s"})
 _INPUT_FIELDS = frozenset({"input", "instructions", "previous_response_id", "prompt"})  # of /v1/responses
 _LINE_FIELDS = frozenset({"custom_id", "id", "method", "url", "body"})
-_MAX_CAP = 2**31 - 1  # of max_tokens; larger ones mean the same: to the context's end
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """The input of one request, and its location: a 1-based line of a file, or an index of a list."""
-
-    index: int
-    value: Any
-    line: int | None = None
-    recovered_id: str | None = None  # custom_id found in an unreadable line
-
-    @property
-    def location(self) -> str:
-        """The location of the item, for error messages."""
-        return f"line {self.line}" if self.line is not None else f"requests[{self.index}]"
-
-    @property
-    def model(self) -> Any:
-        """The item's model, not validated, or None."""
-        fields = self.value.get("body", self.value) if isinstance(self.value, dict) else None
-        return fields.get("model") if isinstance(fields, dict) else None
-
-    @property
-    def is_readable(self) -> bool:
-        """True if the value is a string or an object, and so may be a request."""
-        return isinstance(self.value, str | dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,32 +84,6 @@ class Rules:
     models: ModelNames = field(default_factory=lambda: ModelNames({}))  # the other names of the model
     grammar: GrammarSpec | None = None  # of requests that ask for none of their own
     history: History = field(default_factory=History)
-
-
-def read_lines(file: IO[bytes], max_line_bytes: int) -> Iterator[Item]:
-    """Yield the items of a JSONL file. Skip blank lines; an invalid line becomes an item that will be rejected.
-
-    Raise InvalidJsonLine after the last line if the file has another known format: if no line is readable, or if one
-    JSON value fills the file.
-    """
-    sample = Sample()
-    for index, line in enumerate(split_lines(iter(partial(file.read, _CHUNK_BYTES), b""), max_line_bytes)):
-        item = _read_line(index, line, max_line_bytes)
-        sample.add(line.text, item.is_readable)
-        yield item
-        del item  # before the next one is read: a line of 10 MB may be 400 MB as a value
-    if (found := sample.describe_format()) is not None:
-        raise InvalidJsonLine(found)
-
-
-def read_json(text: bytes) -> Any:
-    """Parse strict JSON; raise ValueError also for NaN and lone surrogates.
-
-    First count brackets and braces, also those in strings, because nested lists take 40 times their text in memory.
-    """
-    if text.count(b"[") + text.count(b"{") > MAX_JSON_NODES:
-        raise ValueError(f"more than {MAX_JSON_NODES} lists and objects")
-    return from_json(text, allow_inf_nan=False)
 
 
 def parse_item(item: Item, rules: Rules) -> NewRequest:
@@ -204,34 +142,6 @@ def parse_body(body: Any, rules: Rules) -> NewRequest:
     return NewRequest("request-0", body=request.stored(), tokens=max_total_tokens(request, rules.context_tokens))
 
 
-def parse_parameters(
-    fields: Mapping[str, Any], endpoint: Endpoint, defaults: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Return the sampling parameters and chat options in `fields`; raise RequestRefused for the first invalid one.
-
-    `defaults` are the job's parameters; None: these are.
-    """
-    asked, names = _asked(parameter_fields(fields, endpoint), endpoint)
-    parameters = {name: value for name, value in asked.items() if name in _SAMPLING - _LOGPROBS}
-    if asked.keys() & _LOGPROBS:
-        parameters["logprobs"] = _logprobs(asked, endpoint, (defaults or {}).get("logprobs"))
-    if "max_completion_tokens" in asked:
-        parameters["max_tokens"] = asked["max_completion_tokens"]
-    if type(cap := parameters.get("max_tokens")) is int:
-        parameters["max_tokens"] = min(cap, _MAX_CAP)
-    sampling = _sampling({"seed": 0} | parameters, names)
-    if defaults is None:  # else those of the job may ask for something
-        _refuse_asking_for_nothing(sampling)
-    return parameters | chat_options(asked, endpoint) | tool_options(asked, endpoint)
-
-
-def parameter_fields(fields: Mapping[str, Any], endpoint: Endpoint) -> dict[str, Any]:
-    """Return the parameters in `fields`, in the words of a chat; raise RequestRefused for unknown ones."""
-    given = body_fields(fields)
-    refuse_unknown(given, PARAMETERS)
-    return chat_parameters(given) if endpoint == RESPONSES_ENDPOINT else given
-
-
 _PROMPT_OF: Mapping[Endpoint, str] = {
     CHAT_ENDPOINT: "messages",
     COMPLETIONS_ENDPOINT: "prompt",
@@ -241,51 +151,6 @@ _PROMPT_OF: Mapping[Endpoint, str] = {
 
 def _input_fields(endpoint: Endpoint) -> frozenset[str]:
     return _INPUT_FIELDS if endpoint == RESPONSES_ENDPOINT else frozenset()
-
-
-def body_fields(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a body that are not null, with those of its `extra_body` in place."""
-    fields = {name: value for name, value in body.items() if value is not None}
-    extra = fields.pop("extra_body", None)
-    if extra is None:
-        return fields
-    if not isinstance(extra, dict):
-        raise InvalidValue(f"must be an object, not {kind(extra)}", param="extra_body")
-    return body_fields(fields | extra)
-
-
-def _asked(given: Mapping[str, Any], endpoint: Endpoint) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the honoured parameters, and for each the name that was given.
-
-    Raise UnsupportedParameter for the first one that is refused, InvalidValue for two names with different values.
-    """
-    asked: dict[str, Any] = {}
-    names: dict[str, str] = {}
-    for given_name, value in given.items():
-        row = field_of(given_name, endpoint)
-        idle = row.is_idle(value)
-        if row.treatment is Treatment.HONOURED and (not idle or row.neutral is not None):
-            name, wanted = _meant(row, row.neutral if idle else value)
-            other = asked.setdefault(name, wanted)
-            if other is not wanted and other != wanted:
-                raise InvalidValue(f"contradicts {names[name]}; give one of the two", param=given_name)
-            names[name] = given_name
-        elif row.treatment is Treatment.REFUSED and not idle and not _returns_all(given_name, value, given):
-            raise UnsupportedParameter(f"{row.meaning} Leave the field out.", param=given_name)
-    return asked, names
-
-
-def _meant(row: Field, value: Any) -> tuple[str, Any]:
-    """Return the parameter that an honoured field sets, and its value."""
-    if row.name != "do_sample":
-        return row.same_as or row.name, value
-    boolean(value, row.name)  # true is idle
-    return "temperature", 0.0
-
-
-def _returns_all(name: str, value: Any, given: Mapping[str, Any]) -> bool:
-    """Return whether the field is best_of and equals n, so that all choices are returned."""
-    return name == "best_of" and type(value) is int and value == given.get("n", 1)
 
 
 def max_total_tokens(request: GenerationRequest, context_tokens: int | None) -> int:
@@ -309,64 +174,6 @@ def _texts(request: GenerationRequest) -> Iterator[str]:
         yield from (call.name + call.arguments for call in message.tool_calls)
     if request.tools is not None:
         yield from (json.dumps(function.model_dump()) for function in request.tools.functions)
-
-
-def _read_line(index: int, line: Line, max_line_bytes: int) -> Item:
-    try:
-        return Item(index, read_line(line, max_line_bytes), line.number)
-    except InvalidJsonLine as refused:
-        # A new error: the traceback of this one keeps the line, and many invalid lines may wait together.
-        return Item(index, InvalidJsonLine(refused.message), line.number, find_custom_id(line.text))
-
-
-def read_value(index: int, value: Any) -> Item:
-    """Return the item of a value from a message that is not strict JSON as a whole."""
-    text = json.dumps(value).encode()
-    try:
-        return Item(index, read_json(text))
-    except ValueError as exc:
-        return Item(index, InvalidJsonLine(f"The request is not JSON: {_why(text, exc)}."), None, find_custom_id(text))
-
-
-def read_line(line: Line, max_bytes: int) -> Any:
-    """Return the JSON value of a line; raise InvalidJsonLine, with the reason, if it is invalid or too long."""
-    if line.too_long:
-        raise InvalidJsonLine(f"The line has more than {max_bytes} bytes.")
-    try:
-        return read_json(line.text)
-    except ValueError as exc:
-        raise InvalidJsonLine(f"The line is not JSON: {_why(line.text, exc)}.") from exc
-
-
-_BOM = "\ufeff".encode()
-# What follows a complete value on its line, and why.
-_AFTER = {
-    _BOM: "a byte order mark inside the line: files were joined without a line break between them",
-    b"\x1a": "Ctrl-Z, the end mark of old files, inside the line: files were joined without a line break between them",
-    b"{": "two requests on one line; write each on its own line",
-    b"[": "two values on one line; write each on its own line",
-    b",": "a comma after the request; remove the commas between lines",
-}
-
-
-def _why(text: bytes, exc: ValueError) -> str:
-    """Return why a line is not JSON, replacing messages of the parser that don't help."""
-    reason, _, column = str(exc).partition(" at line 1 column ")  # the parser's line is always 1
-    rest = text[int(column or 1) - 1 :]
-    after = next((why for mark, why in _AFTER.items() if rest.startswith(mark)), None)
-    if (encoding := wide_encoding(text)) is not None:
-        return f"it is {encoding}; save the whole file as UTF-8"
-    if text.endswith(b","):
-        reason, column = "it ends with a comma", ""
-    elif reason == "expected value" and (number := _NO_NUMBER.match(rest)):
-        reason = f"{number[0].decode()} is not a JSON number"
-    elif reason == "trailing characters" and after is not None:
-        reason = after
-    elif reason == "invalid unicode code point":
-        reason = "it is not UTF-8"
-    elif "surrogate" in reason or reason == "unexpected end of hex escape":
-        reason = "half of a surrogate pair is not valid text"
-    return f"{reason} (column {column})" if column else reason
 
 
 def given_id(item: Item) -> GivenId | None:
@@ -481,7 +288,7 @@ def _sampling_for(parameters: Mapping[str, Any], rules: Rules, index: int) -> Sa
     if rules.endpoint == COMPLETIONS_ENDPOINT:
         base["max_tokens"] = COMPLETIONS_MAX_TOKENS
     given = {**rules.defaults, **parameters}
-    sampling = _sampling(base | {name: value for name, value in given.items() if name in _SAMPLING})
+    sampling = sampling_parameters(base | {name: value for name, value in given.items() if name in SAMPLING})
     return sampling if index < MAX_TRACED_REQUESTS else sampling.model_copy(update={"record_trees": 0})
 
 
@@ -498,49 +305,7 @@ def _refuse_contradictions(sampling: SamplingParameters, given: Mapping[str, Any
         raise InvalidValue(
             f"must be at most max_tokens, which is {sampling.max_tokens}, not {sampling.min_tokens}", param="min_tokens"
         )
-    _refuse_asking_for_nothing(sampling)
-
-
-def _refuse_asking_for_nothing(sampling: SamplingParameters) -> None:
-    if sampling.max_tokens == 0 and not sampling.echo and sampling.prompt_logprobs is None:
-        raise InvalidValue(
-            "must be greater than or equal to 1, not 0; 0 is for requests with echo or prompt_logprobs",
-            param="max_tokens",
-        )
-
-
-def _sampling(parameters: Mapping[str, Any], names: Mapping[str, str] = MappingProxyType({})) -> SamplingParameters:
-    """Return the validated parameters; `names` are those that they were given by, if others."""
-    try:
-        return SamplingParameters.model_validate(parameters, strict=True)
-    except ValidationError as exc:
-        first = exc.errors(include_url=False)[0]
-        message = first["msg"].replace("Input should", "must")
-        # Messages of our own validators are complete; those of pydantic lack the value.
-        given = "" if first["type"] == "value_error" else f", not {shown(first['input'])}"
-        name = str(first["loc"][0])
-        raise InvalidValue(f"{message}{given}", param=names.get(name, name)) from exc
-
-
-def _logprobs(fields: Mapping[str, Any], endpoint: Endpoint, default: int | None) -> int | None:
-    """Return the number of top tokens to return per token; None if no log-probabilities are requested."""
-    logprobs, top = fields.get("logprobs"), fields.get("top_logprobs")
-    if endpoint == COMPLETIONS_ENDPOINT:
-        if top:
-            raise InvalidValue(f"is for chats; on {endpoint}, set logprobs to the number", param="top_logprobs")
-        # Not `in (None, False)`: 0 == False in Python, but 0 requests the sampled tokens' log-probabilities.
-        wanted = logprobs is not None and logprobs is not False
-        return whole(logprobs, "logprobs", MAX_COMPLETION_LOGPROBS) if wanted else None
-    if not isinstance(logprobs, bool | None):
-        raise InvalidValue(
-            f"must be true or false, not {shown(logprobs)}; set top_logprobs to the number", param="logprobs"
-        )
-    top_k = None if top is None else whole(top, "top_logprobs", MAX_CHAT_LOGPROBS)
-    if not (default is not None if logprobs is None else logprobs):
-        if top_k:
-            raise InvalidValue("needs logprobs to be true", param="top_logprobs")
-        return None
-    return top_k if top_k is not None else default or 0
+    refuse_asking_for_nothing(sampling)
 
 
 def _seed(job_id: str, index: int) -> int:

@@ -20,7 +20,7 @@ import httpx
 import pytest
 
 from jobs.api.http import h11_protocol
-from jobs.submission.request_parser import MAX_JSON_NODES
+from jobs.submission.items import MAX_JSON_NODES
 from storage import schema
 
 MAX_MB = 600

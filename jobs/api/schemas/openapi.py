@@ -13,8 +13,8 @@ from fastapi import FastAPI
 from jobs.api.schemas.replies import ErrorReply, examples, streamed_schemas
 from jobs.messages import CHAT_ENDPOINT, MAX_COMPARED_REQUESTS, MAX_STOP_STRINGS, Endpoint, SamplingParameters
 from jobs.submission.fields import PARAMETERS, Treatment, field_of
+from jobs.submission.parameters.tools import MAX_TOOLS
 from jobs.submission.request_parser import MAX_CUSTOM_ID_CHARS, MAX_TIMEOUT_S
-from jobs.submission.tools import MAX_TOOLS
 
 Json = dict[str, Any]
 

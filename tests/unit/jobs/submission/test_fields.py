@@ -11,8 +11,10 @@ import pytest
 from jobs.errors import RequestRefused
 from jobs.messages import CHAT_ENDPOINT, RESPONSES_ENDPOINT, Endpoint, GenerationRequest
 from jobs.submission.fields import FIELDS, MESSAGE_FIELDS, Field, Treatment, field_of
-from jobs.submission.grammar_fields import read_grammar
-from jobs.submission.request_parser import Item, Rules, parameter_fields, parse_body, parse_item, parse_parameters
+from jobs.submission.items import Item
+from jobs.submission.parameters.grammar import read_grammar
+from jobs.submission.parameters.sampling import parameter_fields, parse_parameters
+from jobs.submission.request_parser import Rules, parse_body, parse_item
 from storage.records import NewRequest
 
 ENDPOINTS: tuple[Endpoint, ...] = get_args(Endpoint)

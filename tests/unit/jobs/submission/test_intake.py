@@ -16,7 +16,7 @@ from jobs.errors import (
 )
 from jobs.settings import JobsSettings
 from jobs.submission.intake import Submission, create_job
-from jobs.submission.request_parser import Item
+from jobs.submission.items import Item
 from storage import queries, writes
 from storage.models import Request
 from storage.queries import JobView, OutputView

@@ -9,14 +9,9 @@ import pytest
 from jobs.errors import InvalidJsonLine
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, Endpoint, GenerationRequest
 from jobs.submission.input_lines import find_custom_id
-from jobs.submission.request_parser import (
-    MAX_JSON_NODES,
-    Item,
-    Rules,
-    parse_item,
-    parse_parameters,
-    read_lines,
-)
+from jobs.submission.items import MAX_JSON_NODES, Item, read_lines
+from jobs.submission.parameters.sampling import parse_parameters
+from jobs.submission.request_parser import Rules, parse_item
 from storage.records import NewRequest, RequestFailure
 
 

@@ -9,8 +9,9 @@ import pytest
 
 from jobs.errors import RequestRefused
 from jobs.messages import CHAT_ENDPOINT, GenerationRequest, GrammarSpec
-from jobs.submission.grammar_fields import read_grammar
-from jobs.submission.request_parser import Item, Rules, parse_item
+from jobs.submission.items import Item
+from jobs.submission.parameters.grammar import read_grammar
+from jobs.submission.request_parser import Rules, parse_item
 
 SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "string"}}, "required": ["b"]}
 TEXT = json.dumps(SCHEMA, separators=(",", ":"))

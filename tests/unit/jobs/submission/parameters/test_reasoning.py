@@ -8,8 +8,10 @@ import pytest
 
 from jobs.errors import RequestRefused
 from jobs.messages import CHAT_ENDPOINT, GenerationRequest
-from jobs.submission.reasoning import MAX_TEMPLATE_ARGUMENT_CHARS
-from jobs.submission.request_parser import Item, Rules, parse_item, parse_parameters
+from jobs.submission.items import Item
+from jobs.submission.parameters.reasoning import MAX_TEMPLATE_ARGUMENT_CHARS
+from jobs.submission.parameters.sampling import parse_parameters
+from jobs.submission.request_parser import Rules, parse_item
 
 
 def stored(fields: dict[str, Any], job: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, GenerationRequest, Tools
-from jobs.submission.request_parser import Item, Rules, parse_item, parse_parameters
+from jobs.submission.items import Item
+from jobs.submission.parameters.sampling import parse_parameters
+from jobs.submission.request_parser import Rules, parse_item
 from storage.records import RequestFailure
 
 CITY = {"type": "object", "properties": {"zone": {"type": "string"}, "city": {"type": "string"}}}
