@@ -55,7 +55,8 @@ class Forest(Nodes):
         self.columns = sequences if isinstance(sequences, SequenceColumns) else SequenceColumns(sequences)
         self.sequences = self.columns.sequences
         count = len(self.sequences)
-        super().__init__(count, 4 * count + _SPARE_NODES, tree_discount)
+        # A forced token is certain. Drafts below it are worth no more, or they would rank before their parent.
+        super().__init__(count, 4 * count + _SPARE_NODES, min(tree_discount, 1.0))
         self.tree[:], self.parent[:], self.depth[:], self.value[:] = np.arange(count), -1, 0, tree_discount
         self.token[:] = [s.ids[-1] for s in self.sequences]
         self.forced[:] = False

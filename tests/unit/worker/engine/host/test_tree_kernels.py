@@ -140,6 +140,26 @@ def test_statistics_of_acceptance_are_the_same(twins: Twins, seed: int, sources:
     assert (tables[0][0] != 4.0).any(), "nothing was counted"
 
 
+@pytest.mark.parametrize("discount", [0.7, 1.0, 1.3])
+def test_no_draft_is_worth_more_than_its_parent_even_below_a_forced_token(twins: Twins, discount: float) -> None:
+    forest = Forest(sequences([[2, 3]] * 2), discount)
+    forest.append(np.array([1]), np.array([1]), np.array([2]), np.array([1]), np.ones(1), forced=True)
+    frontier = np.array([0, 2])
+    for _ in range(2):
+        frontier = forest.add_layer(
+            frontier, Candidates(np.full((len(frontier), 1), 3), np.full((len(frontier), 1), 0.99))
+        )
+    parents = forest.parent[2:]
+    drafted = parents >= 2
+    assert drafted.sum() == 3
+    assert (forest.value[2:][drafted] <= forest.value[parents[drafted]]).all()
+    for kernels in twins:
+        ranked = kernels.ranking(forest, forest.remaining).tolist()
+        assert all(
+            forest.parent[node] < 2 or forest.parent[node] in ranked[:place] for place, node in enumerate(ranked)
+        )
+
+
 def test_siblings_are_ranked_by_value_and_counted() -> None:
     forest = Forest(sequences(max_tokens=50)[:2])
     tokens = np.array([[1, 2, 3], [4, 5, 6]])
