@@ -5,7 +5,7 @@ A packaged target that ships with a draft uses it unless BASIC_DRAFT names anoth
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ from worker.engine.speculation.drafting import Drafter
 from worker.loading.model_store import pull, resolve
 from worker.loading.tensor_parallel import DRAFT, RankGroup, draft_tp_size
 from worker.settings import SUFFIX, WorkerSettings
-from worker.text.codec import first_mismatched_id, load_tokenizer, shared_token_ids
+from worker.text.codec import load_tokenizer
 
 _MIN_SHARED_IDS = 0.5  # of the target's token ids: share that the draft must decode to the same bytes
 _SHIPPED = Path(__file__).resolve().parent.parent / "shipped_drafts"  # folders by packaged target
@@ -109,9 +109,9 @@ def shared_vocabulary(
     Outputs would be correct all the same, but hardly any draft token would be accepted.
     """
     target_vocab, draft_vocab = target.get_vocab(), draft.get_vocab()
-    shared = [i for i in shared_token_ids(target_vocab, draft_vocab) if i < vocabulary]
+    shared = [i for i in _shared_token_ids(target_vocab, draft_vocab) if i < vocabulary]
     if len(shared) < _MIN_SHARED_IDS * len(target_vocab):
-        first = first_mismatched_id(target_vocab, draft_vocab) or 0
+        first = _first_mismatched_id(target_vocab, draft_vocab) or 0
         raise TokenizersDiffer(
             f"{draft_name} can't draft for {target_name}: they share {len(shared)} of {len(target_vocab)} token ids; "
             f"id {first} is {target.convert_ids_to_tokens(first)!r} in the target's tokenizer and "
@@ -215,3 +215,14 @@ def _with_model(
         )
 
     return DrafterFactory(name, (), kv_bytes_per_token(network), make)
+
+
+def _shared_token_ids(target: Mapping[str, int], draft: Mapping[str, int]) -> list[int]:
+    """Return the ids with the same token in both vocabularies, ascending."""
+    return sorted(i for token, i in target.items() if draft.get(token) == i)
+
+
+def _first_mismatched_id(target: Mapping[str, int], draft: Mapping[str, int]) -> int | None:
+    """Return the first id with different tokens in two vocabularies, or None."""
+    a, b = ({i: token for token, i in vocab.items()} for vocab in (target, draft))
+    return min((i for i in a.keys() | b.keys() if a.get(i) != b.get(i)), default=None)

@@ -25,7 +25,8 @@ from storage.session import DATABASE_UNAVAILABLE, Database
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepResult
 from worker.serving.resilient_engine import ResilientEngine
-from worker.text.codec import Codec, read_answer_format, read_request
+from worker.serving.stored_requests import read_answer_format, read_request
+from worker.text.codec import Codec
 from worker.text.generation_config import with_defaults
 from worker.text.output_stream import OutputStream
 

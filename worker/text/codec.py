@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from pydantic import ValidationError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from jobs.errors import InvalidValue, PromptTooLong, UnreadableRequest
+from jobs.errors import InvalidValue, PromptTooLong
 from jobs.grammar.compiler import grammar_text
 from jobs.messages import (
     COMPLETIONS_ENDPOINT,
@@ -25,20 +24,15 @@ from jobs.messages import (
     SamplingParameters,
 )
 from jobs.openai.call_formats import call_format
-from jobs.openai.logprobs import TokenAlternatives
-from jobs.openai.prompt_details import token_name
 from worker.engine.errors import ModelRefused, error_summary
 from worker.engine.grammar.grammar import Grammar
 from worker.engine.sampling.parameters import Sampling, noise_key
 from worker.engine.sequence import Sequence as EngineSequence
-from worker.engine.token_logprobs import TokenLogprobs
 from worker.text.call_grammar import CallGrammar, after_reasoning
 from worker.text.chat import Chat, ChatOptions, Special
-from worker.text.detokenizer import Detokenizer
 from worker.text.prompt_length import PromptLength
-from worker.text.reasoning import AUTO, Reasoning, ReasoningCounter, is_begun_by_model, markers_of, template_arguments
-from worker.text.stop_strings import Pieces, StopStrings, add_piece
-from worker.text.token_bytes import token_bytes
+from worker.text.reasoning import AUTO, Reasoning, is_begun_by_model, markers_of, template_arguments
+from worker.text.text_stream import TextStream
 
 _MIN_DIVISOR = 1e-20  # smallest divisor of logits: float32 rounds smaller ones to 0, and the quotients would be NaN
 
@@ -222,7 +216,8 @@ class Codec:
         """
         continues = sampling is not None and sampling.continue_final_message
         standalone = endpoint != COMPLETIONS_ENDPOINT and self._chat.has_template and not continues
-        return TextStream(self, sampling, None if standalone else prompt, form, grammar)
+        before = None if standalone else prompt
+        return TextStream(self.tokenizer, sampling, before, form, grammar, self.shown_ids(form))
 
     def shown_ids(self, form: AnswerFormat | None) -> frozenset[int]:
         """Return the ids of special tokens that a text with this format shows: its markers."""
@@ -313,122 +308,6 @@ class Codec:
         )
 
 
-class TextStream:
-    """Incremental text of one choice: complete characters, with the source of each piece."""
-
-    def __init__(
-        self,
-        codec: Codec,
-        sampling: SamplingParameters | None = None,
-        before: Sequence[int] | None = (),
-        form: AnswerFormat | None = None,
-        grammar: Grammar | None = None,
-    ) -> None:
-        """Continue the tokens `before`; None starts a new text. `sampling` says what the text holds, and its end."""
-        self._token_bytes = token_bytes(codec.tokenizer)
-        skips_special = sampling is None or sampling.skip_special_tokens
-        self._shown = codec.shown_ids(form) if skips_special else self._token_bytes.special
-        self._detokenizer = Detokenizer(codec.tokenizer, before, self._shown)
-        self._reasoning = ReasoningCounter(form, () if grammar is None else grammar.after)
-        self._names_ids = sampling is not None and sampling.return_tokens_as_token_ids
-        self._keeps_stop = sampling is not None and sampling.include_stop_str_in_output
-        self._stops = StopStrings(() if sampling is None else sampling.stop, keep=self._keeps_stop)
-        self._min_tokens = 0 if sampling is None else sampling.min_tokens
-        self._text: list[str] = []
-        self._first = before is None  # the next token starts a text
-        self.num_tokens = 0  # tokens taken; those after a stop string are not
-
-    @property
-    def text(self) -> str:
-        """Text returned so far."""
-        return "".join(self._text)
-
-    @property
-    def reasoning_tokens(self) -> int | None:
-        """Tokens of the reasoning so far; None if the format has none."""
-        return self._reasoning.count
-
-    def end(self) -> None:
-        """Check a text that ends by itself. Raises RequestFailed if it has a grammar and no content."""
-        self._reasoning.end()
-
-    @property
-    def stopped(self) -> bool:
-        """True after a stop string."""
-        return self._stops.hit
-
-    def resume(self, ids: Sequence[int], accepted: Iterable[bool]) -> None:
-        """Take tokens that an earlier worker has committed and published."""
-        self.push(ids, accepted)
-        self._first = self._first and not any(map(self._is_text, ids))
-
-    def push(self, ids: Sequence[int], accepted: Iterable[bool], *, ended: bool = False) -> Pieces:
-        """Add tokens; return the new (text, source) pieces: source `draft` for accepted draft tokens, else `target`.
-
-        The token that completes a stop string is the last one taken. With `ended` the last token is the stop token that
-        has ended the sequence.
-        """
-        pieces: Pieces = []
-        stop_token = len(ids) - 1 if ended and not self._keeps_stop else None
-        for at, (token, drafted) in enumerate(zip(ids, accepted, strict=True)):
-            if self.stopped:
-                break
-            self.num_tokens += 1
-            chunk = "" if at == stop_token else self._detokenizer.push(token)
-            self._reasoning.push(token, chunk)
-            if chunk:
-                source = "draft" if drafted else "target"
-                self._pass(pieces, self._stops.push(chunk, source, may_stop=self.num_tokens > self._min_tokens))
-        return pieces
-
-    def finish(self, _ids: Sequence[int] = ()) -> Pieces:
-        """Return the rest of the text, such as an incomplete last character."""
-        pieces: Pieces = []
-        rest = self._detokenizer.finish()
-        if rest:
-            self._pass(pieces, self._stops.push(rest, "target"))
-        self._pass(pieces, self._stops.end())
-        return pieces
-
-    def readable_logprobs(self, ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> tuple[TokenAlternatives, ...]:
-        """Return the log-probabilities of these tokens with token texts; `logprobs` may hold more entries than `ids`.
-
-        Call in order: the tokens follow those of the previous call.
-        """
-        return tuple(self._likelihoods(token, entry) for token, entry in zip(ids, logprobs, strict=False))
-
-    def _likelihoods(self, token: int, entry: TokenLogprobs) -> TokenAlternatives:
-        first, self._first = self._first, self._first and not self._is_text(token)
-        read = self._token_bytes.likelihoods(entry, token, first=first, shown=self._shown)
-        return read.renamed([token_name(i) for i in (token, *(i for i, _ in entry.top))]) if self._names_ids else read
-
-    def _is_text(self, token: int) -> bool:
-        return token in self._shown or not self._token_bytes.is_special(token)
-
-    def _pass(self, pieces: Pieces, passed: Pieces) -> None:
-        for chunk, source in passed:
-            self._text.append(chunk)
-            add_piece(pieces, chunk, source)
-
-
-def read_request(body: Mapping[str, Any]) -> GenerationRequest:
-    """Return a stored request. Raises UnreadableRequest, which fails the request and not the worker."""
-    try:
-        return GenerationRequest.model_validate(body)
-    except ValidationError as exc:
-        first = exc.errors(include_url=False, include_input=False)[0]
-        location = ".".join(str(part) for part in first["loc"])
-        raise UnreadableRequest(f"the stored request can't be read: {location}: {first['msg']}") from exc
-
-
-def read_answer_format(stored: Mapping[str, Any] | None) -> AnswerFormat | None:
-    """Return a stored answer format. Raises UnreadableRequest, which fails the request and not the worker."""
-    try:
-        return None if stored is None else AnswerFormat.model_validate(stored)
-    except ValidationError as exc:
-        raise UnreadableRequest("the stored answer format can't be read: a newer worker has written it") from exc
-
-
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     """Load a fast tokenizer. Raises ModelRefused if there is none."""
     try:
@@ -445,17 +324,6 @@ def eos_ids(tokenizer: PreTrainedTokenizerFast, generation: GenerationConfig | N
     configured = getattr(generation, "eos_token_id", None)
     ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
     return frozenset(int(i) for i in ids if i is not None)
-
-
-def shared_token_ids(target: Mapping[str, int], draft: Mapping[str, int]) -> list[int]:
-    """Return the ids with the same token in both vocabularies, ascending."""
-    return sorted(i for token, i in target.items() if draft.get(token) == i)
-
-
-def first_mismatched_id(target: Mapping[str, int], draft: Mapping[str, int]) -> int | None:
-    """Return the first id with different tokens in two vocabularies, or None."""
-    a, b = ({i: token for token, i in vocab.items()} for vocab in (target, draft))
-    return min((i for i in a.keys() | b.keys() if a.get(i) != b.get(i)), default=None)
 
 
 def _prompt_field(request: GenerationRequest, endpoint: str) -> str:

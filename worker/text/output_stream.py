@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from jobs.openai.logprobs import TokenAlternatives
 from worker.engine.sequence import FinishReason
 from worker.engine.stats import StepResult, StepStats
-from worker.text.codec import TextStream
 from worker.text.stop_strings import Pieces
+from worker.text.text_stream import TextStream
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,8 @@ from jobs.errors import InvalidValue
 from jobs.messages import AnswerFormat, GenerationRequest
 from storage.records import Claim
 from worker.engine.grammar.grammar import Grammar
-from worker.text.codec import Codec, read_answer_format, read_request
+from worker.serving.stored_requests import read_answer_format, read_request
+from worker.text.codec import Codec
 from worker.text.generation_config import with_defaults
 
 _SHORT_CHARS = 20_000

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerFast
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, SamplingParameters
 from tests.models import byte_tokenizer
 from worker.engine.token_logprobs import TokenLogprobs
-from worker.text.codec import Codec, TextStream
+from worker.text.codec import Codec
 from worker.text.detokenizer import Detokenizer
+from worker.text.text_stream import TextStream
 from worker.text.token_bytes import token_bytes
 
 WORDS = ["▁", "▁Hello", "▁world", "a", "!", "»", "▁日", "<eos>"]
@@ -86,7 +87,7 @@ def test_special_tokens_that_are_kept_stand_where_the_tokenizer_decodes_them(
     letters = [token for token in range(len(tokenizer)) if str(tokenizer.decode([token])).isascii() and token != space]
     for _ in range(100):
         ids = [lots.choice([lots.choice(letters), tokenizer.eos_token_id]) for _ in range(12)]
-        stream = TextStream(codec, sampling, None if chat else ())
+        stream = TextStream(codec.tokenizer, sampling, None if chat else ())
         said, own = spell_out(stream, ids)
         wanted = codec.decode(ids, skip_special_tokens=False)
         assert said.lstrip(" ") == wanted.lstrip(" ")
