@@ -87,7 +87,8 @@ class PackedHead:
         self._compiled_network = self._fused_network(compiled) if compiled else None
         self._buckets = self._backend.bucketed(self._run_paged)
         if self._buckets is not None:
-            self._input_states = embedding.new_empty(BUCKETS[-1], network.shape.width)  # of captured graphs
+            # Of captured graphs. Padding rows read it too, so it is written from the start.
+            self._input_states = embedding.new_zeros(BUCKETS[-1], network.shape.width)
 
     def _fused_network(self, compiled: Kernels) -> CpuNetwork:
         """Replace layers with fused implementations for this processor; return them as one network."""

@@ -14,6 +14,14 @@ from tests.databases import on_shared_sqlite
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan() -> Iterator[None]:
+    """Let torch fill fresh tensors with NaN: a result that depends on what was there before shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[Database]:
     """An empty database."""

@@ -22,8 +22,8 @@ _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # MAP_NORESERVE, which P
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # only there, pages given back read as zeros
 
-# Tests fill freed slots with it. Finite: 0 weight times POISON is 0, so a masked read is harmless and a leak shows.
-POISON = 1e4
+# Tests fill freed slots with it. NaN, as memory that was never written may be: even 0 times POISON shows.
+POISON = math.nan
 
 
 class DenseKv:

@@ -125,15 +125,17 @@ def reserve(segments: Segments, kv: PagedKv) -> None:
 def attended(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scaling: float) -> Part:
     """Attend `query` [n, heads, dim] in float32 over the visible `keys` and `values` [n, entries, kv_heads, dim].
 
-    A row that sees nothing gets zeros and a logsumexp of -inf.
+    A row that sees nothing gets zeros and a logsumexp of -inf. What a row does not see may be anything, NaN too, and
+    zero times NaN is NaN: so its scores and values are replaced, not only weighted with zero.
     """
     n, heads, dim = query.shape
     grouped = query.view(n, keys.shape[2], -1, dim).float()
     scores = torch.einsum("nhgd,nlhd->nhgl", grouped, keys.float()) * scaling
     scores = scores.masked_fill(~visible[:, None, None, :], -torch.inf)
+    values = values.float().masked_fill(~visible[:, :, None, None], 0.0)
     lse = scores.logsumexp(-1)
     weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
-    out = torch.einsum("nhgl,nlhd->nhgd", weights, values.float())
+    out = torch.einsum("nhgl,nlhd->nhgd", weights, values)
     return out.reshape(n, heads, dim), lse.reshape(n, heads)
 
 

@@ -168,7 +168,7 @@ def bucket_needs(segments: Segments) -> BucketNeeds:
 def laid_out(segments: Segments, kv: PagedKv, shape: Shape) -> IntArray:
     """Return the flat tensor for `segments`, padded to a shape that is large enough; its items may be fewer.
 
-    Padding rows see only themselves. They write to the scratch block, which no other row reads.
+    Padding rows see only themselves. They write to the scratch block; what it holds reaches no other row.
     """
     compiled = compiled_layout()
     if compiled is not None and shape.slices == 1:

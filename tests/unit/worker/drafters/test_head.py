@@ -12,7 +12,9 @@ from tests.unit.worker.engine.harness import decode, engine, options, outputs, s
 from worker.drafters.head import HeadDrafter
 from worker.drafters.mixed import MixedDrafter
 from worker.drafters.suffix import SuffixDrafter
+from worker.engine.kv.dense import POISON
 from worker.engine.options import Mode
+from worker.engine.paged.kv import PagedKv
 from worker.engine.sampling.parameters import Sampling
 from worker.engine.segments import Segment, chain
 from worker.training.head_unroll import unroll
@@ -56,6 +58,39 @@ def test_a_head_sees_in_a_tree_what_it_was_trained_to_see(layers: int, cpu_kerne
         segment = Segment(0, 6, 5 + depth, nodes, np.array([5 + depth]), seen, np.array([0]))
         _, states = head.forward([segment], states)
         torch.testing.assert_close(states[0], steps[depth][5], rtol=1e-3, atol=1e-3)
+
+
+def test_no_bit_of_a_head_depends_on_memory_that_was_never_written() -> None:
+    """Padding rows get states that are NaN, and so do the pages that no token has been written to."""
+
+    def answers(poisoned: bool) -> list[torch.Tensor]:
+        model = tiny("llama")
+        head = packed_head(model, network(model), cpu_kernels=False, paged=True)
+        states, results = torch.ones(6, head._network.shape.width), []
+        for segment in (chain(0, 0, IDS[:6], keep_last=True), siblings(0, 6, IDS[6:9])):
+            if poisoned:
+                assert isinstance(head._backend.kv, PagedKv)
+                head._backend.kv.poison_free()
+                head._input_states.fill_(POISON)
+            results += head.forward([segment], states[: len(segment.ids)])
+        return results
+
+    for poisoned, clean in zip(answers(poisoned=True), answers(poisoned=False), strict=True):
+        assert torch.equal(poisoned, clean)
+
+
+def siblings(slot: int, prefix: int, ids: list[int]) -> Segment:
+    """Return nodes at one depth, all kept."""
+    count = len(ids)
+    return Segment(
+        slot,
+        prefix,
+        prefix,
+        np.array(ids),
+        np.full(count, prefix),
+        np.eye(count, dtype=np.bool_),
+        np.arange(count),
+    )
 
 
 @pytest.mark.parametrize("mode", [Mode.PAPER, Mode.OPT_TREE])
