@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from tests.models import VOCAB
+from tests.models import VOCAB, tiny
 from worker.drafters.head import HeadDrafter, PackedHead
 from worker.drafters.head_network import HeadNetwork, HeadShape, tapped_layers
+from worker.engine.kv.dense import POISON
 from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.backend import fuse_layers
 from worker.engine.model.loading import embeddings, output_weights
 from worker.engine.model.packed_model import PackedModel
+from worker.engine.paged.kv import PagedKv
+from worker.engine.segments import Segment, chain
 
 TOKENS = torch.arange(0, VOCAB, 2)  # a head proposes every second token
 
@@ -30,6 +35,24 @@ def packed_head(
     return PackedHead(
         net, embeddings(target), rows, TOKENS, slots=slots, capacity=1024, cpu_kernels=cpu_kernels, paged=paged
     )
+
+
+def paged_answers(*, spoilt: bool) -> list[Tensor]:
+    """Return logits and states of a prompt and of three siblings below it, from a head with paged KV.
+
+    If `spoilt`, the states of padding rows and all that was never written are POISON.
+    """
+    target = tiny("llama")
+    head = packed_head(target, network(target), cpu_kernels=False, paged=True)
+    siblings = Segment(0, 6, 6, np.array([3, 9, 2]), np.full(3, 6), np.eye(3, dtype=np.bool_), np.arange(3))
+    answers: list[Tensor] = []
+    for segment in (chain(0, 0, [5, 9, 2, 7, 7, 30], keep_last=True), siblings):
+        if spoilt:
+            assert isinstance(head._backend.kv, PagedKv)
+            head._backend.kv.poison_free()
+            head._input_states.fill_(POISON)
+        answers += head.forward([segment], torch.ones(len(segment.ids), head._network.shape.width))
+    return answers
 
 
 def tapped(target: PreTrainedModel, *, slots: int = 4, cpu_kernels: bool = True) -> PackedModel:

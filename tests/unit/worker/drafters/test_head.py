@@ -6,15 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.heads import TOKENS, network, packed_head, tapped, with_head
+from tests.heads import TOKENS, network, packed_head, paged_answers, tapped, with_head
 from tests.models import ARCHITECTURES, VOCAB, packed, tiny
 from tests.unit.worker.engine.harness import decode, engine, options, outputs, sequences
 from worker.drafters.head import HeadDrafter
 from worker.drafters.mixed import MixedDrafter
 from worker.drafters.suffix import SuffixDrafter
-from worker.engine.kv.dense import POISON
 from worker.engine.options import Mode
-from worker.engine.paged.kv import PagedKv
 from worker.engine.sampling.parameters import Sampling
 from worker.engine.segments import Segment, chain
 from worker.training.head_unroll import unroll
@@ -61,36 +59,8 @@ def test_a_head_sees_in_a_tree_what_it_was_trained_to_see(layers: int, cpu_kerne
 
 
 def test_no_bit_of_a_head_depends_on_memory_that_was_never_written() -> None:
-    """Padding rows get states that are NaN, and so do the pages that no token has been written to."""
-
-    def answers(poisoned: bool) -> list[torch.Tensor]:
-        model = tiny("llama")
-        head = packed_head(model, network(model), cpu_kernels=False, paged=True)
-        states, results = torch.ones(6, head._network.shape.width), []
-        for segment in (chain(0, 0, IDS[:6], keep_last=True), siblings(0, 6, IDS[6:9])):
-            if poisoned:
-                assert isinstance(head._backend.kv, PagedKv)
-                head._backend.kv.poison_free()
-                head._input_states.fill_(POISON)
-            results += head.forward([segment], states[: len(segment.ids)])
-        return results
-
-    for poisoned, clean in zip(answers(poisoned=True), answers(poisoned=False), strict=True):
-        assert torch.equal(poisoned, clean)
-
-
-def siblings(slot: int, prefix: int, ids: list[int]) -> Segment:
-    """Return nodes at one depth, all kept."""
-    count = len(ids)
-    return Segment(
-        slot,
-        prefix,
-        prefix,
-        np.array(ids),
-        np.full(count, prefix),
-        np.eye(count, dtype=np.bool_),
-        np.arange(count),
-    )
+    for spoilt, clean in zip(paged_answers(spoilt=True), paged_answers(spoilt=False), strict=True):
+        assert torch.equal(spoilt, clean)
 
 
 @pytest.mark.parametrize("mode", [Mode.PAPER, Mode.OPT_TREE])

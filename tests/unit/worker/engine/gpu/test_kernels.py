@@ -17,6 +17,7 @@ pytest.importorskip(
 from transformers import PreTrainedModel
 from triton.runtime.interpreter import GridExecutor
 
+from tests.heads import paged_answers
 from tests.models import ARCHITECTURES
 from tests.unit.worker.engine.paged.test_attention import deeper, pages, tree
 from worker.engine.gpu import kernels
@@ -99,6 +100,12 @@ def test_logits_of_every_step_equal_those_of_dense_attention(
 ) -> None:
     monkeypatch.setitem(FUSED, architecture, len(STEPS))
     test_logits_equal_those_of_dense_attention(architecture)
+
+
+def test_no_bit_of_a_head_depends_on_memory_that_was_never_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.drafters.head.gpu_kernels_for", lambda _: kernels)
+    for spoilt, clean in zip(paged_answers(spoilt=True), paged_answers(spoilt=False), strict=True):
+        assert torch.equal(spoilt, clean)
 
 
 def test_logits_and_tapped_states_of_two_layers_equal_those_of_dense_attention(monkeypatch: pytest.MonkeyPatch) -> None:
