@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import subprocess
@@ -49,7 +50,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadSco
 
 
 def pytest_collection_finish() -> None:
-    """Collect garbage again, but only what tests make."""
+    """Collect garbage again, but only what tests make; let the loggers of torch propagate.
+
+    pytest adds its handlers to every logger that does not, six times per test.
+    """
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger) and logger.name.partition(".")[0] == "torch":
+            logger.propagate = True
     gc.freeze()
     gc.enable()
 

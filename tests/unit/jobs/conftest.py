@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,13 @@ def _environment_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 @pytest.fixture
 def settings(tmp_path: Path) -> JobsSettings:
     """Settings of a service whose Redis server is down and whose limits are low."""
-    return JobsSettings(
-        data_dir=tmp_path, redis_url="redis://127.0.0.1:1/0", target="tiny", max_requests=5, max_body_bytes=10_000
-    )
+    return _limited().model_copy(update={"data_dir": tmp_path})
+
+
+@cache
+def _limited() -> JobsSettings:
+    """Read the environment once: it takes as long as a small test."""
+    return JobsSettings(redis_url="redis://127.0.0.1:1/0", target="tiny", max_requests=5, max_body_bytes=10_000)
 
 
 @pytest.fixture

@@ -14,19 +14,22 @@ from fastapi.testclient import TestClient
 from jobs.api.app import make_api
 from jobs.settings import JobsSettings
 from jobs.submission.fields import PARAMETERS
-from storage.session import Database
+from tests.databases import on_sqlite
 from tests.paths import ROOT
 
 _CURL_BODY = re.compile(r"/v1/jobs[^\n]*\\\n\s+-d '([^']+)'")
 
 
-@pytest.fixture
-def api(settings: JobsSettings, database: Database) -> Iterator[TestClient]:
-    with TestClient(make_api(settings, database, lambda job_id, model: None)) as client:
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """A service for all cases: writing its document takes longer than any of them."""
+    folder = tmp_path_factory.mktemp("openapi")
+    settings = JobsSettings(data_dir=folder, redis_url="redis://127.0.0.1:1/0", target="tiny", max_requests=5)
+    with on_sqlite(folder) as database, TestClient(make_api(settings, database, lambda job_id, model: None)) as client:
         yield client
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def document(api: TestClient) -> dict[str, Any]:
     found: dict[str, Any] = api.get("/openapi.json").json()
     return found

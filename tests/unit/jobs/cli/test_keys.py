@@ -41,6 +41,7 @@ def test_a_key_is_shown_once_works_until_it_is_revoked_and_is_listed_without_its
     record.dispose()
 
 
+@pytest.mark.usefixtures("migrated")
 def test_create_prints_only_the_key_on_standard_output_and_explains_it_on_standard_error() -> None:
     result = basic("create", "bob")
     assert result.stdout.startswith("sk-basic-")
