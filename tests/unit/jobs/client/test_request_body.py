@@ -108,7 +108,7 @@ with zipfile.ZipFile(WORKBOOK, "w") as workbook:
         (b'{"prompt": "a"},\n{"prompt": "b"}\n', "a.jsonl", "a comma after each line"),
         (gzip.compress(b'"Hello"\n', mtime=0)[:-1], "a.jsonl.gz", "gzip data ends early"),
         (gzip.compress(b"id,prompt\n1,hi\n2,yo\n", mtime=0), "a.csv.gz", "a table"),
-        (gzip.compress(gzip.compress(b'"Hello"\n')), "a.gz", "packed"),
+        (gzip.compress(gzip.compress(b'"Hello"\n', mtime=0), mtime=0), "a.gz", "packed"),
         (bz2.compress(b'"Hello"\n'), "a", "packed"),
         (lzma.compress(b'"Hello"\n'), "a", "packed"),
         (WORKBOOK.getvalue(), "a.xlsx", "spreadsheets"),
