@@ -16,7 +16,7 @@ from jobs.errors import InvalidValue, UnsupportedParameter
 MAX_RULES: Final = 500
 _MAX_DEPTH: Final = 50
 
-# Texts, expressions and comments of a grammar: what stands in them is no syntax.
+# Texts, expressions and comments of a grammar: their content is not syntax.
 _QUOTED: Final = re.compile(r'"(?:[^"\\\n]|\\.)*"|/(?![/ *])(?:[^/\\\n]|\\.)+/[a-z]*|(?://|#)[^\n]*')
 _QUOTED_EBNF: Final = re.compile(r'"(?:[^"\\\n]|\\.)*"|\[(?:[^\]\\]|\\.)*\]|#[^\n]*')
 _ESCAPED: Final = re.compile(r"\\(?:u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|([^uU]))", re.DOTALL)

@@ -73,11 +73,11 @@ def complement(schema: Any, document: References, depth: int = 0) -> Any:
     if not isinstance(schema, dict) or depth > _MAX_DEPTH:
         raise NoComplement
     named = [keyword for keyword in schema if keyword in ASSERTIONS]
-    if "$ref" in named and len(named) > 1:  # older drafts ignore what stands beside it
+    if "$ref" in named and len(named) > 1:  # older drafts ignore the keywords beside it
         raise NoComplement
     try:
         parts = [part for keyword in named for part in _complements(keyword, schema[keyword], document, depth + 1)]
-    except (TypeError, AttributeError, KeyError) as exc:  # a broken schema: refused where it stands
+    except (TypeError, AttributeError, KeyError) as exc:  # a broken schema: refused at its place
         raise NoComplement from exc
     return _any_of(parts)
 

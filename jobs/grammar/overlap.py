@@ -26,7 +26,7 @@ def disjoint(first: Any, second: Any, document: References) -> bool:
         return _disjoint([first], [second], document, 0)
     except TooManySteps:
         raise
-    except (RequestRefused, RecursionError, TypeError, KeyError, AttributeError):  # broken: refused where it stands
+    except (RequestRefused, RecursionError, TypeError, KeyError, AttributeError):  # broken: refused at its place
         return False
 
 
@@ -95,7 +95,7 @@ def _parts(schemas: Parts, document: References) -> Iterator[Any]:
         if not waiting:
             return
         part = waiting.pop(0)
-        if isinstance(part, dict) and "$ref" in part:  # older drafts ignore what stands beside it
+        if isinstance(part, dict) and "$ref" in part:  # older drafts ignore the keywords beside it
             waiting.append(document.find(part["$ref"]))
             continue
         yield part

@@ -1,4 +1,4 @@
-"""Insert rows that are not there yet, many with one statement, and tell which ones were new."""
+"""Insert rows that are not there yet, many with one statement, and return which ones were new."""
 
 from __future__ import annotations
 

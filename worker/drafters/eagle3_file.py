@@ -187,15 +187,15 @@ def _tokens(folder: Path, weights: dict[str, Tensor], shape: Eagle3Shape, target
 
 
 def _load(folder: Path, network: Eagle3Network, weights: Mapping[str, Tensor]) -> None:
-    """Load the weights under our names; raises ModelRefused if some are missing, of another size, or unknown."""
-    renamed = {_our_name(key): weight for key, weight in weights.items()}
+    """Load the weights under the names of the network; raises ModelRefused if some are missing, of another size, or unknown."""
+    renamed = {_network_name(key): weight for key, weight in weights.items()}
     try:
         network.load_state_dict(renamed)
     except RuntimeError as error:
         raise ModelRefused(f"{folder} does not fit its config.json: {error}") from error
 
 
-def _our_name(key: str) -> str:
+def _network_name(key: str) -> str:
     return f"model.{key}" if key.startswith(("layers.", "norm.")) else key
 
 

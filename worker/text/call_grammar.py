@@ -1,6 +1,6 @@
-"""Grammars of answers with a reasoning or tool calls, in llguidance's Lark syntax (its docs/syntax.md).
+"""Grammars of answers with reasoning or tool calls, in llguidance's Lark syntax (its docs/syntax.md).
 
-A reasoning is free, and so are line breaks after it. A forced call begins the answer. Otherwise the text is free until
+Reasoning is free, and so are line breaks after it. A forced call begins the answer. Otherwise the text is free until
 a call begins, and bound from there on: to a name, to arguments by its schema, and to another call or the end. Special
 tokens in a format are named by id, because text never matches them; text that only spells them is a call too.
 """
@@ -54,7 +54,7 @@ class CallGrammar:
     def text(
         self, tools: Tools, reasoning: ReasoningFormat | None = None, *, thought: bool = False, bound: bool = False
     ) -> str:
-        """Return the grammar in Lark's syntax. A reasoning, which is free, may come first unless it is `thought`.
+        """Return the grammar in Lark's syntax. Reasoning, which is free, may come first unless it is `thought`.
 
         If the content is `bound`, an answer without calls is of the grammar that is named content.
         """
@@ -115,7 +115,7 @@ class CallGrammar:
 
 
 def after_reasoning(content: str, reasoning: ReasoningFormat, *, thought: bool) -> str:
-    """Return the grammar of a content after an opened reasoning, which the text holds unless it is `thought`.
+    """Return the grammar of a content after opened reasoning, which the text holds unless it is `thought`.
 
     The reasoning ends with the first end marker, in any tokens that spell it.
     """

@@ -45,7 +45,7 @@ router = APIRouter(prefix=RESPONSES_ENDPOINT, tags=["responses"], responses=ERRO
 
 Json = dict[str, Any]
 
-_CANCEL_WAIT_S = 5.0  # until a worker has let go of a cancelled response
+_CANCEL_WAIT_S = 5.0  # until a worker has released a cancelled response
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ def _accept(services: Services, body: Body, request: Request, caller: Caller) ->
 
 
 def _find(services: Services, response_id: str, caller: Caller) -> _FoundResponse:
-    """Return a response; raise NotFound for unknown ids and, alike, for responses that the caller may not see."""
+    """Return a response; raise NotFound for an unknown id or one of another caller."""
     job_id, index = request_of(response_id)
     with services.database.read() as session:
         job = queries.job(session, job_id, caller.sees)
@@ -206,15 +206,15 @@ async def _lines(
     after: int = -1,
 ) -> AsyncIterator[str]:
     """Yield the server-sent events of a response whose number is above `after`."""
-    async with aclosing(_told(services, found, caller, events)) as told:
-        async for some in told:
+    async with aclosing(_certain_events(services, found, caller, events)) as certain:
+        async for some in certain:
             if some is None:
                 yield PING.decode()
             elif lines := _encode(event for event in some if event["sequence_number"] > after):
                 yield lines
 
 
-async def _told(
+async def _certain_events(
     services: Services, found: _FoundResponse, caller: Caller, events: AsyncGenerator[PartialEvent | None]
 ) -> AsyncGenerator[list[Json] | None]:
     """Yield the events of a response as they become certain, and None when it is silent. An error is the last one."""

@@ -66,7 +66,7 @@ class MessageItem(_ResponsePart):
 
 
 class ReasoningItem(_ResponsePart):
-    """What the model thought before it answered. It has no summary."""
+    """The reasoning before an answer. It has no summary."""
 
     id: str
     type: Literal["reasoning"]

@@ -44,7 +44,7 @@ class Stretch:
 
     tokens: list[int]
     allowed: list[Allowed]  # one more than tokens
-    open: bool  # it allows several tokens after the last that don't end the text, and told so soon
+    open: bool  # after the last it allows several tokens that don't end the text, and its masks took less than _SLOW_S
 
 
 class Constraint:

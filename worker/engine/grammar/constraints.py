@@ -26,7 +26,7 @@ class _Held:
     """A sequence's grammar, and what it allows at its newest token."""
 
     constraint: Constraint
-    committed: int  # ids that the constraint has been told, prompt included
+    committed: int  # ids that the constraint has taken, prompt included
     future: Stretches | None = None
     index: int = 0  # in the result of the future
 

@@ -121,7 +121,7 @@ class TreeMasks:
             return []
         paths = [forest.path(node) for node in nodes.tolist()]
         trees = forest.tree[nodes].tolist()
-        order = sorted(range(len(nodes)), key=lambda i: (trees[i], paths[i]))  # neighbours share most of their paths
+        order = sorted(range(len(nodes)), key=lambda i: (trees[i], paths[i]))  # adjacent paths share most tokens
         walks = []
         for i in order:
             sequence = forest.sequences[trees[i]]
