@@ -10,6 +10,7 @@ from fractions import Fraction
 from typing import Any, Final
 
 from jobs.grammar.negation import ASSERTIONS
+from jobs.grammar.numbers import is_number
 from jobs.grammar.references import References
 from jobs.grammar.trial import is_found
 
@@ -27,11 +28,6 @@ _TYPES: Final[dict[str, Callable[[Any], bool]]] = {
 
 class NotEvaluated(Exception):
     """A keyword that is not evaluated here."""
-
-
-def is_number(value: Any) -> bool:
-    """Return whether a value is a number of JSON."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def equal(first: Any, second: Any) -> bool:

@@ -24,7 +24,7 @@ def number_keywords(schema: Mapping[str, Any]) -> dict[str, Any]:
     Raise RequestRefused, whose `param` is the keyword.
     """
     for name in NAMES:
-        if name in schema and not _is_number(schema[name]) and not _is_draft_4(name, schema[name]):
+        if name in schema and not is_number(schema[name]) and not _is_draft_4(name, schema[name]):
             raise InvalidValue("must be a number", param=name)
     types = schema.get("type")
     whole = types == "integer" or (isinstance(types, list) and "integer" in types and "number" not in types)
@@ -107,7 +107,8 @@ def _multiple(value: float) -> float:
     return exact.numerator if exact.denominator == 1 else float(exact)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Return whether a value is a number of JSON."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

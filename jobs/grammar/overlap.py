@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from jobs.errors import RequestRefused
-from jobs.grammar.evaluation import NotEvaluated, is_number, is_valid
+from jobs.grammar.evaluation import NotEvaluated, is_valid
 from jobs.grammar.negation import ASSERTIONS
+from jobs.grammar.numbers import is_number
 from jobs.grammar.references import References, TooManySteps
 
 _TYPES: Final = frozenset({"null", "boolean", "number", "string", "array", "object"})

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai import OpenAI
 
 from tests.processes import ended
 
@@ -60,3 +61,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     down = subprocess.run([str(BASIC), "down"], env=environment, capture_output=True, text=True, check=False)
     assert down.returncode == 0, down.stderr
     assert ended(said["pid"])
+
+
+@pytest.fixture(scope="session")
+def client(service: Service) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{service.api_url}/v1", api_key="unused") as client:
+        yield client

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import time
-from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import openai
@@ -23,12 +22,6 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 FINAL = {"completed", "failed", "expired", "cancelled"}
 
 Model = TypeVar("Model", bound=BaseModel)
-
-
-@pytest.fixture(scope="module")
-def client(service: Service) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{service.api_url}/v1", api_key="unused") as client:
-        yield client
 
 
 def checked(reply: Model) -> Model:

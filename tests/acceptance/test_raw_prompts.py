@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 from openai import BadRequestError, OpenAI
 from openai.types import Completion, CompletionChoice
 
-from tests.acceptance.conftest import Service
 from tests.acceptance.test_openai import CHAT, COMPLETIONS, MODEL, ended, lines_of, submitted
 
 ROUNDING = 0.35  # of a log-probability in bfloat16
@@ -18,12 +16,6 @@ USER = {"role": "user", "content": "Name two rivers."}
 PREFIX = {"role": "assistant", "content": "The two rivers are the ", "prefix": True}
 CONTEXT = "The capital of France is"
 ENDINGS = [" Paris", " Rome", " a dog that never sleeps"]
-
-
-@pytest.fixture(scope="module")
-def client(service: Service) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{service.api_url}/v1", api_key="unused") as client:
-        yield client
 
 
 @cache

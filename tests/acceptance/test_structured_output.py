@@ -65,12 +65,6 @@ SCHEMAS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def client(service: Service) -> Any:
-    with OpenAI(base_url=f"{service.api_url}/v1", api_key="unused") as client:
-        yield client
-
-
 def asked(schema: dict[str, Any]) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
 

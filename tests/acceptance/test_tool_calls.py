@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -45,12 +44,6 @@ ASKED: Any = {
     "seed": 3,
     "parallel_tool_calls": False,
 }
-
-
-@pytest.fixture(scope="module")
-def client(service: Service) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{service.api_url}/v1", api_key="unused") as client:
-        yield client
 
 
 def calls_of(answer: ChatCompletion) -> list[tuple[str, Any]]:

@@ -187,7 +187,7 @@ def _tokens(folder: Path, weights: dict[str, Tensor], shape: Eagle3Shape, target
 
 
 def _load(folder: Path, network: Eagle3Network, weights: Mapping[str, Tensor]) -> None:
-    """Load the weights under the names of the network; raises ModelRefused if some are missing, of another size, or unknown."""
+    """Load the weights; raises ModelRefused if some are missing, of another size, or unknown."""
     renamed = {_network_name(key): weight for key, weight in weights.items()}
     try:
         network.load_state_dict(renamed)

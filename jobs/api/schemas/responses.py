@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel
 
+from jobs.openai.response_items import ItemStatus
+
 Json = dict[str, Any]
-ItemStatus = Literal["in_progress", "completed", "incomplete"]
 ResponseStatus = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 
 
@@ -49,7 +50,7 @@ class InputText(_ResponsePart):
 
 
 class ReasoningText(_ResponsePart):
-    """The text of a reasoning."""
+    """The text of a reasoning item."""
 
     type: Literal["reasoning_text"]
     text: str

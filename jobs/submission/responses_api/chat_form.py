@@ -227,9 +227,7 @@ def _tool(value: Any, param: str) -> Any:
     if not isinstance(value, dict) or isinstance(value.get("function"), dict):
         return value
     if value.get("type") != "function":
-        raise UnsupportedParameter(
-            f"Only tools of type function are supported, not {shown(value.get('type'))}.", param=f"{param}.type"
-        )
+        raise _other_tool(value, param)
     refuse_unknown(value, _FUNCTION_HINTS.union(_FUNCTION), f"{param}.")
     return {"type": "function", "function": {name: value[name] for name in _FUNCTION if value.get(name) is not None}}
 
@@ -246,9 +244,12 @@ def _tool_choice(value: Any) -> Any:
             return {"type": "allowed_tools", "allowed_tools": allowed}
         case "function" | "allowed_tools":
             return value
-    raise UnsupportedParameter(
-        f"Only tools of type function are supported, not {shown(value.get('type'))}.", param="tool_choice.type"
-    )
+    raise _other_tool(value, "tool_choice")
+
+
+def _other_tool(value: Json, param: str) -> UnsupportedParameter:
+    what = shown(value.get("type"))
+    return UnsupportedParameter(f"Only tools of type function are supported, not {what}.", param=f"{param}.type")
 
 
 def _include(value: Any) -> Sequence[str]:

@@ -23,29 +23,30 @@ _DEFINES = {torch.bfloat16: ("-DBFLOAT16",), torch.float32: ()}
 _SIZE, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
 
 
-def _fields(names: str, kind: Any) -> list[tuple[str, Any]]:
+def members(names: str, kind: Any) -> list[tuple[str, Any]]:
+    """Return members of a C structure, all of one type."""
     return [(name, kind) for name in names.split()]
 
 
 class Product(ctypes.Structure):
     """`product_t`: one packed weight [columns, inputs]."""
 
-    _fields_ = _fields("weight bias", _ADDRESS) + _fields("columns inputs", _SIZE)
+    _fields_ = members("weight bias", _ADDRESS) + members("columns inputs", _SIZE)
 
 
 class View(ctypes.Structure):
     """`view_t`: the KV entries that each row of a step attends to."""
 
-    _fields_ = _fields("first prefix extra_start extra group_start", _ADDRESS) + _fields("groups end", _SIZE)
+    _fields_ = members("first prefix extra_start extra group_start", _ADDRESS) + members("groups end", _SIZE)
 
 
 class Plan(ctypes.Structure):
     """`plan_t`: the rows of a step and the KV slots they go to."""
 
     _fields_ = (
-        _fields("rows heads kv_heads dim capacity", _SIZE)
-        + _fields("slot index", _ADDRESS)
-        + _fields("scale", ctypes.c_float)
+        members("rows heads kv_heads dim capacity", _SIZE)
+        + members("slot index", _ADDRESS)
+        + members("scale", ctypes.c_float)
     )
 
 
@@ -53,10 +54,10 @@ class Heads(ctypes.Structure):
     """`heads_t`: queries, keys and values of one layer."""
 
     _fields_ = (
-        _fields("query key value", _ADDRESS)
-        + _fields("query_row query_head key_row key_head value_row value_head", _SIZE)
-        + _fields("cos sin query_norm key_norm", _ADDRESS)
-        + _fields("eps", ctypes.c_float)
+        members("query key value", _ADDRESS)
+        + members("query_row query_head key_row key_head value_row value_head", _SIZE)
+        + members("cos sin query_norm key_norm", _ADDRESS)
+        + members("eps", ctypes.c_float)
     )
 
 
@@ -64,29 +65,29 @@ class LayerWeights(ctypes.Structure):
     """`layer_t`: the weights of one decoder layer."""
 
     _fields_ = (
-        _fields("norm_1 norm_2 query_norm key_norm", _ADDRESS)
-        + _fields("qkv o gate_up down", Product)
-        + _fields("view tap", _SIZE)
+        members("norm_1 norm_2 query_norm key_norm", _ADDRESS)
+        + members("qkv o gate_up down", Product)
+        + members("view tap", _SIZE)
     )
 
 
 class Scratch(ctypes.Structure):
     """`scratch_t`: buffers for the intermediate rows of a step."""
 
-    _fields_ = _fields("normed stacked mixed gated", _ADDRESS)
+    _fields_ = members("normed stacked mixed gated", _ADDRESS)
 
 
 class Network(ctypes.Structure):
     """`network_t`: a whole model; `unit` and `join` are set for a draft head."""
 
     _fields_ = (
-        _fields("embedding cos sin layers", _ADDRESS)
-        + _fields("count width layer_size taps", _SIZE)
-        + _fields("eps", ctypes.c_float)
-        + _fields("norm", _ADDRESS)
-        + _fields("output", Product)
-        + _fields("unit", _ADDRESS)
-        + _fields("join", Product)
+        members("embedding cos sin layers", _ADDRESS)
+        + members("count width layer_size taps", _SIZE)
+        + members("eps", ctypes.c_float)
+        + members("norm", _ADDRESS)
+        + members("output", Product)
+        + members("unit", _ADDRESS)
+        + members("join", Product)
     )
 
 
@@ -94,9 +95,9 @@ class Forward(ctypes.Structure):
     """`forward_t`: inputs and outputs of one forward of a network."""
 
     _fields_ = (
-        _fields("ids positions kept", _ADDRESS)
-        + _fields("count", _SIZE)
-        + _fields("states x cos sin joined last tapped logits", _ADDRESS)
+        members("ids positions kept", _ADDRESS)
+        + members("count", _SIZE)
+        + members("states x cos sin joined last tapped logits", _ADDRESS)
     )
 
 

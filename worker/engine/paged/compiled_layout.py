@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worker.engine.cpu.compiler import EXACT, library
-from worker.engine.cpu.kernels import address, bound
+from worker.engine.cpu.kernels import address, bound, members
 from worker.engine.paged import work
 from worker.engine.segments import IntArray, Segments
 
@@ -23,15 +23,11 @@ _SIZE, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
 _COLUMNS = ("slots", "prefixes", "starts", "counts", "chains", "ids", "positions", "kept", "visible_counts", "visible")
 
 
-def _fields(names: str, kind: Any) -> list[tuple[str, Any]]:
-    return [(name, kind) for name in names.split()]
-
-
 class SegmentArrays(ctypes.Structure):
     """`segments_t`: the segments of a forward."""
 
     _fields_ = (
-        *_fields("segments rows kept_rows", _SIZE),
+        *members("segments rows kept_rows", _SIZE),
         *((name, _ADDRESS) for name in _COLUMNS),
     )
     columns: list[NDArray[Any]]  # keeps the arrays
@@ -40,13 +36,13 @@ class SegmentArrays(ctypes.Structure):
 class BlockTables(ctypes.Structure):
     """`tables_t`: the blocks of all slots."""
 
-    _fields_ = (*_fields("tables held references", _ADDRESS), *_fields("width slots block_size", _SIZE))
+    _fields_ = (*members("tables held references", _ADDRESS), *members("width slots block_size", _SIZE))
 
 
 class ShapeSizes(ctypes.Structure):
     """`shape_t`: sizes of a forward."""
 
-    _fields_ = _fields("rows kept sequences listed causal shares tile chunk max_listed", _SIZE)
+    _fields_ = members("rows kept sequences listed causal shares tile chunk max_listed", _SIZE)
 
 
 class CompiledLayout:
