@@ -15,7 +15,8 @@ from jobs.api.http.body import Body
 from jobs.api.http.multipart import read_expires_after_s
 from jobs.api.schemas import serializers
 from jobs.api.schemas.openapi import BATCH_BODY, ERRORS
-from jobs.api.schemas.replies import BatchPage, BatchReply, responses
+from jobs.api.schemas.replies import BatchPage, BatchReply
+from jobs.api.schemas.route_responses import responses
 from jobs.api.submissions import IDEMPOTENCY_KEY, json_object, read_endpoint, read_window_s, require_json
 from jobs.api.write_threads import run_write
 from jobs.errors import InvalidValue, MissingParameter, NotFound

@@ -23,7 +23,7 @@ from jobs.api.dependencies import CurrentServices, Services, find_job
 from jobs.api.http.body import Body
 from jobs.api.http.event_stream import event_stream
 from jobs.api.schemas.openapi import CHAT_BODY, COMPLETION_BODY, ERRORS
-from jobs.api.schemas.replies import CHAT, TEXT
+from jobs.api.schemas.route_responses import CHAT, TEXT
 from jobs.api.submissions import require_json
 from jobs.api.write_threads import run_write
 from jobs.errors import BasicError, InvalidValue

@@ -18,7 +18,8 @@ from jobs.api.http.body import chunked
 from jobs.api.http.multipart import UploadForm
 from jobs.api.schemas import serializers
 from jobs.api.schemas.openapi import ERRORS, UPLOAD_BODY
-from jobs.api.schemas.replies import BYTES, FileDeleted, FilePage, FileReply, responses
+from jobs.api.schemas.replies import FileDeleted, FilePage, FileReply
+from jobs.api.schemas.route_responses import BYTES, responses
 from jobs.api.write_threads import run_write
 from jobs.client.gunzip import MaybeGzip, without_gz
 from jobs.errors import InvalidValue, NotFound

@@ -18,7 +18,7 @@ from jobs.api.http.event_stream import event_stream
 from jobs.api.routes.job_outputs import CURSOR, followed_lines, output_lines
 from jobs.api.schemas import serializers
 from jobs.api.schemas.openapi import ERRORS, JOB_BODY
-from jobs.api.schemas.replies import EVENTS, JOB, JOBS, LINES, STATISTICS
+from jobs.api.schemas.route_responses import EVENTS, JOB, JOBS, LINES, STATISTICS
 from jobs.api.submissions import max_body_bytes, read_submission
 from jobs.api.write_threads import run_write
 from jobs.errors import InvalidValue

@@ -24,7 +24,7 @@ from jobs.api.http.body import Body
 from jobs.api.http.event_stream import event_stream
 from jobs.api.schemas import serializers
 from jobs.api.schemas.openapi import ERRORS, RESPONSE_BODY
-from jobs.api.schemas.replies import INPUT_ITEMS, RESPONSE, STREAMED_RESPONSE
+from jobs.api.schemas.route_responses import INPUT_ITEMS, RESPONSE, STREAMED_RESPONSE
 from jobs.api.submissions import require_json
 from jobs.api.write_threads import run_write
 from jobs.errors import BasicError, InvalidValue, NotCancellable, NotFound

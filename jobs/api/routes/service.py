@@ -15,7 +15,7 @@ from jobs.api.auth.caller import CurrentCaller
 from jobs.api.dependencies import CurrentServices
 from jobs.api.schemas import serializers
 from jobs.api.schemas.openapi import ERRORS
-from jobs.api.schemas.replies import HEALTH, JOB_ROWS, MODEL, MODELS, READY, STATISTICS, WORKERS
+from jobs.api.schemas.route_responses import HEALTH, JOB_ROWS, MODEL, MODELS, READY, STATISTICS, WORKERS
 from jobs.errors import NotFound
 from jobs.submission.models import known_models
 from storage import queries

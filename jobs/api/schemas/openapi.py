@@ -10,7 +10,8 @@ from typing import Any, Final, get_args
 
 from fastapi import FastAPI
 
-from jobs.api.schemas.replies import ErrorReply, examples, streamed_schemas
+from jobs.api.schemas.replies import ErrorReply
+from jobs.api.schemas.route_responses import examples, streamed_schemas
 from jobs.messages import CHAT_ENDPOINT, MAX_COMPARED_REQUESTS, MAX_STOP_STRINGS, Endpoint, SamplingParameters
 from jobs.submission.fields import PARAMETERS, Treatment, field_of
 from jobs.submission.parameters.tools import MAX_TOOLS
