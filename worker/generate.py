@@ -101,7 +101,9 @@ def request_for(
     logprobs: int | None = None,
     grammar: GrammarSpec | None = None,
 ) -> GenerationRequest:
-    """Return a request of one prompt. Raises pydantic's ValidationError for values out of range."""
+    """Return a request of one prompt. Raises ValueError for values out of range."""
+    if max_tokens == 0:  # valid only of requests that ask for something of the prompt
+        raise ValueError("max_tokens must be at least 1, not 0")
     sampling = SamplingParameters(
         max_tokens=max_tokens, temperature=temperature, seed=seed, stop=tuple(stop), logprobs=logprobs
     )
