@@ -134,15 +134,8 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
     ends, width = eos_ids(tokenizer, model.generation_config), logits.shape[-1]
     grammars = GrammarVocabulary(partial(grammar_tokenizer, tokenizer, ends, width), ends, width, vocabulary)
     defaults, ignored = sampling_defaults(model.generation_config, settings.generation_config)
-    codec = Codec(
-        tokenizer,
-        ends,
-        options.max_context,
-        vocabulary,
-        settings.special_in_content,
-        settings.reasoning_parser,
-        defaults,
-    )
+    modes = (settings.special_in_content, settings.reasoning_parser, defaults)
+    codec = Codec(tokenizer, ends, options.max_context, vocabulary, *modes)
     for finding in (*codec.findings, *ignored):
         on_message(finding)
     on_message("Calibrating")
