@@ -102,9 +102,12 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
 def release_memory(store: Tensor, slot: int, kept: int, parts: int = 1) -> None:
     """Give memory of lazy zeros [layers, slots, …] back to the operating system until it is written again.
 
-    A slot is contiguous, in `parts` parts of one size; of each part the first `kept` numbers stay.
+    A slot is contiguous, in `parts` parts of one size; of each part the first `kept` numbers stay. Memory that can't be
+    given back is overwritten if the slot is emptied: what a text left there may be NaN, and weight 0 times NaN is NaN.
     """
     if _LIBC is None or store.device.type != "cpu":
+        if not kept:
+            store[:, slot] = 0.0
         return
     layer_bytes, slot_bytes = (store.stride(axis) * store.element_size() for axis in (0, 1))
     part_bytes, kept_bytes, page = slot_bytes // parts, kept * store.element_size(), mmap.PAGESIZE

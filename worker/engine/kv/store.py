@@ -20,7 +20,7 @@ class KvStore(Protocol):
         """Copy the first `length` entries of slot `source` to slot `target`; paged KV shares full blocks instead."""
 
     def truncate(self, slot: int, length: int) -> None:
-        """Free the memory of a slot beyond its first `length` entries; dense layouts on a GPU keep it."""
+        """Free the memory of a slot beyond its first `length` entries; dense layouts on a GPU zero an emptied slot."""
 
     def poison(self, slot: int) -> None:
         """Overwrite a slot with a value that shows in any output that reads it (tests only)."""

@@ -15,6 +15,7 @@ import torch
 from tests.models import ARCHITECTURES, packed, tiny
 from tests.unit.worker.engine.harness import PROMPTS, decode, drafter, engine, options, outputs, sequences
 from worker.engine.errors import ModelRefused, OutOfSlots
+from worker.engine.kv import dense
 from worker.engine.kv.dense import DenseKv, lazy_zeros
 from worker.engine.kv.slot_allocator import SlotAllocator
 from worker.engine.model.architecture import batch_dependent_rope, max_positions, refuse_unsupported
@@ -96,6 +97,21 @@ def test_freed_slots_leak_nothing_into_later_texts() -> None:
         decode(engine(model, drafter("random"), options(Mode.PAPER, max_sequences=2)), some)
         assert outputs(some) == outputs(expected)
         model.kv.poison(0)
+
+
+def test_what_a_text_left_in_memory_that_cannot_be_given_back_reaches_no_later_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dense, "_LIBC", None)  # as on a GPU
+    model = tiny("llama")
+    model.set_attn_implementation(ATTENTION_NAME)
+    target = PackedModel(model, slots=2, capacity=64, cpu_kernels=False, paged=False)
+    texts = [chain(0, 0, [2, 3], keep_last=True), chain(1, 0, list(range(2, 20)), keep_last=True)]
+    fresh = target.forward(texts)
+    target.kv.poison(0)
+    target.truncate(0, 0)
+    target.truncate(1, 0)
+    assert torch.equal(target.forward(texts), fresh)
 
 
 @pytest.mark.parametrize("seed", range(4))
