@@ -5,9 +5,11 @@ Start `basic up`, then: python examples/our_client.py. If the service requires a
 
 from __future__ import annotations
 
+from typing import Any
+
 from jobs import Client
 
-PROMPTS = [
+PROMPTS: list[str | dict[str, Any]] = [
     "What is the capital of Portugal?",
     {"custom_id": "rivers", "prompt": "Name two rivers.", "temperature": 0.7, "seed": 1},
     {"custom_id": "broken", "prompt": "This line fails alone.", "temperature": -1},
