@@ -16,6 +16,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
+from torch.nn import Module
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -72,12 +73,35 @@ ARCHITECTURES: dict[str, Callable[[dict[str, Any]], PreTrainedModel]] = {
 
 def tiny(architecture: str = "llama", seed: int = 0, vocab: int = VOCAB, **shape: int) -> PreTrainedModel:
     """Return a random float32 model of an architecture; the same seed gives the same weights."""
-    return copy.deepcopy(_tiny(architecture, seed, vocab, **shape))
+    made = _tiny(architecture, seed, vocab, **shape)
+    model = _copied(made, {})
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _copied(module: Module, copies: dict[int, Any]) -> Module:
+    """Return what copy.deepcopy returns, in a third of the time: empty containers, which are most, are made anew.
+
+    `copies` has the copies made so far by the id of the original, as in copy.deepcopy.
+    """
+    if id(module) in copies:
+        found: Module = copies[id(module)]
+        return found
+    copied = copies[id(module)] = module.__new__(type(module))
+    for name, value in vars(module).items():
+        if name == "_modules":
+            own: Any = {key: None if child is None else _copied(child, copies) for key, child in value.items()}
+        elif isinstance(value, dict | set | list) and not value:
+            own = type(value)()
+        else:
+            own = copy.deepcopy(value, copies)
+        vars(copied)[name] = own
+    return copied
 
 
 @cache
 def _tiny(architecture: str, seed: int, vocab: int, **shape: int) -> PreTrainedModel:
-    """Make a model once per process: a copy takes half the time."""
+    """Make a model once per process: a copy takes a sixth of the time."""
     torch.manual_seed(seed)
     model = ARCHITECTURES[architecture]({**SHAPE, "vocab_size": vocab, **shape})
     model.train(False)
