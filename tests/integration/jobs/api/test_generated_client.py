@@ -6,25 +6,32 @@ import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
+from jobs.api.app import make_api
+from jobs.settings import JobsSettings
 from storage.session import Database
-from tests.unit.jobs.api.test_openapi import api, document
 from tests.unit.jobs.api.test_routes import answer_all
 
-__all__ = ["api", "document"]  # fixtures
+
+@pytest.fixture
+def api(database: Database, tmp_path: Path) -> Iterator[TestClient]:
+    settings = JobsSettings(data_dir=tmp_path, redis_url="redis://127.0.0.1:1/0", target="tiny", max_requests=5)
+    with TestClient(make_api(settings, database, lambda job_id, model: None)) as client:
+        yield client
 
 
 @pytest.mark.filterwarnings("ignore:invalid decimal literal")  # in generated code that is not formatted
 def test_a_client_that_is_generated_from_the_document_submits_and_reads_a_job(
-    api: TestClient, document: dict[str, Any], database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    api: TestClient, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     described, settings, package = tmp_path / "openapi.json", tmp_path / "settings.json", tmp_path / "generated_client"
-    described.write_text(json.dumps(document))
+    described.write_text(api.get("/openapi.json").text)
     settings.write_text('{"post_hooks": []}')  # they would format the code
     command = [sys.executable, "-m", "openapi_python_client", "generate", "--meta", "none"]
     command += ["--path", str(described), "--output-path", str(package), "--config", str(settings)]
