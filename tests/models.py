@@ -80,7 +80,7 @@ def tiny(architecture: str = "llama", seed: int = 0, vocab: int = VOCAB, **shape
 
 
 def _copied(module: Module, copies: dict[int, Any]) -> Module:
-    """Return what copy.deepcopy returns, in a third of the time: empty containers, which are most, are made anew.
+    """Return what copy.deepcopy returns, in a third of the time: empty containers, which are most, are new.
 
     `copies` has the copies made so far by the id of the original, as in copy.deepcopy.
     """
