@@ -1,4 +1,4 @@
-"""What client libraries do with a service, each with its own code unchanged: `python client_libraries.py URL`.
+"""What client libraries do with a service, unchanged: `python -m tests.acceptance.client_libraries URL`.
 
 It runs in an environment of its own, because the libraries need other versions of packages than the service. It prints
 a line of JSON for each check: name, and the error if it failed.
@@ -7,11 +7,9 @@ a line of JSON for each check: name, and the error if it failed.
 from __future__ import annotations
 
 import enum
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 import instructor
@@ -23,6 +21,8 @@ from pydantic import BaseModel, Field
 from pydantic_ai import Agent
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
+
+from tests.acceptance.library_checks import run_checks
 
 MODEL = "smollm2-135m-instruct"
 ASKED = "Paris has 14 degrees celsius."
@@ -113,16 +113,5 @@ class Checks:
         assert agent.run_sync("What time is it in UTC?").output
 
 
-def main(url: str) -> None:
-    print(json.dumps({"versions": {package: version(package) for package in PACKAGES}}))
-    for name, check in Checks(url).all().items():
-        try:
-            check()
-            error = None
-        except Exception as failed:  # of any library
-            error = f"{type(failed).__name__}: {failed}"[:500]
-        print(json.dumps({"check": name, "error": error}), flush=True)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_checks(PACKAGES, Checks(sys.argv[1]).all())

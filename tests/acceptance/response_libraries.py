@@ -1,4 +1,4 @@
-"""What libraries that call /v1/responses do with a service, unchanged: `python response_libraries.py URL`.
+"""What libraries do with /v1/responses, unchanged: `python -m tests.acceptance.response_libraries URL`.
 
 It runs in an environment of its own and prints lines of JSON, like client_libraries.py.
 """
@@ -10,7 +10,6 @@ import json
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from chatlas import ChatOpenAI
 from openai import OpenAI
 from openbatch import BatchCollector
 from pydantic import BaseModel, Field
+
+from tests.acceptance.library_checks import run_checks
 
 MODEL = "smollm2-135m-instruct"
 PACKAGES = ("chatlas", "autobatcher", "openbatch", "openai")
@@ -83,17 +84,7 @@ class ResponseChecks:
         assert City.model_validate_json(texts["class"])
 
 
-def main(url: str) -> None:
-    print(json.dumps({"versions": {package: version(package) for package in PACKAGES}}))
-    checks = ResponseChecks(url)
-    for name in ("chatlas_turns", "chatlas_stream", "chatlas_structured", "autobatcher_flex", "openbatch_responses"):
-        try:
-            getattr(checks, name)()
-            error = None
-        except Exception as failed:  # of any library
-            error = f"{type(failed).__name__}: {failed}"[:500]
-        print(json.dumps({"check": name, "error": error}), flush=True)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    some = ResponseChecks(sys.argv[1])
+    names = ("chatlas_turns", "chatlas_stream", "chatlas_structured", "autobatcher_flex", "openbatch_responses")
+    run_checks(PACKAGES, {name: getattr(some, name) for name in names})

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize(
     ("script", "environment", "count"),
-    [("client_libraries.py", "clients", 9), ("response_libraries.py", "clients-responses", 5)],
+    [("client_libraries", "clients", 9), ("response_libraries", "clients-responses", 5)],
 )
 def test_client_libraries_get_the_objects_and_calls_that_they_ask_for(
     service: Service, script: str, environment: str, count: int
@@ -23,8 +23,8 @@ def test_client_libraries_get_the_objects_and_calls_that_they_ask_for(
     python = ROOT / ".venv" / environment / "bin" / "python"
     if not python.exists():
         pytest.skip("the libraries need environments of their own: make clients")
-    command = [str(python), "-P", str(Path(__file__).with_name(script)), service.api_url]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    command = [str(python), "-m", f"tests.acceptance.{script}", service.api_url]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=280)
     assert ran.returncode == 0, ran.stderr
     _, *checks = map(json.loads, ran.stdout.splitlines())
     assert {check["check"]: check["error"] for check in checks if check["error"]} == {}
