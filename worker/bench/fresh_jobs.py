@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -110,7 +111,9 @@ def main(
     batches: Annotated[str, typer.Option(help="Batch sizes, comma-separated; jobs take turns.")] = "64,16,8,1",
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="Sampling temperature.")] = 0.0,
-    database: Annotated[str, typer.Option(help="URL of the database that keeps what is learned.")] = "sqlite://",
+    database: Annotated[
+        str | None, typer.Option(help="URL of the database that keeps what is learned; default: one for this run.")
+    ] = None,
     only: Annotated[int | None, typer.Option(help="Run this job alone, in this process.", hidden=True)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
@@ -119,19 +122,17 @@ def main(
     Example: python -m worker.bench.fresh_jobs --jobs 20 --database sqlite:///learned.db
     """
     sizes = parse_batches(batches)
-    with readable_errors():
+    with readable_errors(), TemporaryDirectory() as folder:
+        kept = database or f"sqlite:///{folder}/learned.db"
         if only is not None:
-            print(
-                json.dumps(
-                    asdict(_run_here(target, prompts, database, only, TwinPlan(sizes[0], temperature, max_tokens)))
-                )
-            )
+            job = TwinPlan(sizes[0], temperature, max_tokens)
+            print(json.dumps(asdict(_run_here(target, prompts, kept, only, job))))
             return
-        upgrade(database)
+        upgrade(kept)
         passed = [
             *(("--target", target) if target else ()),
             *(("--prompts", str(prompts)) if prompts else ()),
-            *("--max-tokens", str(max_tokens), "--temperature", str(temperature), "--database", database),
+            *("--max-tokens", str(max_tokens), "--temperature", str(temperature), "--database", kept),
         ]
         results = []
         for number in range(jobs):
