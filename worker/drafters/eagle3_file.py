@@ -20,7 +20,7 @@ from transformers import LlamaConfig
 
 from worker.drafters.eagle3_network import Eagle3Network, Eagle3Shape
 from worker.engine.errors import ModelRefused
-from worker.engine.model.checkpoint import EAGLE_3, draft_kind, read_config
+from worker.engine.model.checkpoint import EAGLE_3, as_model_refused, draft_kind, read_config
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the length of the text
 _LAYER_FIELDS = ("hidden_size", "intermediate_size", "num_attention_heads", "rms_norm_eps", "vocab_size")
@@ -60,8 +60,9 @@ def read_eagle3(folder: Path, target: TargetShape) -> Eagle3Head:
     """Read a published head. Raises ModelRefused if it is damaged or does not fit the target."""
     config = read_config(folder)
     weights = _weights(folder)
-    shape = _shape(folder, config, weights, target)
-    network = Eagle3Network(shape)
+    with as_model_refused(f"{folder}/config.json does not describe an EAGLE-3 head"):
+        shape = _shape(folder, config, weights, target)
+        network = Eagle3Network(shape)
     tokens, output = _tokens(folder, weights, shape, target), weights.pop("lm_head.weight", None)
     embedding = weights.pop("embed_tokens.weight", None)
     _require(output is None or len(output) == len(tokens), folder, "output rows", output, len(tokens))

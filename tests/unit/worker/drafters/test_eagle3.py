@@ -287,6 +287,8 @@ def test_a_head_that_does_not_fit_is_refused_with_the_two_numbers(tmp_path: Path
     ("config", "weights", "words"),
     [
         ({"hidden_size": None}, {}, "lacks hidden_size"),
+        ({"eagle_config": ["x"]}, {}, "config.json does not describe an EAGLE-3 head"),
+        ({"num_attention_heads": 0, "head_dim": None}, {}, "config.json does not describe an EAGLE-3 head"),
         ({"model_type": "qwen3"}, {}, "a layer of qwen3"),
         ({"draft_vocab_size": 7}, {}, f"maps {len(PROPOSED)} tokens, and its draft_vocab_size is 7"),
         ({"rope_scaling": {"rope_type": "longrope"}}, {}, "rotary embeddings of type longrope"),
