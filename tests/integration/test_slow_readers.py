@@ -69,5 +69,5 @@ def test_subscribers_that_never_read_are_cut_off_and_slow_nobody(port: int) -> N
         took_s, longest_s = publish_to_a_reader(port, "job")
         assert client.client_list("pubsub") == []
         assert client.info("memory")["used_memory_peak"] < DEAF * 12e6 < DEAF * SENT_BYTES
-    assert longest_s < took_s / 10, "who publishes waits for nobody"
+    assert longest_s < took_s / 10, "a publisher does not wait for its readers"
     assert took_s < 10 * alone_s, "and its readers wait for no other one"

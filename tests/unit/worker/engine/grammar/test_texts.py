@@ -103,7 +103,7 @@ def test_texts_do_not_depend_on_draft_mode_or_batch(mode: Mode, kind: str) -> No
     assert outputs(some) == plain()
     if mode is Mode.PAPER:  # the other one drafts where time says that it pays
         sources = {r.stats.drafter for r in results}
-        assert {"grammar", kind, f"{kind}+grammar"} <= sources, "the network did not go on below forced tokens"
+        assert {"grammar", kind, f"{kind}+grammar"} <= sources, "the network did not draft below forced tokens"
 
 
 @pytest.mark.parametrize("nodes", [1, 60])
