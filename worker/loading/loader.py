@@ -164,7 +164,9 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
         costs=costs,
         draft_times=draft_times,
         speculation_state=SpeculationState.of(*draft_times),
-        draft_identity=_draft_identity(name, draft.name, shown_device, _kind(settings, target, device)),
+        draft_identity=_draft_identity(
+            name, draft.name, shown_device, (settings.mode, *_kind(settings, target, device))
+        ),
     )
 
 
@@ -197,7 +199,7 @@ def _cost_key(
 
 
 def _kind(settings: WorkerSettings, target: PackedModel, device: torch.device) -> tuple[object, ...]:
-    """Return what changes the speed of the same model: device, mode, parallelism, dtype, threads, versions."""
+    """Return what changes the speed of the same model: device, parallelism, dtype, threads, versions."""
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     versions = (torch.__version__, transformers.__version__, target.version)
-    return (device_name, settings.mode, settings.tp, str(target.dtype), torch.get_num_threads(), *versions)
+    return (device_name, settings.tp, str(target.dtype), torch.get_num_threads(), *versions)
