@@ -85,13 +85,17 @@ def _functions(tools: Any) -> tuple[FunctionTool, ...]:
     return functions
 
 
+def other_tool(tool: Mapping[str, Any], param: str) -> UnsupportedParameter:
+    """Return the refusal of a tool, or of a choice, that is not of type function."""
+    what = shown(tool.get("type"))
+    return UnsupportedParameter(f"Only tools of type function are supported, not {what}.", param=f"{param}.type")
+
+
 def _tool(tool: Any, param: str) -> FunctionTool:
     if not isinstance(tool, dict):
         raise InvalidValue(f"A tool is an object with type and function, not {kind(tool)}.", param=param)
     if tool.get("type", "function") != "function":
-        raise InvalidValue(
-            f"must be function, not {shown(tool['type'])}: no other tools run here", param=f"{param}.type"
-        )
+        raise other_tool(tool, param)
     function = tool.get("function")
     if not isinstance(function, dict):
         raise MissingParameter(

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from jobs.errors import InvalidValue, MissingParameter, RequestRefused, UnknownResponse, UnsupportedParameter
 from jobs.messages import RESPONSES_ENDPOINT, ChatMessage, Endpoint, ResponseOptions
+from jobs.submission.parameters.tools import other_tool
 from jobs.submission.values import boolean, check_metadata, kind, object_fields, refuse_unknown, shown, text
 
 Json = dict[str, Any]
@@ -227,7 +228,7 @@ def _tool(value: Any, param: str) -> Any:
     if not isinstance(value, dict) or isinstance(value.get("function"), dict):
         return value
     if value.get("type") != "function":
-        raise _other_tool(value, param)
+        raise other_tool(value, param)
     refuse_unknown(value, _FUNCTION_HINTS.union(_FUNCTION), f"{param}.")
     return {"type": "function", "function": {name: value[name] for name in _FUNCTION if value.get(name) is not None}}
 
@@ -244,12 +245,7 @@ def _tool_choice(value: Any) -> Any:
             return {"type": "allowed_tools", "allowed_tools": allowed}
         case "function" | "allowed_tools":
             return value
-    raise _other_tool(value, "tool_choice")
-
-
-def _other_tool(value: Json, param: str) -> UnsupportedParameter:
-    what = shown(value.get("type"))
-    return UnsupportedParameter(f"Only tools of type function are supported, not {what}.", param=f"{param}.type")
+    raise other_tool(value, "tool_choice")
 
 
 def _include(value: Any) -> Sequence[str]:

@@ -131,6 +131,12 @@ def test_an_invalid_tool_is_refused_with_its_line_and_place(fields: dict[str, An
     assert refusal(fields) == param
 
 
+def test_a_tool_of_another_type_is_an_unsupported_parameter() -> None:
+    failure = parsed({"tools": [{"type": "custom", "custom": {"name": "sql"}}]})
+    assert isinstance(failure, RequestFailure)
+    assert (failure.code, failure.param) == ("unsupported_parameter", "tools[0].type")
+
+
 def test_a_schema_that_can_t_be_held_is_refused_where_it_must_bind_and_is_any_object_elsewhere() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "array", "contains": {"type": "string"}}}}
     tool: dict[str, Any] = {"function": {"name": "f", "parameters": schema}}
