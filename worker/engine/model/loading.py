@@ -27,6 +27,7 @@ from worker.engine.model.checkpoint import as_model_refused, refuse_incomplete, 
 from worker.engine.model.equivalence_check import ATTRIBUTE, CHECK_ENTRIES, EquivalenceCheck, build_check
 from worker.engine.model.offload import OffloadOptions, is_offloaded
 from worker.engine.model.packed_model import run_layers
+from worker.engine.model.quantized_checkpoint import refuse_quantized
 from worker.engine.segments import Segment
 
 _GATHERED = (
@@ -51,6 +52,7 @@ def load(
     is missing, damaged or not supported.
     """
     with as_model_refused(f"{path} could not be loaded", ranks=ranks):
+        refuse_quantized(path)
         refuse_unreadable(path)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         refuse_unfit(path, config)

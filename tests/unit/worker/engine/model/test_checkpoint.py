@@ -1,4 +1,4 @@
-"""Incomplete, damaged or quantised checkpoints, and those of other models, are refused in one sentence."""
+"""Incomplete or damaged checkpoints, and those of other models, are refused in one sentence."""
 
 from __future__ import annotations
 
@@ -93,27 +93,6 @@ def test_tensors_outside_the_text_model_are_ignored(saved: Path, key: str, chang
 def test_a_layer_beyond_the_configuration_is_refused(saved: Path) -> None:
     configure(saved, num_hidden_layers=1)
     assert "model.layers.1" in refusal(saved)
-
-
-@pytest.mark.parametrize(
-    ("changes", "method"),
-    [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "GPTQ"),
-        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "AWQ"),
-        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
-        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
-        ({"quantization_config": {"quant_method": "of-tomorrow"}}, "of-tomorrow"),
-        ({"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
-    ],
-)
-def test_quantised_weights_are_refused_by_their_method(saved: Path, changes: dict[str, Any], method: str) -> None:
-    configure(saved, **changes)
-    assert f"are quantised ({method})" in refusal(saved)
-
-
-def test_a_configuration_file_of_a_quantiser_is_read(saved: Path) -> None:
-    (saved / "quantize_config.json").write_text("{}")
-    assert "are quantised (GPTQ)" in refusal(saved)
 
 
 def test_a_truncated_file_is_refused(saved: Path) -> None:
