@@ -21,7 +21,7 @@ from worker.loading import model_store
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 48}
 INT4_GROUPS = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "group_size": 128}}}
 
-# The keys are those of published checkpoints: what config.json has as `quantization_config`, and the words of a refusal.
+# Keys of published checkpoints: what config.json has as `quantization_config`, and the words of a refusal.
 IN_CONFIG: dict[str, tuple[dict[str, Any], str]] = {
     "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True, "sym": True}, "GPTQ 4-bit"),
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}, "AWQ 4-bit"),
