@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.models import VOCAB, tiny
+from worker.drafters.block import BlockDrafter, PackedBlock
+from worker.drafters.block_network import BlockNetwork, BlockShape
 from worker.drafters.head import HeadDrafter, PackedHead
 from worker.drafters.head_network import HeadNetwork, HeadShape, tapped_layers
 from worker.engine.kv.dense import POISON
@@ -70,3 +74,29 @@ def with_head(target: PreTrainedModel, *, cpu_kernels: bool = True) -> tuple[Pac
     model = tapped(target, cpu_kernels=cpu_kernels)
     assert model.hidden is not None
     return model, HeadDrafter(head, model.hidden, "head")
+
+
+def block_network(target: PreTrainedModel, layers: int = 1, seed: int = 0) -> BlockNetwork:
+    """Return a random block drafter for a target, of four depths, whose path head matters from the start."""
+    torch.manual_seed(seed)
+    shape = replace(BlockShape.of(target.config, layers, len(TOKENS)), depth=4, rank=8)
+    net = BlockNetwork(shape)
+    torch.nn.init.normal_(net.path.out.weight)
+    return net
+
+
+def packed_block(
+    target: PreTrainedModel, net: BlockNetwork, *, slots: int = 4, cpu_kernels: bool = True, paged: bool | None = None
+) -> PackedBlock:
+    """Pack a block drafter with its target's embeddings; call it before the target's layers are fused."""
+    rows = output_weights(target)[TOKENS].clone()
+    given = (embeddings(target), rows, TOKENS)
+    return PackedBlock(net, *given, slots=slots, capacity=1024, cpu_kernels=cpu_kernels, paged=paged)
+
+
+def with_block(target: PreTrainedModel, *, cpu_kernels: bool = True) -> tuple[PackedModel, BlockDrafter]:
+    """Return a target and a drafter with a random block drafter for it."""
+    block = packed_block(target, block_network(target), cpu_kernels=cpu_kernels)
+    model = tapped(target, cpu_kernels=cpu_kernels)
+    assert model.hidden is not None
+    return model, BlockDrafter(block, model.hidden, "block")

@@ -180,7 +180,7 @@ class HeadDrafter:
             segments = [
                 self._slots.tree_rows(forest, _sequence(forest, frontier[some]), frontier[some]) for some in by_tree
             ]
-            states = self._states[torch.from_numpy(_indices_of(forest.parent[nodes], self._parents))]
+            states = self._states[torch.from_numpy(indices_of(forest.parent[nodes], self._parents))]
         else:
             roots = [_sequence(forest, frontier[some]) for some in by_tree]
             segments = self._slots.catch_up(roots, self._feed, self._head.copy_prefix)
@@ -224,7 +224,7 @@ def _sequence(forest: Forest, nodes: IntArray) -> Sequence:
     return forest.sequences[int(forest.tree[nodes[0]])]
 
 
-def _indices_of(nodes: IntArray, among: IntArray) -> IntArray:
+def indices_of(nodes: IntArray, among: IntArray) -> IntArray:
     """Return the index in `among` of each of `nodes`."""
     order = np.argsort(among)
     indices: IntArray = order[np.searchsorted(among, nodes, sorter=order)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from worker.drafters.block_network import BlockNetwork, BlockShape
 from worker.drafters.eagle3_file import is_eagle3
 from worker.drafters.head_network import HeadNetwork, HeadShape
 from worker.engine.errors import ModelRefused
 from worker.engine.model.checkpoint import folder_of, read_config
 from worker.engine.model.loading import embeddings
 
-FORMAT = "basic-head-1"
+HEAD_FORMAT, BLOCK_FORMAT = "basic-head-1", "basic-block-1"
+_KINDS: dict[str, tuple[type[HeadShape], Callable[[Any], HeadNetwork]]] = {
+    HEAD_FORMAT: (HeadShape, HeadNetwork),
+    BLOCK_FORMAT: (BlockShape, BlockNetwork),
+}
 _CONFIG, _WEIGHTS = "config.json", "draft.safetensors"
 _TOKENS = "tokens"  # name of the tensor of ids that can be proposed
 _RETRY = "download the folder again, or train the head again"
@@ -84,7 +90,7 @@ def is_head(path: str) -> bool:
 
 def is_own_head(folder: Path) -> bool:
     """Return whether a directory holds a head that `basic draft train` wrote."""
-    return str(read_config(folder).get("format")).startswith("basic-head")
+    return str(read_config(folder).get("format")).startswith(("basic-head", "basic-block"))
 
 
 def write_head(folder: Path, network: HeadNetwork, tokens: Tensor, target: TargetIdentity) -> list[Path]:
@@ -93,7 +99,7 @@ def write_head(folder: Path, network: HeadNetwork, tokens: Tensor, target: Targe
     weights = {key: value.detach().cpu().bfloat16().contiguous() for key, value in network.state_dict().items()}
     save_file(weights | {_TOKENS: tokens.int()}, folder / _WEIGHTS)
     config = {
-        "format": FORMAT,
+        "format": BLOCK_FORMAT if isinstance(network, BlockNetwork) else HEAD_FORMAT,
         "shape": network.shape.as_json(),
         "target": {name: getattr(target, name) for name in TargetIdentity.__slots__},
         "sha256": file_sha256(folder / _WEIGHTS),
@@ -105,12 +111,14 @@ def write_head(folder: Path, network: HeadNetwork, tokens: Tensor, target: Targe
 def read_head(folder: str, target: TargetIdentity) -> Head:
     """Read a head for a target. Raises ModelRefused if it is damaged or was trained for another one."""
     config = read_config(Path(folder))
-    if config.get("format") != FORMAT:
-        raise ModelRefused(f"{folder} is a head of format {config.get('format')!r}; this version reads {FORMAT!r}")
+    if config.get("format") not in _KINDS:
+        known = " and ".join(map(repr, _KINDS))
+        raise ModelRefused(f"{folder} is a head of format {config.get('format')!r}; this version reads {known}")
+    shape_of, network_of = _KINDS[config["format"]]
     try:
-        shape, trained_for = HeadShape(**config["shape"] | {"taps": tuple(config["shape"]["taps"])}), config["target"]
+        shape, trained_for = shape_of(**config["shape"] | {"taps": tuple(config["shape"]["taps"])}), config["target"]
         _refuse_other(folder, trained_for, target)
-        network = HeadNetwork(shape)
+        network = network_of(shape)
     except (KeyError, TypeError) as error:
         raise ModelRefused(f"{folder}/{_CONFIG} is not the config of a head: {error}; {_RETRY}") from error
     weights = _weights(Path(folder), config.get("sha256"))

@@ -95,14 +95,16 @@ class DraftSlots:
                 self._fed.shrink(slot, cached)
         return [(slot.number, self._entries(slot.cached) + len(slot.nodes)) for slot, _, _ in state]
 
-    def catch_up(self, sequences: Seq[Sequence], feed: Feed, copy_prefix: CopyPrefix) -> list[Segment]:
+    def catch_up(
+        self, sequences: Seq[Sequence], feed: Feed, copy_prefix: CopyPrefix, max_rows: int = MAX_CATCH_UP_ROWS
+    ) -> list[Segment]:
         """Return the rows of each sequence's uncached tokens. The newest token is the root of this step's tree.
 
-        Shared prefixes, and tokens beyond `MAX_CATCH_UP_ROWS`, are fed at once.
+        Shared prefixes, and tokens beyond the last `max_rows`, are fed at once.
         """
         for sequence in sequences:
             self._share_prefix(sequence, feed, copy_prefix)
-            self._feed(self.of(sequence), len(sequence.ids) - MAX_CATCH_UP_ROWS, feed)
+            self._feed(self.of(sequence), len(sequence.ids) - max_rows, feed)
         return [self._uncached_rows(self.of(sequence)) for sequence in sequences]
 
     def tree_rows(self, forest: Forest, sequence: Sequence, nodes: IntArray) -> Segment:

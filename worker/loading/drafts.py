@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from jobs.messages import model_name
+from worker.drafters.block import head_drafter, pack_head
+from worker.drafters.block_network import BlockNetwork
 from worker.drafters.eagle3_file import TargetShape, is_eagle3, read_eagle3
 from worker.drafters.eagle3_network import Eagle3Network
-from worker.drafters.head import HeadDrafter, PackedHead
 from worker.drafters.head_file import is_head, is_own_head, read_head, target_identity
 from worker.drafters.head_network import HeadNetwork
 from worker.drafters.mixed import MixedDrafter
@@ -155,7 +156,8 @@ def _own_head(folder: Path, settings: WorkerSettings, model: PreTrainedModel, to
     """Read a head of `basic draft train`. Call it before the layers are fused, which packs the output weights."""
     head = read_head(str(folder), target_identity(model, model_name(settings.target), tokenizer.get_vocab()))
     tokens = head.tokens.to(input_device(model))
-    name = model_name(settings.draft) if settings.draft else f"{settings.target}-head"
+    kind = "block" if isinstance(head.network, BlockNetwork) else "head"
+    name = model_name(settings.draft) if settings.draft else f"{settings.target}-{kind}"
     return _LoadedHead(name, head.network, tokens, output_weights(model)[tokens].clone(), embeddings(model))
 
 
@@ -177,9 +179,9 @@ def _with_head(head: _LoadedHead, model: PreTrainedModel) -> DrafterFactory:
     def make(hidden: HiddenStates | None, slots: int, capacity: int, _: int | None) -> MakeDrafter:
         assert hidden is not None, "a head reads hidden states"
         network = deepcopy(head.network)
-        packed = PackedHead(network, head.embedding, head.output, head.tokens, slots=slots, capacity=capacity)
+        packed = pack_head(network, head.embedding, head.output, head.tokens, slots=slots, capacity=capacity)
         packed.prepare()
-        return lambda: MixedDrafter(HeadDrafter(packed, hidden, head.name), SuffixDrafter())
+        return lambda: MixedDrafter(head_drafter(packed, hidden, head.name), SuffixDrafter())
 
     entry_numbers = 2 * shape.layers * shape.kv_heads * shape.head_dim + len(shape.taps) * _width(model)
     return DrafterFactory(head.name, shape.taps, entry_numbers * model.dtype.itemsize, make)

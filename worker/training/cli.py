@@ -33,12 +33,21 @@ def train(
     out: Annotated[Path, typer.Option(file_okay=False, help="Directory of the draft; run again to resume.")],
     target: Target = None,
     kind: Annotated[
-        Kind, typer.Option(help="head: small network over the target's hidden states. model: small language model.")
+        Kind,
+        typer.Option(
+            help="head: small network over the target's hidden states. block: the same, all depths in one forward. "
+            "model: small language model."
+        ),
     ] = Kind.HEAD,
     quick: Annotated[bool, typer.Option("--quick", help="Under half an hour on two CPU cores.")] = False,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of training text that the target writes.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Maximum passes over the training text.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers of the draft.")] = None,
+    depth: Annotated[int | None, typer.Option(min=2, max=16, help="Of a block: tokens that it foresees.")] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Of a block: a head of the same target to start from."),
+    ] = None,
     prompts: Prompts = None,
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -53,7 +62,12 @@ def train(
 
     recipe = Recipe.quick(kind, seed) if quick else Recipe(kind=kind, seed=seed)
     recipe = replace(
-        recipe, tokens=tokens or recipe.tokens, epochs=epochs or recipe.epochs, layers=layers or recipe.layers
+        recipe,
+        tokens=tokens or recipe.tokens,
+        epochs=epochs or recipe.epochs,
+        layers=layers or recipe.layers,
+        depth=depth or recipe.depth,
+        start=str(start or ""),
     )
     texts = read_prompts(prompts, limit=sys.maxsize) if prompts else ()
     command = shlex.join(["basic", *sys.argv[1:]])

@@ -10,6 +10,7 @@ class Kind(StrEnum):
     """The kind of draft to train."""
 
     HEAD = "head"  # a small network over the target's hidden states; can't run without the target
+    BLOCK = "block"  # the same, with all depths of a tree in one forward
     MODEL = "model"  # a small language model
 
 
@@ -31,6 +32,10 @@ class Recipe:
     vocabulary: int = 4096  # size of a head's training vocabulary: the target's most frequent tokens
     proposed: int = 4096  # size of the part of it that the head may propose
     layers: int = 1  # decoder layers of the draft
+    depth: int = 6  # of a block: tokens that it foresees
+    rank: int = 128  # width of a block's path head
+    roots: int = 96  # of a block: roots per text and epoch
+    start: str = ""  # directory of a head of the same target whose weights a block starts with; empty: random
 
     @classmethod
     def quick(cls, kind: Kind, seed: int) -> Recipe:

@@ -58,25 +58,41 @@ class LossOutput:
     accuracy: tuple[float, ...]  # share of tokens whose argmax is the target's, by depth
 
 
-class HeadLoss(nn.Module):
-    """A head and its loss over all unroll steps."""
+class TrainingVocabulary(nn.Module):
+    """The target's weights that a draft on its hidden states shares: they are not trained."""
 
-    def __init__(
-        self, network: HeadNetwork, embedding: Tensor, output: Tensor, ids: Tensor, steps: int, decay: float
-    ) -> None:
+    def __init__(self, embedding: Tensor, output: Tensor, ids: Tensor) -> None:
         """Take the target's `embedding` [vocab, width] and `output` rows [training vocabulary, width] of `ids`."""
         super().__init__()
-        self.network = network
-        self._steps, self._weights = steps, [decay**step for step in range(steps)]
         row_of_id = torch.full((len(embedding),), -1)  # -1: not in the training vocabulary
         row_of_id[ids] = torch.arange(len(ids))
         self.embedding, self.output, self.row_of_id = (
             nn.Buffer(fixed, persistent=False) for fixed in (embedding, output, row_of_id)
         )
 
+    def embedded(self, ids: Tensor) -> Tensor:
+        """Return the embeddings [..., width] of ids."""
+        return nn.functional.embedding(ids, self.embedding)
+
+    def rows(self, ids: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the output row of each id, and its probability; that of an id without a row is 0."""
+        rows = self.row_of_id[ids]
+        return rows.clamp(min=0), probabilities * (rows >= 0)
+
+
+class HeadLoss(nn.Module):
+    """A head and its loss over all unroll steps."""
+
+    def __init__(self, network: HeadNetwork, vocabulary: TrainingVocabulary, steps: int, decay: float) -> None:
+        """Unroll `network` this many steps; each counts `decay` times as much as the one before."""
+        super().__init__()
+        self.network = network
+        self.vocabulary = vocabulary
+        self._steps, self._weights = steps, [decay**step for step in range(steps)]
+
     def forward(self, batch: TrainingBatch) -> LossOutput:
         """Return the mean loss over the unroll steps, weighted by decay, and the accuracy of each step."""
-        embedded = nn.functional.embedding(batch.ids, self.embedding)
+        embedded = self.vocabulary.embedded(batch.ids)
         losses, accuracy = [], []
         for step, states in enumerate(unroll(self.network, embedded, batch.hidden, self._steps)):
             mask = batch.loss_mask(step)
@@ -88,9 +104,8 @@ class HeadLoss(nn.Module):
         return LossOutput(torch.stack(losses).sum() / sum(self._weights), tuple(accuracy))
 
     def _loss(self, states: Tensor, next_ids: Tensor, probabilities: Tensor) -> tuple[Tensor, float]:
-        rows = self.row_of_id[next_ids]
-        logits = nn.functional.linear(states, self.output)
-        return _cross_entropy(logits, rows.clamp(min=0), probabilities * (rows >= 0))
+        logits = nn.functional.linear(states, self.vocabulary.output)
+        return _cross_entropy(logits, *self.vocabulary.rows(next_ids, probabilities))
 
 
 class ModelLoss(nn.Module):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from worker.drafters.head import HeadDrafter, PackedHead
-from worker.drafters.head_file import write_head
+from worker.drafters.block import head_drafter, pack_head
+from worker.drafters.block_network import BlockNetwork, BlockShape
+from worker.drafters.head_file import read_head, write_head
 from worker.drafters.head_network import HeadNetwork, HeadShape
 from worker.drafters.model import ModelDrafter
 from worker.engine.kv.hidden_states import HiddenStates
@@ -19,8 +22,9 @@ from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.backend import fuse_layers
 from worker.engine.model.packed_model import PackedModel
 from worker.engine.speculation.drafting import Drafter
+from worker.training.block_loss import BlockLoss
 from worker.training.config import Kind, Recipe
-from worker.training.losses import HeadLoss, ModelLoss, most_frequent
+from worker.training.losses import HeadLoss, ModelLoss, TrainingVocabulary, most_frequent
 from worker.training.self_generated import Text
 from worker.training.target import Target
 
@@ -52,35 +56,57 @@ def trainable_draft(target: Target, recipe: Recipe, texts: Sequence[Text]) -> Tr
         most_frequent(answers, min(count, target.vocabulary), target.vocabulary)
         for count in (recipe.vocabulary, min(recipe.proposed, recipe.vocabulary))
     )
-    return TrainableHead(target, recipe, learned, proposed)
+    kind = TrainableBlock if recipe.kind is Kind.BLOCK else TrainableHead
+    return kind(target, recipe, learned, proposed)
 
 
 class TrainableHead:
     """A head in training: its network, and the target's weights that it reads."""
 
+    name = "head"
+
     def __init__(self, target: Target, recipe: Recipe, tokens: Tensor, proposed: Tensor) -> None:
         """Initialise random layers; train on the vocabulary `tokens`, propose only the ids in `proposed`."""
-        self._target, self._proposed = target, proposed
+        self._target, self._proposed, self._recipe = target, proposed, recipe
         torch.manual_seed(recipe.seed)
-        config = target.model.config.get_text_config()
-        self.network = HeadNetwork(HeadShape.of(config, recipe.layers, len(proposed)))
+        self.network = self._network(target.model.config.get_text_config())
         output = target.output[tokens.to(target.device)]
-        weights = (target.embedding.float(), output.float(), tokens)
-        self.loss = HeadLoss(self.network, *weights, recipe.unroll, recipe.unroll_decay)
+        self.loss = self._loss(TrainingVocabulary(target.embedding.float(), output.float(), tokens))
+
+    def _network(self, config: PreTrainedConfig) -> HeadNetwork:
+        return HeadNetwork(HeadShape.of(config, self._recipe.layers, len(self._proposed)))
+
+    def _loss(self, vocabulary: TrainingVocabulary) -> nn.Module:
+        return HeadLoss(self.network, vocabulary, self._recipe.unroll, self._recipe.unroll_decay)
 
     def drafter(self, hidden: HiddenStates) -> Drafter:
         """Return a drafter with a copy of the current weights in the target's dtype."""
-        network = HeadNetwork(self.network.shape)
-        network.load_state_dict({key: weight.detach().cpu() for key, weight in self.network.state_dict().items()})
-        tokens = self._proposed.to(self._target.device)
-        head = PackedHead(
-            network, self._target.embedding, self._target.output[tokens], tokens, slots=1, capacity=hidden.capacity
-        )
-        return HeadDrafter(head, hidden, "head")
+        network, target = deepcopy(self.network).cpu(), self._target
+        tokens = self._proposed.to(target.device)
+        given = (target.embedding, target.output[tokens], tokens)
+        return head_drafter(pack_head(network, *given, slots=1, capacity=hidden.capacity), hidden, self.name)
 
     def save(self, folder: Path) -> list[Path]:
         """Write the head in the format of `worker.drafters.head_file`."""
         return write_head(folder, self.network, self._proposed, self._target.identity)
+
+
+class TrainableBlock(TrainableHead):
+    """A block drafter in training. It can start with the weights of a head, which foresees the first depth already."""
+
+    name = "block"
+    network: BlockNetwork
+
+    def _network(self, config: PreTrainedConfig) -> BlockNetwork:
+        recipe = self._recipe
+        shape = replace(BlockShape.of(config, recipe.layers, len(self._proposed)), depth=recipe.depth, rank=recipe.rank)
+        network = BlockNetwork(shape)
+        if recipe.start:
+            network.start_from(read_head(recipe.start, self._target.identity).network)
+        return network
+
+    def _loss(self, vocabulary: TrainingVocabulary) -> nn.Module:
+        return BlockLoss(self.network, vocabulary, self._recipe.roots)
 
 
 class TrainableModel:

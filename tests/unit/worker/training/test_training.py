@@ -21,7 +21,7 @@ from worker.training import self_generated as self_generated
 from worker.training import trainer
 from worker.training.config import Recipe
 from worker.training.features import FeatureDataset, extract_features
-from worker.training.losses import HeadLoss, TrainingBatch, most_frequent
+from worker.training.losses import HeadLoss, TrainingBatch, TrainingVocabulary, most_frequent
 from worker.training.replay import ReplayTarget, replay
 from worker.training.self_generated import Text
 from worker.training.trainer import Report, train
@@ -47,7 +47,8 @@ def dataset(texts: list[Text], tmp_path_factory: pytest.TempPathFactory) -> Feat
 def head_loss() -> HeadLoss:
     model = tiny("llama")
     net = network(model)
-    return HeadLoss(net, embeddings(model), output_weights(model)[TOKENS], TOKENS, RECIPE.unroll, 0.8)
+    vocabulary = TrainingVocabulary(embeddings(model), output_weights(model)[TOKENS], TOKENS)
+    return HeadLoss(net, vocabulary, RECIPE.unroll, 0.8)
 
 
 def trained(

@@ -1,0 +1,83 @@
+"""Laws of the block drafter: its layers look up what it was trained to foresee, and no text depends on it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.heads import TOKENS, block_network, packed_block, tapped, with_block
+from tests.models import packed, tiny
+from tests.unit.worker.engine.harness import decode, engine, options, outputs, sequences
+from worker.drafters.block import BlockDrafter
+from worker.drafters.mixed import MixedDrafter
+from worker.drafters.suffix import SuffixDrafter
+from worker.engine.options import Mode
+from worker.engine.sampling.parameters import Sampling
+from worker.engine.segments import chain
+from worker.engine.speculation.draft_tree import Candidates, Forest
+from worker.training.block_loss import unroll_blocks
+
+IDS = [5, 9, 2, 7, 7, 30, 41, 8, 12, 3]
+ROOT = 5  # position of the newest committed token; those behind it are a path below it
+
+
+def foreseen(net, model, hidden):  # type: ignore[no-untyped-def]
+    """Return the logits [depth, n] of a path below a root, as training sees them."""
+    embedded = model.get_input_embeddings()(torch.tensor([IDS])).detach()
+    below = embedded[:, ROOT + 1 : ROOT + net.shape.depth].unsqueeze(1)
+    rows = model.get_output_embeddings().weight[TOKENS]
+    with torch.no_grad():
+        return unroll_blocks(net, embedded, hidden, torch.tensor([[ROOT]]), below)[0, 0] @ rows.T
+
+
+@pytest.mark.parametrize(("cpu_kernels", "paged"), [(True, None), (False, None), (False, True)])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_tree_has_the_logits_that_training_saw(layers: int, cpu_kernels: bool, paged: bool | None) -> None:
+    model = tiny("llama")
+    net = block_network(model, layers)
+    hidden = torch.randn(1, len(IDS), net.fuse.in_features)
+    wanted = foreseen(net, model, hidden)
+    block = packed_block(model, net, cpu_kernels=cpu_kernels, paged=paged)
+    target = tapped(model, cpu_kernels=cpu_kernels)
+    assert target.hidden is not None
+    (text,) = sequences([IDS[: ROOT + 1]])
+    text.slot = 1
+    target.hidden.write([chain(1, 0, IDS, keep_last=True)], hidden[0])
+    drafter, forest = BlockDrafter(block, target.hidden, "block"), Forest([text])
+    drafter._run(forest, forest.roots)
+    node = forest.roots
+    for depth in range(block.depth):
+        torch.testing.assert_close(drafter._logits(forest, node)[0], wanted[depth], rtol=1e-3, atol=1e-3)
+        node = forest.add_layer(node, Candidates(np.array([[IDS[ROOT + 1 + depth]]]), np.ones((1, 1))))
+
+
+def test_a_step_takes_one_forward_whatever_its_depth() -> None:
+    target, drafter = with_block(tiny("llama"))
+    forwards: list[int] = []
+    run = drafter._head.forward
+    drafter._head.forward = lambda *given: (forwards.append(1), run(*given))[1]  # type: ignore[method-assign]
+    results = decode(engine(target, drafter, options(Mode.PAPER)), sequences([[2, 3, 4, 5, 6]], max_tokens=20))
+    assert max(result.stats.tree_depth for result in results) > 1
+    assert len(forwards) == sum(result.stats.tree_nodes > 0 for result in results)
+
+
+@pytest.mark.parametrize("mode", [Mode.PAPER, Mode.OPT_TREE])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8), Sampling(repetition_penalty=1.3)])
+def test_text_with_a_block_drafter_is_the_text_without(sampling: Sampling, mode: Mode) -> None:
+    plain = sequences(sampling=sampling)
+    decode(engine(packed(tiny("llama")), None, options(Mode.PLAIN)), plain)
+    target, drafter = with_block(tiny("llama"))
+    drafted = sequences(sampling=sampling)
+    decode(engine(target, MixedDrafter(drafter, SuffixDrafter()), options(mode)), drafted)
+    assert outputs(drafted) == outputs(plain)
+
+
+def test_a_block_drafter_proposes_the_same_in_a_batch_as_alone() -> None:
+    def accepted(together: bool) -> list[int]:
+        target, drafter = with_block(tiny("llama"))
+        running, some = engine(target, drafter, options(Mode.PAPER)), sequences()
+        results = decode(running, some) if together else [r for s in some for r in decode(running, [s])]
+        return [sum(r.stats.accepted_tokens for r in results if r.number == s.number) for s in some]
+
+    assert accepted(together=True) == accepted(together=False)

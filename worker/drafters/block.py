@@ -1,0 +1,215 @@
+"""Block drafter: one forward a step gives tables for all depths of a tree; its layers only look them up.
+
+The tables of a tree are base logits [depth, n] over the tokens that it can propose, and gates [depth, 2 * rank] of the
+path head (`block_network`). A node's logits are the base logits of its depth plus the path head's product. All of them
+are float32.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worker.drafters.block_network import BlockNetwork, gated
+from worker.drafters.candidates import best_children
+from worker.drafters.eagle3_network import Eagle3Network
+from worker.drafters.head import HeadDrafter, PackedHead, indices_of
+from worker.drafters.head_network import HeadNetwork
+from worker.drafters.kv_tracker import by_slot
+from worker.engine.kv.hidden_states import HiddenStates
+from worker.engine.segments import BoolArray, IntArray, Segment
+from worker.engine.speculation.draft_tree import Candidates, Forest
+
+_MAX_CHAIN = 16  # committed tokens in the forward of a block; more are fed before, without a mask
+
+
+class PathTables:
+    """The path head in float32, with its products with the target's embeddings and output weights."""
+
+    @torch.inference_mode()
+    def __init__(self, network: BlockNetwork, embedding: Tensor, output: Tensor, tokens: Tensor) -> None:
+        """Multiply the weights out for the `tokens` [n] that can be proposed; `output` [n, width] are theirs."""
+        path = network.path
+        weights = (path.state.weight, path.token.weight, path.before.weight, path.out.weight)
+        self._state, self._token, self._before, out = (w.detach().to(embedding.device, torch.float32) for w in weights)
+        self.rank = self._before.shape[1]
+        self._unit_eps = network.shape.eps
+        self._embedding = embedding
+        self._out = out.T @ output.float().T  # [rank, n]
+        self._row = np.full(len(embedding), -1)  # in `_tokens`, by id; -1: not among the tokens
+        self._row[tokens.cpu().numpy()] = np.arange(len(tokens))
+        self._tokens = self._of_ids(tokens)  # [n, 2 * rank]
+
+    def gates(self, states: Tensor) -> Tensor:
+        """Return what the path head reads of a row's output: [..., 2 * rank] from [..., width]."""
+        return states.float() @ self._state.T
+
+    def advance(self, gates: Tensor, ids: IntArray, before: Tensor) -> Tensor:
+        """Return the paths [nodes, rank] that end in nodes with these tokens: see `PathHead.advance`."""
+        return gated(gates + self._of_tokens(ids) + before @ self._before.T)
+
+    def add_to(self, logits: Tensor, paths: Tensor) -> Tensor:
+        """Add what follows the paths [nodes, rank] to logits [nodes, n] in place."""
+        return logits.addmm_(paths, self._out)
+
+    def _of_tokens(self, ids: IntArray) -> Tensor:
+        rows = self._row[ids]
+        known = self._tokens[torch.from_numpy(rows).to(self._tokens.device)]
+        others = np.flatnonzero(rows < 0)  # of another drafter, or forced by a grammar
+        if len(others):
+            at = torch.from_numpy(others).to(known.device)
+            known[at] = self._of_ids(torch.from_numpy(ids[others]).to(known.device))
+        return known
+
+    def _of_ids(self, ids: Tensor) -> Tensor:
+        embedded = self._embedding[ids].float()
+        unit = embedded * torch.rsqrt(embedded.square().mean(-1, keepdim=True) + self._unit_eps)
+        return unit @ self._token.T
+
+
+class PackedBlock(PackedHead):
+    """A block drafter's network with one KV slot per sequence."""
+
+    def __init__(
+        self,
+        network: BlockNetwork,
+        embedding: Tensor,
+        output: Tensor,
+        tokens: Tensor,
+        *,
+        slots: int,
+        capacity: int,
+        cpu_kernels: bool = True,
+        paged: bool | None = None,
+    ) -> None:
+        """Wrap a network, which is changed in place; the parameters are those of `PackedHead`."""
+        self.depth = network.shape.depth
+        self.paths = PathTables(network, embedding, output, tokens)
+        moved = network.offsets.detach().to(embedding.device, embedding.dtype)
+        self.offsets = torch.cat([moved.new_zeros(1, moved.shape[1]), moved])  # [depth, width]; none for the root
+        del network.path, network.offsets
+        given = {"slots": slots, "capacity": capacity}
+        super().__init__(network, embedding, output, tokens, **given, cpu_kernels=cpu_kernels, paged=paged)
+
+    @torch.inference_mode()
+    def with_block(self, states: Tensor, counts: IntArray) -> Tensor:
+        """Return the states [rows, width] of chains of `counts` tokens, each followed by those of its root's block."""
+        below = self.depth - 1
+        last = counts.cumsum() - 1
+        source = np.insert(np.arange(len(states)), np.repeat(last + 1, below), np.repeat(last, below))
+        moved = np.insert(
+            np.zeros(len(states), np.int64), np.repeat(last + 1, below), np.tile(np.arange(1, self.depth), len(counts))
+        )
+        source, moved = (torch.from_numpy(part).to(states.device) for part in (source, moved))
+        return states[source] + self.offsets[moved]
+
+
+class BlockDrafter(HeadDrafter):
+    """A `Drafter` that runs its network once a step."""
+
+    _head: PackedBlock
+
+    def __init__(self, block: PackedBlock, hidden: HiddenStates, name: str) -> None:
+        """Use a network with the slot numbers of the target, whose hidden states are in `hidden`."""
+        super().__init__(block, hidden, name)
+        self._block_of: IntArray = np.empty(0, np.int64)  # index of each tree's tables; -1: none
+        self._base = self._gates = self._paths = torch.empty(0)
+
+    @torch.inference_mode()
+    def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
+        """Offer the best children of the frontier; below the last depth none."""
+        if not forest.depth[frontier[0]]:
+            self._run(forest, frontier)
+        known = np.flatnonzero(forest.depth[frontier] < self._head.depth)
+        nodes = frontier[known]
+        if not len(nodes):
+            return Candidates(np.zeros((len(frontier), 1), np.int64), np.zeros((len(frontier), 1)))
+        ids, scores = best_children(
+            forest, nodes, self._logits(forest, nodes), self._head.tokens, self._head.vocabulary
+        )
+        if len(nodes) == len(frontier):
+            return Candidates(ids, scores)
+        tokens = np.zeros((len(frontier), ids.shape[1]), ids.dtype)
+        probabilities = np.zeros((len(frontier), ids.shape[1]), scores.dtype)
+        tokens[known], probabilities[known] = ids, scores
+        return Candidates(tokens, probabilities)
+
+    def commit(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
+        """Do nothing: no node has an entry, and accepted tokens are read with the target's states."""
+
+    def _run(self, forest: Forest, roots: IntArray) -> None:
+        """Run the network over the uncached tokens and the block of each root; keep the tables."""
+        trees = forest.tree[roots][np.concatenate(by_slot(forest, roots))]
+        sequences = [forest.sequences[tree] for tree in trees.tolist()]
+        chains = self._slots.catch_up(sequences, self._feed, self._head.copy_prefix, _MAX_CHAIN)
+        self._base = torch.empty(0)  # the network may write the next logits into its memory
+        depth = self._head.depth
+        states = self._head.with_block(self._before(chains), np.array([len(one.ids) for one in chains]))
+        logits, outputs = self._head.forward([_with_block(one, depth) for one in chains], states)
+        self._block_of = np.full(len(forest.sequences), -1)
+        self._block_of[trees] = np.arange(len(trees))
+        self._base = logits.float().view(len(trees), depth, -1)
+        self._gates = self._head.paths.gates(outputs).view(len(trees), depth, -1)
+
+    def _logits(self, forest: Forest, nodes: IntArray) -> Tensor:
+        """Return the logits [nodes, n] below nodes, and keep their paths for the next layer."""
+        depth, block = forest.depth[nodes], self._block_of[forest.tree[nodes]]
+        at = torch.from_numpy(block * self._head.depth + depth).to(self._base.device)
+        logits = self._base.flatten(0, 1)[at]
+        paths = logits.new_zeros(len(nodes), self._head.paths.rank)
+        below = np.flatnonzero(depth)
+        if len(below):
+            rows = torch.from_numpy(below).to(at.device)
+            before = self._paths[torch.from_numpy(indices_of(forest.parent[nodes[below]], self._parents)).to(at.device)]
+            gates = self._gates.flatten(0, 1)[at[rows]]
+            paths[rows] = self._head.paths.advance(gates, forest.token[nodes[below]], before)
+            self._head.paths.add_to(logits, paths)
+        self._parents, self._paths = nodes, paths
+        return logits
+
+
+def _with_block(chain: Segment, depth: int) -> Segment:
+    """Return a chain that ends in a root, with the rows of its block."""
+    count, end = len(chain.ids), int(chain.positions[-1]) + 1
+    return Segment(
+        slot=chain.slot,
+        prefix=chain.prefix,
+        start=chain.start,
+        ids=np.append(chain.ids, np.repeat(chain.ids[-1], depth - 1)),
+        positions=np.append(chain.positions, np.arange(end, end + depth - 1)),
+        visible=_visible(count, depth),
+        keep=np.arange(count - 1, count + depth - 1),
+    )
+
+
+def pack_head(
+    network: HeadNetwork | Eagle3Network,
+    embedding: Tensor,
+    output: Tensor,
+    tokens: Tensor,
+    *,
+    slots: int,
+    capacity: int,
+) -> PackedHead:
+    """Pack a head of any kind: see `PackedHead`."""
+    given = (embedding, output, tokens)
+    if isinstance(network, BlockNetwork):
+        return PackedBlock(network, *given, slots=slots, capacity=capacity)
+    return PackedHead(network, *given, slots=slots, capacity=capacity)
+
+
+def head_drafter(packed: PackedHead, hidden: HiddenStates, name: str) -> HeadDrafter:
+    """Return a drafter that runs a head of any kind."""
+    return (BlockDrafter if isinstance(packed, PackedBlock) else HeadDrafter)(packed, hidden, name)  # type: ignore[arg-type]
+
+
+@cache
+def _visible(count: int, depth: int) -> BoolArray:
+    """Return the mask [rows, rows] of `count` tokens of a chain and a block: the block's rows see the chain alone."""
+    rows = count + depth - 1
+    mask = np.zeros((rows, rows), np.bool_)
+    mask[:, :count] = np.tri(rows, count, dtype=np.bool_)
+    return mask
