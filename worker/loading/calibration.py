@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -110,23 +111,25 @@ def _tree_rows(rows: int, context: int) -> Segment:
 def measure_drafts(
     drafter: Drafter, slots: int, capacity: int, clock: Callable[[], float] = perf_counter
 ) -> DraftTimes:
-    """Measure a draft layer per batch size, and the catch-up cost per uncached token before the first layer.
+    """Measure the first draft layer and a further one per batch size, and the catch-up cost per uncached token.
 
     Take the fastest of a few rounds. `clock` returns seconds.
     """
     length = min(_PROMPT_TOKENS, capacity // 4)
-    layer_ms = {count: float("inf") for count in _DRAFT_BATCHES if count <= slots}
+    first_ms = {count: float("inf") for count in _DRAFT_BATCHES if count <= slots}
+    further_ms = dict(first_ms)
     row_ms = float("inf")
     for _ in range(_ROUNDS):
-        for count in layer_ms:
+        for count in first_ms:
             sequences = [_sequence(slot, length) for slot in range(count)]
-            catch_up_ms = _layer_ms(drafter, sequences, clock)  # reads the prompts first
-            usual_ms = _layer_ms(drafter, sequences, clock)
+            catch_up_ms, _ = _layers_ms(drafter, sequences, clock)  # reads the prompts first
+            usual_ms, next_ms = _layers_ms(drafter, sequences, clock)
             for sequence in sequences:
                 drafter.drop(sequence)
-            layer_ms[count] = min(layer_ms[count], usual_ms)
+            first_ms[count] = min(first_ms[count], usual_ms)
+            further_ms[count] = min(further_ms[count], next_ms)
             row_ms = min(row_ms, max(catch_up_ms - usual_ms, 0.0) / (count * length))
-    return DraftTimes(layer_ms, row_ms)
+    return DraftTimes(first_ms, further_ms, row_ms)
 
 
 def _sequence(slot: int, length: int) -> Sequence:
@@ -135,13 +138,28 @@ def _sequence(slot: int, length: int) -> Sequence:
     return Sequence(key=slot, ids=ids, num_prompt=length, max_tokens=length, sampling=Sampling(), slot=slot)
 
 
-def _layer_ms(drafter: Drafter, sequences: list[Sequence], clock: Callable[[], float]) -> float:
-    """Time one draft layer for all sequences, then append a token to each."""
+def _layers_ms(drafter: Drafter, sequences: list[Sequence], clock: Callable[[], float]) -> tuple[float, float]:
+    """Time the first two draft layers, each of a node per sequence, then append a token to each.
+
+    Without candidates for a second layer, its time counts as that of the first.
+    """
     forest = Forest(sequences)
     started = clock()
-    drafter.expand(forest, forest.roots)
-    ms = (clock() - started) * 1e3
+    offered = drafter.expand(forest, forest.roots)
+    first_ms = further_ms = (clock() - started) * 1e3
+    best = offered.probabilities.argmax(axis=1)[:, None]
+    only = replace(
+        offered,
+        tokens=np.take_along_axis(offered.tokens, best, axis=1),
+        probabilities=np.take_along_axis(offered.probabilities, best, axis=1),
+        source=None,
+    )
+    nodes = forest.add_layer(forest.roots, only)
+    if len(nodes) == len(sequences):
+        started = clock()
+        drafter.expand(forest, nodes)
+        further_ms = (clock() - started) * 1e3
     for tree, sequence in enumerate(sequences):
         sequence.ids.append((sequence.ids[-1] + 1) % _DISTINCT_TOKENS)
         drafter.commit(forest, tree, forest.roots[:0], sequence.ids[-1:])
-    return ms
+    return first_ms, further_ms

@@ -1,9 +1,13 @@
-"""Costs of drafting (ms per layer and per token read) and its gain in tokens: calibrated, then learned from steps."""
+"""Costs of drafting (ms per layer and per token read) and its gain in tokens: calibrated, then learned from steps.
+
+The first layer of a step has a time of its own: a drafter may run its only forward there, and look further layers up.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 from worker.engine.speculation.constants import (
@@ -22,19 +26,53 @@ from worker.engine.speculation.running_mean import RunningMean
 class DraftTimes:
     """Times of a drafter's forwards on this machine, as calibrated."""
 
-    layer_ms: Mapping[int, float]  # time of a layer by the number of nodes that it expands
+    first_ms: Mapping[int, float]  # time of the first layer by the number of trees
+    layer_ms: Mapping[int, float]  # time of a further layer by the number of nodes that it expands
     row_ms: float  # time per committed token when many are read together
 
     def as_json(self) -> dict[str, Any]:
         """Return the times for the calibration file."""
-        by_nodes = {str(nodes): round(ms, 4) for nodes, ms in sorted(self.layer_ms.items())}
-        return {"layer_ms_by_nodes": by_nodes, "row_ms": round(self.row_ms, 5)}
+        first, further = (
+            {str(nodes): round(ms, 4) for nodes, ms in sorted(times.items())}
+            for times in (self.first_ms, self.layer_ms)
+        )
+        return {"first_ms_by_trees": first, "layer_ms_by_nodes": further, "row_ms": round(self.row_ms, 5)}
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Self:
         """Return the times that `as_json` wrote."""
-        by_nodes = {int(nodes): float(ms) for nodes, ms in stored["layer_ms_by_nodes"].items()}
-        return cls(by_nodes, float(stored["row_ms"]))
+        first, further = (
+            {int(nodes): float(ms) for nodes, ms in stored[name].items()}
+            for name in ("first_ms_by_trees", "layer_ms_by_nodes")
+        )
+        return cls(first, further, float(stored["row_ms"]))
+
+
+class _LayerTimes:
+    """The time of a layer by the load class of the nodes that it expands."""
+
+    def __init__(self, calibrated: Mapping[int, float]) -> None:
+        settled = partial(RunningMean.settled, TIME_WEIGHT)
+        self._means = {load_class(nodes): settled(ms) for nodes, ms in calibrated.items()}
+
+    def of(self, nodes: int) -> float:
+        """Return the time of a layer in ms; for a size never seen, that of the nearest smaller one, 0 if none is."""
+        known = [size for size in self._means if size <= load_class(nodes)]
+        return self._means[max(known)].value if known else 0.0
+
+    def observe(self, nodes: int, layer_ms: float) -> None:
+        mean = self._means.setdefault(load_class(nodes), RunningMean.settled(TIME_WEIGHT, layer_ms))
+        mean.add(min(layer_ms, LAYER_OUTLIER * mean.value))
+
+    def now(self) -> dict[int, float]:
+        return {2**size: mean.value for size, mean in self._means.items()}
+
+    def record(self) -> dict[str, Any]:
+        return {str(size): mean.record() for size, mean in sorted(self._means.items())}
+
+    def restore(self, record: Mapping[str, Any]) -> None:
+        for size, stored in record.items():
+            self._means.setdefault(int(size), RunningMean(TIME_WEIGHT)).restore(stored)
 
 
 class DraftCosts:
@@ -42,10 +80,10 @@ class DraftCosts:
 
     def __init__(self, times: DraftTimes | None = None) -> None:
         """Start from calibrated times; without them a layer counts as free until one was drafted."""
-        calibrated = times.layer_ms if times else {}
-        self._layer_ms = {
-            load_class(nodes): RunningMean.settled(TIME_WEIGHT, ms) for nodes, ms in calibrated.items()
-        }  # by load class of the nodes expanded
+        self._first, self._further = (
+            _LayerTimes(times.first_ms if times else {}),
+            _LayerTimes(times.layer_ms if times else {}),
+        )
         self._row_ms = RunningMean.settled(TIME_WEIGHT, times.row_ms) if times else RunningMean(TIME_WEIGHT)
         self._gain = RunningMean.settled(TIME_WEIGHT, 0.0)
         # Best child's value over its parent's, by depth of the parent. It starts optimistic, so that layers are tried.
@@ -61,30 +99,29 @@ class DraftCosts:
         """Tokens that one tree brings per step over plain decoding, with the step's own extra time deducted."""
         return self._gain.value
 
-    def layer_ms(self, nodes: int) -> float:
-        """Return the time of a layer; for a size never seen, that of the nearest smaller one."""
-        known = [size for size in self._layer_ms if size <= load_class(nodes)]
-        return self._layer_ms[max(known)].value if known else 0.0
+    def first_ms(self, trees: int) -> float:
+        """Return the time of the first layer of a step with this many trees; see `layer_ms`."""
+        return self._first.of(trees)
 
-    def observe(self, nodes: int, layer_ms: float) -> None:
-        """Learn from a layer that expanded `nodes` nodes."""
-        mean = self._layer_ms.setdefault(load_class(nodes), RunningMean.settled(TIME_WEIGHT, layer_ms))
-        mean.add(min(layer_ms, LAYER_OUTLIER * mean.value))
+    def layer_ms(self, nodes: int) -> float:
+        """Return the time of a further layer; for a size never seen, that of the nearest smaller one."""
+        return self._further.of(nodes)
 
     def observe_growth(self, num_uncached_tokens: int, layers: Sequence[int], ms: float) -> float:
         """Learn from the drafting of a step: `layers` are the nodes expanded by each layer, `ms` is the time of all.
 
         Return the part that went into reading `num_uncached_tokens`: 0 if the drafter had not fallen behind.
         """
-        known = [self.layer_ms(nodes) for nodes in layers]
+        times = [self._first, *[self._further] * (len(layers) - 1)]
+        known = [time.of(nodes) for time, nodes in zip(times, layers, strict=False)]
         if num_uncached_tokens > MIN_CATCH_UP_TOKENS * max(layers[:1], default=1):
             catch_up_ms = max(ms - sum(known), 0.0)
             self._row_ms.add(catch_up_ms / num_uncached_tokens)
             return catch_up_ms
         if not all(known):  # not measured yet: a layer's time hardly depends on its nodes
             known = [1.0] * len(layers)
-        for nodes, part in zip(layers, known, strict=True):
-            self.observe(nodes, ms * part / sum(known))
+        for time, nodes, part in zip(times, layers, known, strict=False):
+            time.observe(nodes, ms * part / sum(known))
         return 0.0
 
     def best_child_ratio(self, depth: int) -> float:
@@ -107,14 +144,15 @@ class DraftCosts:
 
     def as_json(self) -> dict[str, Any]:
         """Return the times as measured by now."""
-        return DraftTimes({2**size: mean.value for size, mean in self._layer_ms.items()}, self.row_ms).as_json()
+        return DraftTimes(self._first.now(), self._further.now(), self.row_ms).as_json()
 
     def record(self) -> dict[str, Any]:
         """Return what was learned as JSON, for `restore`: gain, ratios of best children, times as measured by now."""
         return {
             "gain": self._gain.record(),
             "best_child": [mean.record() for mean in self._best_child],
-            "layer_ms": {str(size): mean.record() for size, mean in sorted(self._layer_ms.items())},
+            "first_ms": self._first.record(),
+            "layer_ms": self._further.record(),
             "row_ms": self._row_ms.record(),
         }
 
@@ -124,5 +162,5 @@ class DraftCosts:
         self._row_ms.restore(record["row_ms"])
         for mean, stored in zip(self._best_child, record["best_child"], strict=True):
             mean.restore(stored)
-        for size, stored in record["layer_ms"].items():
-            self._layer_ms.setdefault(int(size), RunningMean(TIME_WEIGHT)).restore(stored)
+        self._first.restore(record["first_ms"])
+        self._further.restore(record["layer_ms"])

@@ -340,7 +340,7 @@ class Planner:
         if self._costs is None or self._options.mode is Mode.PAPER:
             return False
         stats = strategy.stats
-        return stats.costs.layer_ms(batch_size) * stats.guard.throughput(batch_size) < MAX_LOOKUP_SHARE * batch_size
+        return stats.costs.first_ms(batch_size) * stats.guard.throughput(batch_size) < MAX_LOOKUP_SHARE * batch_size
 
     def _grow(self, batch: Batch, forest: Forest, budget: Budget, start: _Start) -> tuple[list[Layer], float]:
         """Grow the trees; return what was offered, and the ms that went into catching up.

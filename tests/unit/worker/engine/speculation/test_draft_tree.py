@@ -12,7 +12,7 @@ from worker.engine.host.nodes import FloatArray
 from worker.engine.segments import BoolArray, IntArray
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.cost_model import CostModel
-from worker.engine.speculation.draft_costs import DraftCosts
+from worker.engine.speculation.draft_costs import DraftCosts, DraftTimes
 from worker.engine.speculation.draft_tree import Candidates, Forest
 from worker.engine.speculation.drafting import grow
 from worker.engine.speculation.tree_budget import CostAwareBudget, FixedBudget
@@ -226,8 +226,7 @@ def test_only_nodes_that_can_enter_the_cut_are_drafted(
 
 def test_a_layer_is_drafted_if_best_children_have_been_worth_its_cost() -> None:
     """A layer costs half a token: worth it below nodes of 0.9 with good children, and soon not below 0.55."""
-    costs, layers = CostModel({1: 10.0, 64: 10.0}), DraftCosts()
-    layers.observe(1, 1.0)
+    costs, layers = CostModel({1: 10.0, 64: 10.0}), DraftCosts(DraftTimes({1: 1.0}, {1: 1.0}, 0.0))
 
     def depth(row: tuple[float, float, float]) -> int:
         drafter = TableDrafter(row=row)
@@ -241,8 +240,7 @@ def test_a_layer_is_drafted_if_best_children_have_been_worth_its_cost() -> None:
 
 
 def test_depth_stops_at_the_first_layer_that_does_not_pay_its_draft() -> None:
-    slow = DraftCosts()
-    slow.observe(1, 1.0)
+    slow = DraftCosts(DraftTimes({1: 1.0}, {1: 1.0}, 0.0))
     drafter, forest = TableDrafter(row=(0.8, 0.0, 0.0)), Forest(sequences(max_tokens=50)[:1])
     budget = priced(CostModel({1: 10.0, 64: 10.0}), 0.5, 1, drafts=slow)
     grow(forest, drafter, budget, 10, np.arange(1))
