@@ -13,9 +13,11 @@ import numpy as np
 from worker.engine.segments import IntArray
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.draft_tree import Candidates, Forest
-from worker.engine.speculation.drafting import Drafter
+from worker.engine.speculation.drafting import BOTH, FIRST, SECOND, Drafter, merged
 
-NETWORK, SUFFIX, BOTH = 0, 1, 2  # sources of candidates
+NETWORK, SUFFIX = FIRST, SECOND  # sources of candidates, as is BOTH
+
+__all__ = ["BOTH", "NETWORK", "SUFFIX", "MixedDrafter"]
 
 
 class MixedDrafter:
@@ -24,6 +26,7 @@ class MixedDrafter:
     def __init__(self, network: Drafter, suffix: Drafter) -> None:
         """Combine a drafter that runs a network with one that looks tokens up."""
         self.name = f"{network.name}+{suffix.name}"
+        self.parts, self.label = (network, suffix), NETWORK
         self._network = network
         self._suffix = suffix
 
@@ -34,7 +37,7 @@ class MixedDrafter:
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
         """Offer the candidates of both."""
-        return _merged(self._network.expand(forest, frontier), self._suffix.expand(forest, frontier))
+        return merged(self._network.expand(forest, frontier), self._suffix.expand(forest, frontier))
 
     def num_uncached_tokens(self, sequence: Sequence) -> int:
         """Return the committed tokens that the network must read."""
@@ -57,6 +60,7 @@ class _SuffixPart:
     def __init__(self, part: Drafter) -> None:
         self.name = part.name
         self.num_uncached_tokens, self.commit, self.drop = part.num_uncached_tokens, part.commit, part.drop
+        self.parts, self.label = (part,), SUFFIX
         self._part = part
 
     @property
@@ -66,19 +70,3 @@ class _SuffixPart:
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
         offered = self._part.expand(forest, frontier)
         return replace(offered, source=np.full_like(offered.tokens, SUFFIX))
-
-
-def _merged(a: Candidates, b: Candidates) -> Candidates:
-    """Return the candidates of both; a token that both offer keeps its position in `a`."""
-    if not b.probabilities.any():
-        return a
-    same = (a.tokens[:, :, None] == b.tokens[:, None, :]) & (a.probabilities > 0)[:, :, None]
-    same &= (b.probabilities > 0)[:, None, :]
-    # Noisy-or: right unless both are wrong. They are not independent; the acceptance model learns the difference.
-    others = np.where(same, b.probabilities[:, None, :], 0.0).max(axis=2)
-    both = 1.0 - (1.0 - a.probabilities) * (1.0 - others)
-    return Candidates(
-        tokens=np.concatenate([a.tokens, b.tokens], axis=1),
-        probabilities=np.concatenate([both, np.where(same.any(axis=1), 0.0, b.probabilities)], axis=1),
-        source=np.concatenate([np.where(same.any(axis=2), BOTH, NETWORK), np.full_like(b.tokens, SUFFIX)], axis=1),
-    )

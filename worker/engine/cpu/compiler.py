@@ -54,7 +54,7 @@ def _compiled(source: Path, options: tuple[str, ...]) -> Path:
         raise FileNotFoundError("there is no C compiler")
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
     identity = (
-        *(file.read_text() for file in (source, *sorted(_HEADERS.glob("*.h")))),
+        *(file.read_text() for file in (source, *sorted({*_HEADERS.glob("*.h"), *source.parent.glob("*.h")}))),
         compiler,
         version,
         _FLAGS,

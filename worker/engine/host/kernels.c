@@ -1,52 +1,6 @@
-/* The host's part of a step: draft trees, their rows, what the target accepted of them.
- *
- * Nodes are columns of one buffer [5, capacity]: tree, parent, token, depth, value; a column of bytes says what grammars
- * force. The first `trees` are the roots, and parents precede their children. Sums run from the first element to the
- * last, as NumPy's bincount and cumsum do, and this file is compiled without reassociation: `numpy_kernels.py` computes
- * the same, bit for bit. */
+/* The host's part of a step: draft trees, their rows, what the target accepted of them; the twin is `numpy_kernels.py`. */
 
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-typedef int64_t i64;
-typedef uint8_t u8;
-
-typedef struct {
-    i64 *tree, *parent, *token, *depth;
-    double *value;
-    u8 *forced; /* by a grammar */
-    i64 trees, size;
-    double discount; /* of drafts below nodes that are forced with certainty */
-} nodes_t;
-
-/* `Layout` of nodes.py */
-typedef struct {
-    char *buffer;
-    u8 *forced;
-    i64 capacity, trees, size;
-    double discount;
-} buffer_t;
-
-static nodes_t nodes_of(const buffer_t *b) {
-    i64 *columns = (i64 *)b->buffer;
-    nodes_t nodes = {columns, columns + b->capacity, columns + 2 * b->capacity, columns + 3 * b->capacity,
-                     (double *)(columns + 4 * b->capacity), b->forced, b->trees, b->size, b->discount};
-    return nodes;
-}
-
-/* Return memory for intermediate results. The caller holds the interpreter's lock, so all calls share it. */
-static void *scratch(size_t bytes) {
-    static void *memory;
-    static size_t held;
-    if (bytes > held) {
-        free(memory);
-        held = 2 * bytes;
-        memory = malloc(held);
-        if (!memory) abort();
-    }
-    return memory;
-}
+#include "trees.h"
 
 /* ---- growth ---- */
 
@@ -57,16 +11,10 @@ i64 add_layer(const buffer_t *b, const i64 *frontier, i64 rows, i64 width, const
     i64 size = n.size;
     for (i64 row = 0; row < rows; row++) {
         i64 parent = frontier[row];
-        double above = n.forced[parent] && n.value[parent] == 1.0 ? n.discount : n.value[parent];
+        double above = worth_above(&n, parent);
         for (i64 i = row * width; i < (row + 1) * width; i++) {
             double value = above * probabilities[i];
-            if (!(value > min_value)) continue;
-            n.tree[size] = n.tree[parent];
-            n.parent[size] = parent;
-            n.token[size] = tokens[i];
-            n.depth[size] = n.depth[parent] + 1;
-            n.forced[size] = 0;
-            n.value[size++] = value;
+            if (value > min_value) put(&n, size++, parent, tokens[i], value);
         }
     }
     return size;
@@ -77,31 +25,12 @@ i64 expandable(const buffer_t *b, const i64 *some, i64 rows, const i64 *groups, 
                const i64 *remaining, i64 *out) {
     nodes_t n = nodes_of(b);
     i64 found = 0;
-    for (i64 row = 0; row < rows; row++) {
-        i64 node = some[row], tree = n.tree[node], key = groups[tree] << 32 | n.token[node], at = 0;
-        if (n.depth[node] + 2 > remaining[tree]) continue;
-        if (n.depth[node] > 0)
-            while (at < count && keys[at] < key) at++;
-        if (n.depth[node] > 0 && at < count && keys[at] == key) continue;
-        out[found++] = node;
-    }
+    for (i64 row = 0; row < rows; row++)
+        if (can_have_children(&n, some[row], groups, keys, count, remaining)) out[found++] = some[row];
     return found;
 }
 
 /* ---- selection ---- */
-
-typedef struct {
-    double value;
-    i64 depth, left, node;
-} ranked_t;
-
-static int before(const void *a, const void *b) {
-    const ranked_t *x = a, *y = b;
-    if (x->value != y->value) return x->value > y->value ? -1 : 1;
-    if (x->depth != y->depth) return x->depth < y->depth ? -1 : 1;
-    if (x->left != y->left) return x->left > y->left ? -1 : 1;
-    return x->node < y->node ? -1 : 1;
-}
 
 /* Write the draft nodes to `out`, the best first: by value, depth, then most tokens left [trees] in its tree. */
 void ranking(const buffer_t *b, const i64 *remaining, i64 *out) {
@@ -119,38 +48,12 @@ void ranking(const buffer_t *b, const i64 *remaining, i64 *out) {
 
 /* Mark the roots and the `per_tree` best draft nodes of each tree in `kept` [nodes]. */
 void best(const buffer_t *b, i64 per_tree, u8 *kept) {
-    nodes_t n = nodes_of(b);
-    ranked_t *sorted = scratch(n.size * sizeof *sorted + n.trees * sizeof(i64));
-    i64 *firsts = (i64 *)(sorted + n.size), most = 0;
-    memset(firsts, 0, n.trees * sizeof *firsts);
-    for (i64 i = n.trees; i < n.size; i++) {
-        i64 count = ++firsts[n.tree[i]];
-        if (count > most) most = count;
-    }
-    memset(kept, 1, n.size);
-    if (most <= per_tree) return;
-    for (i64 tree = 0, first = 0; tree < n.trees; tree++) {
-        i64 count = firsts[tree];
-        firsts[tree] = first;
-        first += count;
-    }
-    for (i64 i = n.trees; i < n.size; i++) {
-        ranked_t entry = {n.value[i], n.depth[i], 0, i};
-        sorted[firsts[n.tree[i]]++] = entry;
-    }
-    for (i64 tree = 0, first = 0; tree < n.trees; first = firsts[tree++]) {
-        if (firsts[tree] - first <= per_tree) continue;
-        qsort(sorted + first, firsts[tree] - first, sizeof *sorted, before);
-        for (i64 i = first + per_tree; i < firsts[tree]; i++) kept[sorted[i].node] = 0;
-    }
+    mark_best(b, per_tree, kept);
 }
 
 /* Sum the values of the draft nodes of each tree, those in `kept` [nodes], or all if it is NULL. */
 void expected(const buffer_t *b, const u8 *kept, double *sums) {
-    nodes_t n = nodes_of(b);
-    memset(sums, 0, n.trees * sizeof *sums);
-    for (i64 i = n.trees; i < n.size; i++)
-        if (!kept || kept[i]) sums[n.tree[i]] += n.value[i];
+    sum_values(b, kept, sums);
 }
 
 /* Write the draft nodes and the depth of each tree. */
@@ -166,22 +69,7 @@ void sizes(const buffer_t *b, i64 *counts, i64 *depths) {
 
 /* Copy the nodes in `kept` [nodes] to `target`; return their number, -1 if one lost its parent. */
 i64 prune(const buffer_t *b, const u8 *kept, const buffer_t *target) {
-    nodes_t n = nodes_of(b), t = nodes_of(target);
-    i64 size = 0, *moved = scratch(n.size * sizeof *moved);
-    for (i64 i = 0; i < n.size; i++) {
-        moved[i] = -1;
-        if (!kept[i]) continue;
-        i64 parent = n.parent[i] < 0 ? -1 : moved[n.parent[i]];
-        if (parent < 0 && n.parent[i] >= 0) return -1;
-        t.tree[size] = n.tree[i];
-        t.parent[size] = parent;
-        t.token[size] = n.token[i];
-        t.depth[size] = n.depth[i];
-        t.value[size] = n.value[i];
-        t.forced[size] = n.forced[i];
-        moved[i] = size++;
-    }
-    return size;
+    return copy_kept(b, kept, target);
 }
 
 /* ---- rows for the target ---- */
@@ -329,20 +217,6 @@ i64 drawn_ranks(const buffer_t *b, const i64 *counts, const i64 *visited, const 
 }
 
 /* ---- acceptance ---- */
-
-/* `BinLayout` of bins.py: statistics of candidates by sampling, source, depth and probability */
-typedef struct {
-    const double *edges;
-    i64 edge_count, sources, depth_classes, count;
-    double *accepted, *expected; /* [count] */
-} bins_t;
-
-static i64 bin_of(const nodes_t *n, const bins_t *bins, i64 sampled, i64 node, double probability, i64 source) {
-    i64 depth = n->depth[node] < bins->depth_classes - 1 ? n->depth[node] : bins->depth_classes - 1;
-    i64 row = (sampled * bins->sources + source) * bins->depth_classes + depth, bin = 0;
-    while (bin < bins->edge_count && !(probability <= bins->edges[bin])) bin++;
-    return row * (bins->edge_count + 1) + bin;
-}
 
 /* Write the candidates' probabilities [rows, width] corrected by the accepted over the expected tokens of their bins, at
  * most `limit`. `sampled` [trees]; `source` [rows, width] may be NULL. */

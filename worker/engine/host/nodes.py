@@ -49,6 +49,11 @@ class Nodes:
         self._layout = Layout(address(self._buffer), address(self._forced), capacity, self.trees, 0, self.discount)
         self.layout = ctypes.addressof(self._layout)
 
+    @property
+    def laid_out(self) -> int:
+        """The number of nodes after a compiled function has added some."""
+        return int(self._layout.size)
+
     def resize(self, size: int) -> None:
         """Let the columns have `size` nodes, at most the capacity."""
         self.size = self._layout.size = size

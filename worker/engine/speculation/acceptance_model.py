@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from worker.engine.host.bins import Bins
+from worker.engine.host.growth import Correction
 from worker.engine.host.tree_kernels import tree_kernels
 from worker.engine.segments import IntArray
 from worker.engine.speculation.constants import (
@@ -41,6 +42,10 @@ class AcceptanceModel:
         even if each alone is unbiased (the optimizer's curse, Smith and Winkler 2006).
         """
         return self._tree_accepted / self._tree_expected
+
+    def correction(self, forest: Forest) -> Correction:
+        """Return what `of` does with the candidates of a forest, for compiled growth."""
+        return Correction(self._bins, forest.sampled, MAX_PROBABILITY)
 
     def of(self, forest: Forest, frontier: IntArray, offered: Candidates) -> Candidates:
         """Return the candidates with P(the target draws this token here | it reached the node)."""

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
 from math import log2
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -25,6 +25,15 @@ from worker.engine.speculation.constants import (
     TIME_WEIGHT,
 )
 from worker.engine.speculation.running_mean import RunningMean, clip_ratio
+
+
+class CostCurve(NamedTuple):
+    """A step of `rows` rows takes `drift` times what the points say, plus `entry_ms` per KV entry attended to."""
+
+    sizes: FloatArray  # [points] rows
+    points: FloatArray  # [points] ms
+    drift: float
+    entry_ms: float
 
 
 class CostModel:
@@ -44,6 +53,11 @@ class CostModel:
         self._points = self._ms  # measured times with the correction
         self._drift = 1.0
         self._samples = 0
+
+    @property
+    def curve(self) -> CostCurve:
+        """What `step_ms` computes from."""
+        return CostCurve(self._rows, self._points, self._drift, self._entry_ms)
 
     def step_ms(self, rows: ArrayLike, entries: ArrayLike = 0.0) -> FloatArray:
         """Return the predicted time of steps with `rows` rows that attend to `entries` KV entries in all.
@@ -138,6 +152,9 @@ class PlainStepTimes:
     def plain_ms(self, batch_size: int, calibrated_ms: float) -> float:
         """Return the current time, in ms, of a plain step that took `calibrated_ms` at calibration."""
         return calibrated_ms * self._plain[load_class(batch_size)].value
+
+
+LOAD_CLASSES = 32  # more than there are
 
 
 def load_class(size: int) -> int:

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
+import numpy as np
+
+from worker.engine.host.nodes import FloatArray
 from worker.engine.speculation.constants import (
     BEST_CHILD_RECOVERY,
     BEST_CHILD_WEIGHT,
@@ -18,7 +21,7 @@ from worker.engine.speculation.constants import (
     MIN_CATCH_UP_TOKENS,
     TIME_WEIGHT,
 )
-from worker.engine.speculation.cost_model import load_class
+from worker.engine.speculation.cost_model import LOAD_CLASSES, load_class
 from worker.engine.speculation.running_mean import RunningMean
 
 
@@ -54,6 +57,10 @@ class _LayerTimes:
     def __init__(self, calibrated: Mapping[int, float]) -> None:
         settled = partial(RunningMean.settled, TIME_WEIGHT)
         self._means = {load_class(nodes): settled(ms) for nodes, ms in calibrated.items()}
+        self.known: FloatArray = np.full(
+            LOAD_CLASSES, np.nan
+        )  # ms by load class, as `of` knows them, for compiled growth
+        self._publish()
 
     def of(self, nodes: int) -> float:
         """Return the time of a layer in ms; for a size never seen, that of the nearest smaller one, 0 if none is."""
@@ -63,6 +70,7 @@ class _LayerTimes:
     def observe(self, nodes: int, layer_ms: float) -> None:
         mean = self._means.setdefault(load_class(nodes), RunningMean.settled(TIME_WEIGHT, layer_ms))
         mean.add(min(layer_ms, LAYER_OUTLIER * mean.value))
+        self.known[load_class(nodes)] = mean.value
 
     def now(self) -> dict[int, float]:
         return {2**size: mean.value for size, mean in self._means.items()}
@@ -73,6 +81,11 @@ class _LayerTimes:
     def restore(self, record: Mapping[str, Any]) -> None:
         for size, stored in record.items():
             self._means.setdefault(int(size), RunningMean(TIME_WEIGHT)).restore(stored)
+        self._publish()
+
+    def _publish(self) -> None:
+        for size, mean in self._means.items():
+            self.known[size] = mean.value
 
 
 class DraftCosts:
@@ -87,7 +100,7 @@ class DraftCosts:
         self._row_ms = RunningMean.settled(TIME_WEIGHT, times.row_ms) if times else RunningMean(TIME_WEIGHT)
         self._gain = RunningMean.settled(TIME_WEIGHT, 0.0)
         # Best child's value over its parent's, by depth of the parent. It starts optimistic, so that layers are tried.
-        self._best_child = [RunningMean.settled(BEST_CHILD_WEIGHT, 1.0) for _ in range(DEPTH_CLASSES)]
+        self.best_child: FloatArray = np.tile([1.0, 1.0 / BEST_CHILD_WEIGHT], (DEPTH_CLASSES, 1))  # value, samples
 
     @property
     def row_ms(self) -> float:
@@ -102,6 +115,11 @@ class DraftCosts:
     def first_ms(self, trees: int) -> float:
         """Return the time of the first layer of a step with this many trees; see `layer_ms`."""
         return self._first.of(trees)
+
+    @property
+    def known_layer_ms(self) -> FloatArray:
+        """Times of further layers by load class; NaN: never seen."""
+        return self._further.known
 
     def layer_ms(self, nodes: int) -> float:
         """Return the time of a further layer; for a size never seen, that of the nearest smaller one."""
@@ -126,7 +144,7 @@ class DraftCosts:
 
     def best_child_ratio(self, depth: int) -> float:
         """Return the value of a node's best child over the node's own, as expected; the root has depth 0."""
-        return self._best_child[min(depth, DEPTH_CLASSES - 1)].value
+        return float(self.best_child[min(depth, DEPTH_CLASSES - 1), 0])
 
     def observe_best_children(self, depth: int, best_children: float, parents: float) -> None:
         """Learn from the summed values of nodes at a depth and of the best child of each.
@@ -134,9 +152,10 @@ class DraftCosts:
         Ratios of deeper nodes recover a little: a layer that once looked bad is otherwise never tried again.
         """
         index = min(depth, DEPTH_CLASSES - 1)
-        self._best_child[index].add(best_children / parents)
-        for deeper in self._best_child[index + 1 :]:
-            deeper.value += BEST_CHILD_RECOVERY * (1.0 - deeper.value)
+        mean, deeper = self.best_child[index], self.best_child[index + 1 :, 0]
+        mean[1] += 1.0
+        mean[0] += max(BEST_CHILD_WEIGHT, 1.0 / mean[1]) * (best_children / parents - mean[0])
+        deeper += BEST_CHILD_RECOVERY * (1.0 - deeper)
 
     def observe_gain(self, tokens: float) -> None:
         """Learn what one tree brought in one step over plain decoding, in tokens."""
@@ -150,7 +169,7 @@ class DraftCosts:
         """Return what was learned as JSON, for `restore`: gain, ratios of best children, times as measured by now."""
         return {
             "gain": self._gain.record(),
-            "best_child": [mean.record() for mean in self._best_child],
+            "best_child": [[round(value, 6), int(samples)] for value, samples in self.best_child.tolist()],
             "first_ms": self._first.record(),
             "layer_ms": self._further.record(),
             "row_ms": self._row_ms.record(),
@@ -160,7 +179,9 @@ class DraftCosts:
         """Continue from what `record` returned."""
         self._gain.restore(record["gain"])
         self._row_ms.restore(record["row_ms"])
-        for mean, stored in zip(self._best_child, record["best_child"], strict=True):
-            mean.restore(stored)
+        best_child = np.array(record["best_child"], np.float64)
+        if best_child.shape != self.best_child.shape:
+            raise ValueError("the stored ratios of best children don't fit")
+        self.best_child[:] = best_child
         self._first.restore(record["first_ms"])
         self._further.restore(record["layer_ms"])

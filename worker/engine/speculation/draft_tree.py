@@ -68,6 +68,11 @@ class Forest(Nodes):
         return np.arange(len(self.sequences))
 
     @property
+    def drafts_nothing(self) -> bool:
+        """True if the trees have no nodes below their roots but those that grammars force."""
+        return self.size == self.trees or (self.masks is not None and bool(self.forced[self.trees :].all()))
+
+    @property
     def sampled(self) -> BoolArray:
         """Which trees belong to sequences above temperature 0."""
         return self.columns.sampled
@@ -159,10 +164,15 @@ class Forest(Nodes):
 
     def pruned(self, kept: BoolArray) -> Forest:
         """Return the kept nodes as a new forest in the same order; `kept` must hold every root."""
-        forest = copy(self)
-        forest.allocate(self.size)
+        forest = self.emptied()
         tree_kernels().prune(self, kept, forest)
         forest.masks = None if self.masks is None else self.masks.pruned(np.flatnonzero(kept))
+        return forest
+
+    def emptied(self) -> Forest:
+        """Return a forest of the same sequences with memory for as many nodes, which have no content yet."""
+        forest = copy(self)
+        forest.allocate(self.size)
         return forest
 
     def nodes_of(self, tree: int) -> IntArray:

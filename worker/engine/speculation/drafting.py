@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Final, Protocol, Self, runtime_checkable
 
 import numpy as np
 
+from worker.engine.host.growth import CompiledGrowth, Correction, Emittable
+from worker.engine.host.sources import CompiledSource
 from worker.engine.segments import BoolArray, IntArray
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.constants import MAX_FORCED_READS
@@ -37,7 +39,44 @@ class Drafter(Protocol):
         """Forget a sequence."""
 
 
-_NONE: IntArray = np.empty(0, np.int64)
+FIRST, SECOND, BOTH = 0, 1, 2  # sources of candidates of a drafter of two parts
+
+
+@runtime_checkable
+class CompiledDrafter(Protocol):
+    """A drafter whose candidates compiled code can find: the trees of a step grow in one call."""
+
+    def source(self, forest: Forest, roots: IntArray) -> CompiledSource:
+        """Return where this step's candidates are: called once, before trees grow below `roots`.
+
+        They are those that `expand` would offer. A network that foresees all layers runs here.
+        """
+
+
+@runtime_checkable
+class PartedDrafter(Protocol):
+    """A drafter of one or two parts. What it offers is `merged` from what its parts offer."""
+
+    parts: tuple[Drafter, ...]
+    label: int  # source of the candidates of a part that is used alone
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The parts of a drafter, as compiled growth asks them."""
+
+    drafters: tuple[Drafter, ...]
+    compiled: tuple[CompiledDrafter | None, ...]  # None: it offers a layer at a time
+    label: int
+
+    @classmethod
+    def of(cls, drafter: Drafter) -> Self:
+        """Return the parts of a drafter; one of one piece is its own only part."""
+        parts, label = (drafter.parts, drafter.label) if isinstance(drafter, PartedDrafter) else ((drafter,), FIRST)
+        return cls(parts, tuple(part if isinstance(part, CompiledDrafter) else None for part in parts), label)
+
+
+_NONE: Final[IntArray] = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +99,8 @@ def as_offered(_: Forest, layer: Layer) -> Candidates:
 class Growth:
     """What was offered while trees grew, and where they may grow on."""
 
-    layers: list[Layer]
+    layers: list[Layer]  # joined where that is possible
+    expanded: list[int]  # nodes that each layer expanded
     detached: IntArray  # ends of forced chains: only a drafter that runs no forward can expand them
 
 
@@ -150,13 +190,60 @@ def grow(
             detached.append(others)
         if len(more):
             frontier = forest.expandable(np.concatenate([frontier, more]))
-    return Growth(layers, np.concatenate(detached))
+    return Growth(joined(layers), [len(layer.frontier) for layer in layers], np.concatenate(detached))
+
+
+def grow_compiled(
+    growth: CompiledGrowth,
+    forest: Forest,
+    parts: Parts,
+    budget: Budget,
+    max_depth: int,
+    roots: IntArray,
+    correction: Correction | None,
+) -> Growth:
+    """Grow the trees below `roots` as `grow` does, but in C: in one call a layer, or in one if all parts are compiled.
+
+    No tree has a grammar. `correction` None: build the trees on the drafter's own probabilities. What was offered is
+    in memory that the next step's growth overwrites.
+    """
+    emittable = Emittable(*forest.columns.end_keys, forest.remaining)
+    if not growth.begin(forest, roots, emittable, correction, budget.rules()):
+        return Growth([], [], _NONE)
+    waiting = [index for index, part in enumerate(parts.compiled) if part is None]
+    growth.use([part and part.source(forest, growth.frontier) for part in parts.compiled], parts.label)
+    if not waiting:
+        growth.grow(forest, max_depth)
+    for _ in range(max_depth if waiting else 0):
+        frontier = growth.frontier
+        for index in waiting:
+            offered = parts.drafters[index].expand(forest, frontier)
+            growth.write(index, offered.tokens, offered.probabilities, offered.source)
+        if not growth.grow(forest, 1):
+            break
+    expanded, tokens, probabilities, labels = growth.offered()
+    return Growth([Layer(expanded, Candidates(tokens, probabilities, labels))], growth.layer_rows(), _NONE)
+
+
+def merged(a: Candidates, b: Candidates) -> Candidates:
+    """Return the candidates of both; a token that both offer keeps its position in `a`."""
+    if not b.probabilities.any():
+        return a
+    p, q = a.probabilities.astype(np.float64), b.probabilities.astype(np.float64)
+    same = (a.tokens[:, :, None] == b.tokens[:, None, :]) & (p > 0)[:, :, None] & (q > 0)[:, None, :]
+    # Noisy-or: right unless both are wrong. They are not independent; the acceptance model learns the difference.
+    both = 1.0 - (1.0 - p) * (1.0 - np.where(same, q[:, None, :], 0.0).max(axis=2))
+    return Candidates(
+        tokens=np.concatenate([a.tokens, b.tokens], axis=1),
+        probabilities=np.concatenate([both, np.where(same.any(axis=1), 0.0, q)], axis=1),
+        source=np.concatenate([np.where(same.any(axis=2), BOTH, FIRST), np.full_like(b.tokens, SECOND)], axis=1),
+    )
 
 
 def joined(layers: list[Layer]) -> list[Layer]:
     """Return the layers as one where that is possible: their offers are equally wide and of the same kind."""
     offers = [layer.offered for layer in layers]
-    if len({(one.tokens.shape[1], one.source is None) for one in offers}) != 1:
+    if len({(one.tokens.shape[1], one.source is None) for one in offers}) != 1 or len(layers) == 1:
         return layers
     sources = [one.source for one in offers if one.source is not None]
     candidates = Candidates(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
+from typing import Self
 
 import numpy as np
 
 from worker.engine.batch import Batch
 from worker.engine.grammar.constraints import Constraints
+from worker.engine.host.growth import CompiledGrowth, growth_library
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.segments import IntArray
 from worker.engine.speculation.constants import (
@@ -25,7 +27,7 @@ from worker.engine.speculation.constants import (
 from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.decision import Decision
 from worker.engine.speculation.draft_tree import Candidates, Forest
-from worker.engine.speculation.drafting import Drafter, Growth, Layer, as_offered, grow, joined
+from worker.engine.speculation.drafting import Drafter, Growth, Layer, Parts, as_offered, grow, grow_compiled
 from worker.engine.speculation.regret_guard import RegretGuard
 from worker.engine.speculation.sequence_columns import SequenceColumns
 from worker.engine.speculation.state import DrafterStats, SpeculationState
@@ -40,6 +42,12 @@ class _Strategy:
 
     drafter: Drafter
     stats: DrafterStats
+    parts: Parts
+
+    @classmethod
+    def of(cls, drafter: Drafter, stats: DrafterStats) -> Self:
+        """Return a drafter with what was learned about it."""
+        return cls(drafter, stats, Parts.of(drafter))
 
     @property
     def forced_reads(self) -> int:
@@ -56,15 +64,16 @@ class _Start:
     num_uncached_tokens: int  # committed tokens that the drafter must read for them
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class StepPlan:
     """The draft trees of one step."""
 
     drafted: Forest  # all nodes
     selected: Forest  # the nodes that the target verifies
     nodes: IntArray  # the index in `drafted` of each node of `selected`
-    layers: list[Layer]
+    layers: list[Layer]  # what was offered; none: nothing was drafted
     decision: Decision
+    drafted_trees: int = 0  # roots that the first layer expanded
     strategy: _Strategy | None = None  # the one that drafted; None: none did
     catch_up_ms: float = 0.0  # time the drafter took to read uncached tokens, if it had fallen behind
     lookup_ms: float = 0.0  # time of a draft lookup that found no candidates
@@ -107,11 +116,13 @@ class Planner:
         self._columns = SequenceColumns(())  # of the sequences of the last step
         self._acceptance = state.acceptance
         self._calibrated = options.mode is Mode.OPT_TREE or options.calibrated
-        self._strategies = [] if drafter is None else [_Strategy(drafter, state.whole)]
+        self._strategies = [] if drafter is None else [_Strategy.of(drafter, state.whole)]
         part = None if drafter is None or drafter.forward_free is drafter else drafter.forward_free
-        self._lookup = None if part is None else _Strategy(part, state.forward_free)
+        self._lookup = None if part is None else _Strategy.of(part, state.forward_free)
         if self._lookup is not None and options.mode is Mode.OPT_TREE:
             self._strategies.append(self._lookup)
+        library = growth_library()
+        self._compiled = None if library is None else CompiledGrowth(library, options.max_depth)
 
     def plan(self, batch: Batch) -> StepPlan:
         """Draft for the decoding sequences of a batch, and select what the target verifies."""
@@ -125,15 +136,22 @@ class Planner:
             return self._without_drafts(batch, forest, start)
         strategy = start.strategy
         budget = self._budget(batch, strategy)
-        layers, catch_up_ms = self._grow(batch, forest, budget, start)
-        if forest.forced.sum() == forest.size - len(forest.sequences):
-            lookup_ms = 0.0
+        growth, catch_up_ms = self._grow(batch, forest, budget, start)
+        found = StepPlan(
+            drafted=forest,
+            selected=forest,
+            nodes=forest.roots,
+            layers=growth.layers,
+            decision=Decision.UNPROFITABLE,
+            drafted_trees=growth.expanded[0] if growth.expanded else 0,
+            strategy=strategy,
+            catch_up_ms=catch_up_ms,
+        )
+        if forest.drafts_nothing:
+            found.decision = Decision.NO_CANDIDATES
             if self._is_cheap_lookup(len(batch.decoding), strategy):
-                layers, catch_up_ms, lookup_ms = [], 0.0, (self._clock() - started) * 1e3
-            plan = self._cut(forest, budget, Decision.NO_CANDIDATES)
-            return replace(plan, layers=layers, strategy=strategy, catch_up_ms=catch_up_ms, lookup_ms=lookup_ms)
-        plan = self._cut(forest, budget, Decision.UNPROFITABLE)
-        return replace(plan, layers=layers, strategy=strategy, catch_up_ms=catch_up_ms)
+                found.layers, found.catch_up_ms, found.lookup_ms = [], 0.0, (self._clock() - started) * 1e3
+        return self._cut(found, budget)
 
     def _masks(self) -> TreeMasks | None:
         """Return the masks of the step's trees; None if no sequence has a grammar."""
@@ -158,19 +176,33 @@ class Planner:
         allowed = (Decision.GUARD, Decision.DRAFT_LAGGING, Decision.GRAMMAR)
         if forest.masks is not None and reason in allowed:
             forest.force(np.arange(len(batch.decoding)))
-            return self._cut(forest, self._budget(batch, self._strategies[0]), reason)
+            return self._cut(
+                StepPlan(forest, forest, forest.roots, [], reason), self._budget(batch, self._strategies[0])
+            )
         return StepPlan(forest, forest, forest.roots, [], reason)
 
-    @staticmethod
-    def _cut(forest: Forest, budget: Budget, otherwise: Decision) -> StepPlan:
-        """Return a plan that verifies the nodes that are worth it; `otherwise` is the decision if none is."""
-        if forest.size == len(forest.sequences):
-            return StepPlan(forest, forest, forest.roots, [], otherwise)
+    def _cut(self, plan: StepPlan, budget: Budget) -> StepPlan:
+        """Let a plan verify the nodes that are worth it; its decision stays if none is."""
+        forest = plan.drafted
+        if forest.size == forest.trees:
+            return plan
+        if self._grows_compiled(forest):
+            assert self._compiled is not None
+            plan.selected = forest.emptied()
+            plan.nodes = self._compiled.cut(forest, plan.selected)
+            if plan.selected.size > forest.trees:
+                plan.decision = Decision.TREE
+            return plan
         cut = budget.cut(forest)
-        selected = forest.pruned(cut)
-        drafted = ~selected.forced[len(selected.sequences) :]
-        decision = Decision.TREE if drafted.any() else Decision.GRAMMAR if len(drafted) else otherwise
-        return StepPlan(forest, selected, np.flatnonzero(cut), [], decision)
+        plan.selected, plan.nodes = forest.pruned(cut), np.flatnonzero(cut)
+        drafted = ~plan.selected.forced[forest.trees :]
+        if len(drafted):
+            plan.decision = Decision.TREE if drafted.any() else Decision.GRAMMAR
+        return plan
+
+    def _grows_compiled(self, forest: Forest) -> bool:
+        """Return whether the trees grow in C: not those of grammars, whose masks are computed in Python."""
+        return self._compiled is not None and forest.masks is None
 
     def learn(
         self, batch: Batch, plan: StepPlan, accepted: AcceptedPaths, tokens: int, times: StepTimes
@@ -236,7 +268,7 @@ class Planner:
             if plan.layers:
                 # The guard pays for catching up. It serves many steps, so it is no part of what this one gained.
                 gain = tokens - batch_size * (step_ms - plan.catch_up_ms) / plain_ms
-                stats.costs.observe_gain(gain / len(plan.layers[0].frontier))
+                stats.costs.observe_gain(gain / plan.drafted_trees)
 
     def _start(self, batch: Batch, forest: Forest) -> _Start | Decision:
         """Return the first strategy that may draft and for which of the roots, or the reason why none may."""
@@ -342,31 +374,42 @@ class Planner:
         stats = strategy.stats
         return stats.costs.first_ms(batch_size) * stats.guard.throughput(batch_size) < MAX_LOOKUP_SHARE * batch_size
 
-    def _grow(self, batch: Batch, forest: Forest, budget: Budget, start: _Start) -> tuple[list[Layer], float]:
+    def _grow(self, batch: Batch, forest: Forest, budget: Budget, start: _Start) -> tuple[Growth, float]:
         """Grow the trees; return what was offered, and the ms that went into catching up.
 
         Forced tokens come first. What follows them is drafted by the strategy if it runs no forward or reads them, and
         otherwise by its part that runs none.
         """
+        if forest.masks is None:
+            return self._grow_from(forest, budget, start)
         _, ends = forest.force(np.arange(len(batch.decoding)))
         taken = np.isin(forest.tree[ends], start.roots) if start.strategy.forced_reads else np.ones(len(ends), np.bool_)
         growth, catch_up_ms = self._grow_from(forest, budget, start, ends[taken])
         detached = np.concatenate([growth.detached, ends[~taken]])
         if not len(detached) or self._lookup is None:
-            return growth.layers, catch_up_ms
+            return growth, catch_up_ms
         further, _ = self._grow_from(forest, self._budget(batch, self._lookup), _Start(self._lookup, detached, 0))
-        return [*growth.layers, *further.layers], catch_up_ms
+        both = Growth([*growth.layers, *further.layers], [*growth.expanded, *further.expanded], further.detached)
+        return both, catch_up_ms
 
     def _grow_from(
         self, forest: Forest, budget: Budget, start: _Start, forced: IntArray | None = None
     ) -> tuple[Growth, float]:
-        began, strategy = self._clock(), start.strategy
+        began, strategy, depth = self._clock(), start.strategy, self._options.max_depth
+        if self._grows_compiled(forest):
+            assert self._compiled is not None
+            correction = self._acceptance.correction(forest) if self._calibrated else None
+            growth = grow_compiled(self._compiled, forest, strategy.parts, budget, depth, start.roots, correction)
+        else:
+            growth = self._grow_layers(forest, budget, start, forced)
+        ms = (self._clock() - began) * 1e3
+        return growth, strategy.stats.costs.observe_growth(start.num_uncached_tokens, growth.expanded, ms)
+
+    def _grow_layers(self, forest: Forest, budget: Budget, start: _Start, forced: IntArray | None) -> Growth:
         calibrate = self._calibrate if self._calibrated else as_offered
         forced = start.roots[:0] if forced is None else forced
-        growth = grow(forest, strategy.drafter, budget, self._options.max_depth, start.roots, calibrate, forced)
-        ms = (self._clock() - began) * 1e3
-        expanded = [len(layer.frontier) for layer in growth.layers]
-        return growth, strategy.stats.costs.observe_growth(start.num_uncached_tokens, expanded, ms)
+        drafter, max_depth = start.strategy.drafter, self._options.max_depth
+        return grow(forest, drafter, budget, max_depth, start.roots, calibrate, forced)
 
     def _calibrate(self, forest: Forest, layer: Layer) -> Candidates:
         return self._acceptance.of(forest, layer.frontier, layer.offered)
@@ -375,7 +418,7 @@ class Planner:
         """Label the drafted nodes that the target reached with the token that it drew there."""
         drawn = np.full(plan.drafted.size, -1)
         drawn[plan.nodes[accepted.visited]] = accepted.drawn
-        for layer in joined(plan.layers):
+        for layer in plan.layers:
             self._acceptance.learn(plan.drafted, layer.frontier, layer.offered, drawn[layer.frontier])
         trees = len(accepted.counts)
         drafted = ~plan.selected.forced

@@ -11,10 +11,11 @@ from typing import Protocol
 
 import numpy as np
 
+from worker.engine.host.growth import FixedRules, PricedRules
 from worker.engine.host.nodes import FloatArray
 from worker.engine.options import MAX_STEP_NODES
 from worker.engine.segments import BoolArray, IntArray
-from worker.engine.speculation.constants import MIN_NET_GAIN
+from worker.engine.speculation.constants import BEST_CHILD_RECOVERY, BEST_CHILD_WEIGHT, MIN_NET_GAIN
 from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.draft_costs import DraftCosts
 from worker.engine.speculation.draft_tree import Forest
@@ -34,6 +35,9 @@ class Budget(Protocol):
 
     def cut(self, forest: Forest) -> BoolArray:
         """Return the nodes to verify: a parent-closed set with every root."""
+
+    def rules(self) -> FixedRules | PricedRules:
+        """Return the rules by which compiled growth decides the same."""
 
 
 class FixedBudget:
@@ -62,6 +66,10 @@ class FixedBudget:
     def cut(self, forest: Forest) -> BoolArray:
         """Verify the n best nodes of every tree."""
         return self._best if len(self._best) == forest.size else forest.best(self._nodes)
+
+    def rules(self) -> FixedRules:
+        """Return the rules by which compiled growth decides the same."""
+        return FixedRules(self._nodes, self._threshold)
 
 
 class CostAwareBudget:
@@ -99,6 +107,26 @@ class CostAwareBudget:
         self._trees = trees
         self._limit = min(limit, nodes * trees, MAX_STEP_NODES)
 
+    def rules(self) -> PricedRules:
+        """Return the rules by which compiled growth decides the same."""
+        curve, drafts = self._costs.curve, self._drafts
+        return PricedRules(
+            nodes=self._nodes,
+            node_limit=self._limit,
+            price=self._price,
+            rows=self._rows,
+            entries=self._entries,
+            min_gain=MIN_NET_GAIN * self._trees,
+            drift=curve.drift,
+            entry_ms=curve.entry_ms,
+            sizes=curve.sizes,
+            points=curve.points,
+            best_child=drafts.best_child,
+            best_child_weight=BEST_CHILD_WEIGHT,
+            best_child_recovery=BEST_CHILD_RECOVERY,
+            layer_ms=drafts.known_layer_ms,
+        )
+
     @cached_property
     def min_value(self) -> float:
         """The lowest price of a row, in tokens, over all numbers of rows."""
@@ -121,11 +149,11 @@ class CostAwareBudget:
         depth = int(forest.depth[expanded[0]])
         if not len(layer):
             if depth:  # the ratio of roots is never used: their children are always drafted
-                self._drafts.observe_best_children(depth, 0.0, float(forest.value[expanded].sum()))
+                self._drafts.observe_best_children(depth, 0.0, _sum(forest.value[expanded]))
             return layer
         best = np.zeros(forest.size)
         np.maximum.at(best, forest.parent[layer], forest.value[layer])
-        self._drafts.observe_best_children(depth, float(best[expanded].sum()), float(forest.value[expanded].sum()))
+        self._drafts.observe_best_children(depth, _sum(best[expanded]), _sum(forest.value[expanded]))
         if forest.size - len(forest.sequences) > min(self._nodes, self._limit):
             layer = layer[self._within(forest)[layer]]
         values = self._values(forest)
@@ -190,6 +218,11 @@ class CostAwareBudget:
         within = np.zeros(forest.size, np.bool_)
         within[self._ranked(forest)] = True
         return within
+
+
+def _sum(some: FloatArray) -> float:
+    """Return the sum, added up in order, as compiled growth does it."""
+    return float(some.cumsum()[-1])
 
 
 def _descending(*some: FloatArray) -> FloatArray:
