@@ -30,6 +30,11 @@ class WorkerSettings(JobsSettings):
         "auto",
         description="dtype of the models; auto: bfloat16 if the hardware computes in it, else float32.",
     )
+    quantization: Literal["auto", "int8", "fp8"] = Field(
+        "auto",
+        description="Weights of linear layers, of target and draft; auto: as the checkpoint has them; int8: rounded to "
+        "int8 at load (CPU); fp8: rounded to FP8 (e4m3) at load. Either has a scale for each column.",
+    )
     special_in_content: Literal["text", "control"] = Field(
         "text",
         description="How special tokens in chat content are read; text: as plain text; "

@@ -29,6 +29,7 @@ from worker.engine.options import MAX_STEP_NODES
 from worker.engine.paged.attention import PagedAttentionPlan, gpu_kernels_for
 from worker.engine.paged.rows import PagedRows
 from worker.engine.paged.shape_buckets import BUCKETS
+from worker.engine.quantization.weights import QuantizationMethod, quantize
 from worker.engine.segments import IntArray, Segment, Segments
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.draft_tree import Candidates, Forest
@@ -65,12 +66,14 @@ class PackedHead:
         capacity: int,
         cpu_kernels: bool = True,
         paged: bool | None = None,
+        quantization: QuantizationMethod | None = None,
     ) -> None:
         """Wrap a network, which is changed in place, with an `embedding` [vocabulary, width] of all target ids.
 
         `output` are the output weights [n, width] of `tokens`. Both are the target's, unless the head has its own.
 
-        `cpu_kernels` and `paged` are as in `PackedModel`.
+        `cpu_kernels` and `paged` are as in `PackedModel`. With `quantization`, round the weights of a head of ours;
+        a published head keeps them.
         """
         self.tokens, self.vocabulary, self.first_token = tokens, len(embedding), network.first_token
         self._embedding = embedding
@@ -78,6 +81,8 @@ class PackedHead:
         network.model.set_attn_implementation(ATTENTION_NAME)
         network.lm_head = _linear(output)
         ours = isinstance(network, HeadNetwork)
+        if quantization is not None and ours:
+            quantize(network, quantization)
         self._backend = make_backend(network.model, slots, capacity, cpu_kernels=cpu_kernels and ours, paged=paged)
         self._rotary = rotary_table(network.model, embedding, self._backend.kv.capacity)
         on_gpu = gpu_kernels_for(embedding.device)

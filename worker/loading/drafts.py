@@ -35,8 +35,10 @@ from worker.engine.model.checkpoint import draft_kind, folder_of, refuse_unreada
 from worker.engine.model.loading import embeddings, load, output_weights
 from worker.engine.model.offload import input_device
 from worker.engine.model.packed_model import PackedModel
+from worker.engine.quantization.weights import QuantizationMethod
 from worker.engine.speculation.drafting import Drafter
 from worker.loading.model_store import pull, resolve
+from worker.loading.quantization import chosen_quantization, refuse_unpacked
 from worker.loading.tensor_parallel import DRAFT, RankGroup, draft_tp_size
 from worker.settings import SUFFIX, WorkerSettings
 from worker.text.codec import load_tokenizer
@@ -73,7 +75,9 @@ def load_draft(
         folder = folder_of(path)
         assert folder is not None, "a head is a directory or a downloaded hub id"
         loaded = _own_head if is_own_head(folder) else _eagle3_head
-        return _with_head(loaded(folder, settings, model, tokenizer), model)
+        return _with_head(
+            loaded(folder, settings, model, tokenizer), model, chosen_quantization(settings, model.device)
+        )
     refuse_unsupported_draft(path)
     return _with_model(path, settings, model, tokenizer, ranks)
 
@@ -173,13 +177,21 @@ def _eagle3_head(folder: Path, settings: WorkerSettings, model: PreTrainedModel,
     return _LoadedHead(model_name(settings.draft), head.network, tokens, output, embedding)
 
 
-def _with_head(head: _LoadedHead, model: PreTrainedModel) -> DrafterFactory:
+def _with_head(head: _LoadedHead, model: PreTrainedModel, quantization: QuantizationMethod | None) -> DrafterFactory:
     shape = head.network.shape
 
     def make(hidden: HiddenStates | None, slots: int, capacity: int, _: int | None) -> MakeDrafter:
         assert hidden is not None, "a head reads hidden states"
         network = deepcopy(head.network)
-        packed = pack_head(network, head.embedding, head.output, head.tokens, slots=slots, capacity=capacity)
+        packed = pack_head(
+            network,
+            head.embedding,
+            head.output,
+            head.tokens,
+            slots=slots,
+            capacity=capacity,
+            quantization=quantization,
+        )
         packed.prepare()
         return lambda: MixedDrafter(head_drafter(packed, hidden, head.name), SuffixDrafter())
 
@@ -198,8 +210,13 @@ def _with_model(
     draft_tokenizer = load_tokenizer(path)
     on_all_ranks = ranks is not None and settings.draft_ranks == "all"
     network = load(
-        path, dtype=model.dtype, device=input_device(model), ranks=draft_tp_size(path, settings) if on_all_ranks else 1
+        path,
+        dtype=model.dtype,
+        device=input_device(model),
+        ranks=draft_tp_size(path, settings) if on_all_ranks else 1,
+        quantization=chosen_quantization(settings, model.device),
     )
+    refuse_unpacked(network, settings.draft)
     config = network.config.get_text_config()
     shared = shared_vocabulary(tokenizer, draft_tokenizer, settings.target, settings.draft, config.vocab_size)
     fuse_layers(network)

@@ -22,11 +22,12 @@ from worker.engine.cpu.compiler import processor
 from worker.engine.engine import Engine
 from worker.engine.grammar.vocabulary import GrammarVocabulary
 from worker.engine.model.architecture import max_positions
-from worker.engine.model.backend import fuse_layers
+from worker.engine.model.backend import fuse_layers, stored_bytes
 from worker.engine.model.loading import gather_embeddings, load, native_dtype
 from worker.engine.model.offload import OffloadOptions
 from worker.engine.model.packed_model import LanguageModel, PackedModel
 from worker.engine.options import EngineOptions, Mode
+from worker.engine.quantization.weights import QuantizationMethod, quantization_of
 from worker.engine.sampling.sampling import prepare as prepare_draws
 from worker.engine.segments import chain
 from worker.engine.speculation.cost_model import CostModel
@@ -37,6 +38,7 @@ from worker.loading.calibration import calibrate, calibrate_drafts, measure_draf
 from worker.loading.capacity import choose_capacity
 from worker.loading.drafts import load_draft, uses_head
 from worker.loading.model_store import OnMessage, resolve
+from worker.loading.quantization import chosen_quantization, refuse_unpacked, weights_sentence
 from worker.loading.tensor_parallel import NOT_EXACT, TARGET, RankGroup
 from worker.settings import WorkerSettings
 from worker.text.codec import Codec, eos_ids, load_tokenizer
@@ -102,12 +104,22 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
         torch.set_num_threads(settings.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = native_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    quantization = chosen_quantization(settings, device)
     path = resolve(settings.target, settings.cache_dir, on_message)
     on_message(f"Loading {settings.target} in {str(dtype).removeprefix('torch.')} on {device.type}")
     if settings.tp > 1 and dtype == torch.bfloat16:
         on_message(f"Warning: {NOT_EXACT}. Start with --tp 1, or set BASIC_DTYPE=float32")
     ranks = RankGroup.start(settings, path, device) if settings.tp > 1 else None
-    model = load(path, dtype=dtype, device=device, ranks=settings.tp, offload=_spread(settings))
+    model = load(
+        path,
+        dtype=dtype,
+        device=device,
+        ranks=settings.tp,
+        offload=_spread(settings),
+        quantization=quantization,
+    )
+    refuse_unpacked(model, settings.target)
+    quantized = quantization_of(model)
     if uses_head(settings):
         gather_embeddings(model)
     tokenizer = load_tokenizer(path)
@@ -116,6 +128,8 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
     if draft.name:
         on_message(f"Drafting with {draft.name}")
     fuse_layers(model)
+    if quantized is not None:
+        on_message(weights_sentence(stored_bytes(model)))
     options = choose_capacity(settings, model, draft, ranks, on_message)
     vocabulary = min(len(tokenizer), config.vocab_size)
     pack = PackedModel if ranks is None else partial(ranks.lead, index=TARGET)
@@ -139,7 +153,7 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
     for finding in (*codec.findings, *ignored):
         on_message(finding)
     on_message("Calibrating")
-    key = _cost_key(settings, options, target, device, draft.taps)
+    key = _cost_key(settings, options, target, device, draft.taps, quantized)
     make_drafter = draft.make(target.hidden, options.max_sequences, options.draft_slot_tokens, options.draft_kv_tokens)
     folder = settings.cache_dir / "costs"
     costs = calibrate(target, min(options.slot_tokens, max_positions(config) or options.slot_tokens), key, folder)
@@ -165,7 +179,7 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
         draft_times=draft_times,
         speculation_state=SpeculationState.of(*draft_times),
         draft_identity=_draft_identity(
-            name, draft.name, shown_device, (settings.mode, *_kind(settings, target, device))
+            name, draft.name, shown_device, (settings.mode, *_kind(settings, target, device, quantized))
         ),
     )
 
@@ -192,14 +206,22 @@ def _spread(settings: WorkerSettings) -> OffloadOptions | None:
 
 
 def _cost_key(
-    settings: WorkerSettings, options: EngineOptions, target: PackedModel, device: torch.device, taps: tuple[int, ...]
+    settings: WorkerSettings,
+    options: EngineOptions,
+    target: PackedModel,
+    device: torch.device,
+    taps: tuple[int, ...],
+    quantized: QuantizationMethod | None,
 ) -> tuple[object, ...]:
     """Return the cache key of the calibration: everything that changes the cost of a step."""
-    return (settings.target, options.slot_tokens, taps, *_kind(settings, target, device))
+    return (settings.target, options.slot_tokens, taps, *_kind(settings, target, device, quantized))
 
 
-def _kind(settings: WorkerSettings, target: PackedModel, device: torch.device) -> tuple[object, ...]:
-    """Return what changes the speed of the same model: device, parallelism, dtype, threads, versions."""
+def _kind(
+    settings: WorkerSettings, target: PackedModel, device: torch.device, quantized: QuantizationMethod | None
+) -> tuple[object, ...]:
+    """Return what changes the speed of the same model: device, parallelism, dtype, quantisation, threads, versions."""
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     versions = (torch.__version__, transformers.__version__, target.version)
-    return (device_name, settings.tp, str(target.dtype), torch.get_num_threads(), *versions)
+    weights = str(target.dtype) if quantized is None else f"{target.dtype} {quantized}"
+    return (device_name, settings.tp, weights, torch.get_num_threads(), *versions)

@@ -64,11 +64,22 @@ class FusedLayers(LayerStack):
         for index, number in enumerate(layers):
             self.layers[number].tap = index
 
-    @property
-    def scratch_sizes(self) -> tuple[int, int, int, int]:
-        """Elements per row of the buffers of `Scratch`, in its order."""
+    def scratch_sizes(self, *others: PackedLinear) -> tuple[int, int, int, int, int]:
+        """Return the elements per row of the buffers of `Scratch`, in its order; `others` are multiplied, too."""
         layer = self._packed[0]
-        return layer.qkv.in_features, layer.qkv.out_features, layer.o.in_features, self._inner
+        rounded_bytes = max(linear.rounded_bytes for linear in (*layer.linears, *others))
+        size = layer.qkv.weight.dtype.itemsize
+        return (
+            layer.qkv.in_features,
+            layer.qkv.out_features,
+            layer.o.in_features,
+            self._inner,
+            -(-rounded_bytes // size),
+        )
+
+    def stored(self) -> list[Tensor]:
+        """Return the tensors that the layers keep in memory."""
+        return [part for packed in self._packed for part in packed.stored()]
 
     def forward(
         self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], plan: CpuAttentionPlan, **_: object
@@ -77,7 +88,7 @@ class FusedLayers(LayerStack):
         x = hidden_states.clone()
         n, width = x.shape[1:]
         cos, sin = (part.contiguous() for part in position_embeddings)
-        scratch = [x.new_empty(n * size) for size in self.scratch_sizes]
+        scratch = [x.new_empty(n * size) for size in self.scratch_sizes()]
         structure, views = plan.structures(self.windows, self.scaling)
         plan.tapped = x.new_empty(n, self.taps, width)
         self._kernels.run_layers(
@@ -116,11 +127,21 @@ class _Packed:
         ]
         self._norms: list[Tensor | None] = [None if norm is None else norm.weight.detach() for norm in norms]
 
+    @property
+    def linears(self) -> tuple[PackedLinear, ...]:
+        """The linear layers, in the order of `LayerWeights`."""
+        return self.qkv, self.o, self._gate_up, self._down
+
+    def stored(self) -> list[Tensor]:
+        """Return the tensors that the layer keeps in memory."""
+        norms = [norm for norm in self._norms if norm is not None]
+        return norms + [part for linear in self.linears for part in linear.stored()]
+
     def layer(self, windows: list[int | None]) -> LayerWeights:
         """Return the C structure; the views of a step are in the order of `windows`."""
         return LayerWeights(
             *[None if norm is None else norm.data_ptr() for norm in self._norms],
-            *[linear.product for linear in (self.qkv, self.o, self._gate_up, self._down)],
+            *[linear.product for linear in self.linears],
             windows.index(self.window),
             -1,
         )

@@ -70,6 +70,8 @@ class CpuNetwork:
             join=join.product if join else Product(),
         )
         self._dim = int(cos.shape[1])
+        linears = (output,) if join is None else (output, join)
+        self._row_sizes = (*stack.scratch_sizes(*linears), self._width, self._dim, self._dim, 2 * self._width)
 
     def forward(
         self, segments: Sequence[Segment], plan: CpuAttentionPlan, states: Tensor | None = None
@@ -129,9 +131,7 @@ class CpuNetwork:
 
     def _scratch_addresses(self, rows: int) -> list[int]:
         """Return the addresses of the scratch buffers for `rows` rows. The memory behind them only grows."""
-        sizes = [
-            rows * size for size in (*self._stack.scratch_sizes, self._width, self._dim, self._dim, 2 * self._width)
-        ]
+        sizes = [rows * size for size in self._row_sizes]
         starts = list(accumulate(sizes, initial=0))
         if len(self._scratch) < starts[-1]:
             self._scratch = self._like.new_empty(starts[-1])

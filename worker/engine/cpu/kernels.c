@@ -17,7 +17,7 @@
 #else
 #include <sched.h>
 #endif
-#ifdef __AVX512BF16__
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -31,10 +31,13 @@ enum { LANES = 8, BLOCK = 5 };
 enum { PREFETCH_ROWS = 7, PREFETCH_BYTES = 12288 }; /* from this many rows on, prefetch weights; by this many bytes */
 enum { LINE = 64, L2_BYTES = 300000 }; /* bytes of a cache line, and of the weights that stay in L2 for all rows */
 enum { PANEL = 2 * LANES }; /* columns multiplied together; weights are packed panel by panel */
+enum { GROUP = 64 };  /* inputs of a row that are rounded to int8 with one scale */
+enum { CHUNK = 128 }; /* inputs whose weights are decoded together; weights with block scales have one for each chunk */
 #define PANEL_STEP_BYTES (PANEL * STEP * (int)sizeof(scalar)) /* of a panel's weights for one step of inputs */
 
 typedef float floats __attribute__((vector_size(LANES * 4)));
 typedef uint32_t words __attribute__((vector_size(LANES * 4)));
+typedef int32_t ints __attribute__((vector_size(LANES * 4)));
 
 #ifdef BFLOAT16
 typedef uint16_t scalar;
@@ -68,6 +71,80 @@ static inline __attribute__((always_inline)) floats multiply_add(floats sum, con
     return sum + w * *x;
 }
 #endif
+
+/* x * y + z with one rounding where the processor has it. The compiler may reorder sums that it sees, and would do so
+ * for some numbers of rows only. */
+static inline __attribute__((always_inline)) floats fused(floats x, floats y, floats z) {
+#if defined(__AVX512F__)
+    return (floats)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)z);
+#elif defined(__FMA__)
+    return (floats)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z);
+#else
+    return x * y + z;
+#endif
+}
+
+/* int8: weights of INT8_STEP inputs are adjacent. Sums are exact int32, so their order does not matter. With VNNI the
+ * weights are stored as w + 128, and a group's sum starts at -128 times the sum of its inputs. */
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+enum { INT8_STEP = 4, INT8_OFFSET = 128 };
+static inline __attribute__((always_inline)) ints multiply_add_int8(ints sum, const uint8_t *weight, const int8_t *x) {
+    int32_t four;
+    memcpy(&four, x, sizeof four);
+#if defined(__AVX512VNNI__)
+    return (ints)_mm512_dpbusd_epi32((__m512i)sum, _mm512_loadu_si512(weight), _mm512_set1_epi32(four));
+#else
+    return (ints)_mm256_dpbusd_avx_epi32((__m256i)sum, _mm256_loadu_si256((const __m256i *)weight),
+                                         _mm256_set1_epi32(four));
+#endif
+}
+#else
+enum { INT8_STEP = 2, INT8_OFFSET = 0 };
+static inline __attribute__((always_inline)) ints multiply_add_int8(ints sum, const uint8_t *weight, const int8_t *x) {
+#if defined(__AVX512BW__)
+    int32_t pair = (int32_t)((uint16_t)(int16_t)x[0] | (uint32_t)(uint16_t)(int16_t)x[1] << 16);
+    __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)weight));
+    return sum + (ints)_mm512_madd_epi16(wide, _mm512_set1_epi32(pair));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    int32_t pair = (int32_t)((uint16_t)(int16_t)x[0] | (uint32_t)(uint16_t)(int16_t)x[1] << 16);
+    __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)weight));
+    return sum + (ints)_mm256_madd_epi16(wide, _mm256_set1_epi32(pair));
+#else
+    for (int lane = 0; lane < LANES; lane++)
+        sum[lane] += (int8_t)weight[2 * lane] * x[0] + (int8_t)weight[2 * lane + 1] * x[1];
+    return sum;
+#endif
+}
+#endif
+
+/* FP8 (e4m3): the bits of a float16 that is 2^-8 times the number; every number is exact in bfloat16, too. */
+static inline uint16_t fp8_as_half(uint8_t x) { return (uint16_t)((x & 0x80) << 8 | (x & 0x7f) << 7); }
+
+/* Decode `count` numbers, a multiple of 2 * LANES, to 2^-8 times their value. */
+static inline void decode_fp8(const uint8_t *from, scalar *to, int64_t count) {
+#if defined(__AVX512BW__)
+    for (int64_t i = 0; i < count; i += 32) {
+        __m512i x = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(from + i)));
+        __m512i sign = _mm512_slli_epi16(_mm512_and_si512(x, _mm512_set1_epi16(0x80)), 8);
+        __m512i half = _mm512_or_si512(sign, _mm512_slli_epi16(_mm512_and_si512(x, _mm512_set1_epi16(0x7f)), 7));
+        __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(half));
+        __m512 high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
+#ifdef BFLOAT16
+        _mm256_storeu_si256((__m256i *)(to + i), _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)low, 16)));
+        _mm256_storeu_si256((__m256i *)(to + i + 16), _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)high, 16)));
+#else
+        _mm512_storeu_ps(to + i, low);
+        _mm512_storeu_ps(to + i + 16, high);
+#endif
+    }
+#else
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t bits = fp8_as_half(from[i]), rest = bits & 0x7fff;
+        float x = rest >= 0x400 ? (float_bits){.bits = (rest << 13) + (112u << 23)}.value : (float)rest * 0x1p-24f;
+        to[i] = from_float(bits & 0x8000 ? -x : x);
+    }
+#endif
+}
 
 /* ---- threads -------------------------------------------------------------------------------------------------------- */
 
@@ -122,30 +199,55 @@ typedef enum { STORE, ADD, GATE, STORE_FLOAT } finish_t;
 /* One packed product: out = finish(x @ weight.T + bias). ADD adds to `out`. GATE takes panels with gate in the first
  * half and up in the second, and stores silu(gate) * up. */
 typedef struct {
-    const scalar *weight; /* packed */
-    const scalar *bias;   /* [columns], or NULL */
-    int64_t columns, inputs;
+    const void *weight; /* packed */
+    const scalar *bias; /* [columns], or NULL */
+    const float *scale; /* packed: [panels * PANEL], or for each chunk of inputs if `blocks`; NULL for scalars */
+    int64_t columns, inputs, kind, blocks;
 } product_t;
+
+typedef enum { SCALARS, INT8, FP8 } kind_t; /* of weights */
 
 int64_t panel_columns(void) { return PANEL; }
 
 int64_t block_rows(void) { return BLOCK; }
 
-int64_t packed_size(int64_t columns, int64_t inputs) { return (columns + PANEL - 1) / PANEL * PANEL * inputs; }
+/* Weights of this many inputs are adjacent. */
+static int64_t step_of(int64_t kind) { return kind == INT8 ? INT8_STEP : STEP; }
+
+static int64_t padded(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
+
+/* Elements of a packed weight. */
+int64_t packed_size(int64_t columns, int64_t inputs, int64_t kind) {
+    return padded(columns, PANEL) * padded(inputs, step_of(kind));
+}
+
+static inline __attribute__((always_inline)) void pack_elements(const char *weight, const char *second, char *packed,
+                                                                int64_t columns, int64_t inputs, int64_t step,
+                                                                const size_t size) {
+    const int64_t depth = padded(inputs, step), last = second ? columns / 2 : columns;
+#pragma omp parallel for
+    for (int64_t panel = 0; panel < (columns + PANEL - 1) / PANEL; panel++)
+        for (int64_t k = 0; k < depth; k++)
+            for (int64_t lane = 0; lane < PANEL; lane++) {
+                int64_t column = second ? panel * LANES + lane % LANES : panel * PANEL + lane;
+                const char *from = second && lane >= LANES ? second : weight;
+                char *to = packed + (size_t)(panel * PANEL * depth + (k / step * PANEL + lane) * step + k % step) * size;
+                if (column < last && k < inputs)
+                    memcpy(to, from + (size_t)(column * inputs + k) * size, size);
+                else
+                    memset(to, 0, size);
+            }
+}
 
 /* Pack `weight` [columns, inputs]; pad the last panel with zeros. `second`, if given, has as many columns: half panels
  * of both alternate, and `columns` counts both. */
-void pack(const scalar *weight, const scalar *second, scalar *packed, int64_t columns, int64_t inputs) {
-#pragma omp parallel for
-    for (int64_t panel = 0; panel < (columns + PANEL - 1) / PANEL; panel++)
-        for (int64_t k = 0; k < inputs; k++)
-            for (int64_t lane = 0; lane < PANEL; lane++) {
-                int64_t column = second ? panel * LANES + lane % LANES : panel * PANEL + lane;
-                int64_t last = second ? columns / 2 : columns;
-                const scalar *from = second && lane >= LANES ? second : weight;
-                packed[panel * PANEL * inputs + (k / STEP * PANEL + lane) * STEP + k % STEP] =
-                    column < last ? from[column * inputs + k] : 0;
-            }
+void pack(const char *weight, const char *second, char *packed, int64_t columns, int64_t inputs, int64_t kind) {
+    if (kind == SCALARS)
+        pack_elements(weight, second, packed, columns, inputs, STEP, sizeof(scalar));
+    else
+        pack_elements(weight, second, packed, columns, inputs, step_of(kind), 1);
+    if (kind == INT8)
+        for (int64_t i = 0; i < packed_size(columns, inputs, kind); i++) packed[i] = (char)(packed[i] ^ INT8_OFFSET);
 }
 
 /* Finish `count` columns of a row: a constant, except at the end of a row. */
@@ -201,6 +303,13 @@ static inline __attribute__((always_inline)) void tile(floats sums[][2], const s
     for (int r = 0; r < rows; r++) sums[r][0] = own[r][0], sums[r][1] = own[r][1];
 }
 
+#define FEW_ROWS CASE(1) CASE(2) CASE(3) CASE(4) CASE(5)
+#if defined(__AVX512F__)
+#define ALL_ROWS FEW_ROWS CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#else
+#define ALL_ROWS FEW_ROWS
+#endif
+
 /* `tile` for up to BLOCK rows. `stride` is the distance of the weights of one step of inputs from the next. */
 static void multiply_tile(floats sums[][2], const scalar *weight, int64_t stride, const scalar *x, int64_t x_stride,
                           int64_t inputs, const void *ahead, int64_t rows) {
@@ -211,47 +320,206 @@ static void multiply_tile(floats sums[][2], const scalar *weight, int64_t stride
         else                                                                                                           \
             tile(sums, weight, stride, x, x_stride, inputs, NULL, n);                                                  \
         break;
-    switch (rows) {
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5)
-#if defined(__AVX512F__)
-        CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-#endif
+    switch (rows) { ALL_ROWS }
+#undef CASE
+}
+
+/* A row rounded to int8, group by group: its numbers are value * scale. */
+typedef struct {
+    const int8_t *values;   /* [depth] */
+    const float *scales;    /* [groups] */
+    const int32_t *offsets; /* [groups] where a group's sums start */
+} int8_row_t;
+
+/* Bytes of an int8 row. */
+int64_t int8_row_bytes(int64_t inputs) {
+    return padded(padded(inputs, GROUP) + padded(inputs, GROUP) / GROUP * 8, LINE);
+}
+
+static inline __attribute__((always_inline)) int8_row_t int8_row(const char *rows, int64_t row, int64_t inputs) {
+    const int64_t depth = padded(inputs, GROUP), groups = depth / GROUP;
+    const char *at = rows + row * int8_row_bytes(inputs);
+    return (int8_row_t){(const int8_t *)at, (const float *)(at + depth), (const int32_t *)(at + depth + 4 * groups)};
+}
+
+/* Round a row to int8. What is not finite makes its group NaN. */
+static void round_row(const scalar *x, char *to, int64_t inputs) {
+    const int64_t depth = padded(inputs, GROUP), groups = depth / GROUP;
+    int8_t *values = (int8_t *)to;
+    float *scales = (float *)(to + depth);
+    int32_t *offsets = (int32_t *)(to + depth + 4 * groups);
+    for (int64_t group = 0; group < groups; group++) {
+        const int64_t first = group * GROUP, count = inputs - first < GROUP ? inputs - first : GROUP;
+        float wide[GROUP] = {0}, top = 0.0f, finite = 0.0f;
+        int32_t sum = 0;
+        for (int64_t i = 0; i < count; i++) wide[i] = to_float(x[first + i]);
+#pragma omp simd reduction(max : top) reduction(+ : finite)
+        for (int64_t i = 0; i < GROUP; i++) {
+            float size = fabsf(wide[i]);
+            top = size > top ? size : top;
+            finite += wide[i] * 0.0f;
+        }
+        const float inverse = top > 0.0f ? 127.0f / top : 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < GROUP; i++) {
+            int32_t value = (int32_t)rintf(wide[i] * inverse);
+            values[first + i] = (int8_t)value;
+            sum += value;
+        }
+        scales[group] = top / 127.0f + finite;
+        offsets[group] = -INT8_OFFSET * sum;
     }
 }
 
-/* Multiply all rows, in blocks of equal height, with panels first..end-1, which stay in L2. */
-static void multiply_panels(const product_t *p, const scalar *x, scalar *out, int64_t rows, int64_t first, int64_t end,
+/* `tile` for weights and rows in int8, from row `first` of `x` on. */
+static inline __attribute__((always_inline)) void int8_tile(floats sums[][2], const uint8_t *weight, const char *x,
+                                                            int64_t first, int64_t inputs, const char *ahead,
+                                                            const int rows) {
+    const int64_t depth = padded(inputs, INT8_STEP);
+    for (int64_t start = 0; start < depth; start += GROUP) {
+        const int64_t count = depth - start < GROUP ? depth - start : GROUP;
+        ints own[BLOCK][2];
+        for (int r = 0; r < rows; r++)
+            own[r][0] = own[r][1] = (ints){0} + int8_row(x, first + r, inputs).offsets[start / GROUP];
+        for (int64_t k = 0; k < count; k += INT8_STEP, weight += PANEL * INT8_STEP) {
+            if (ahead) {
+                for (int at = 0; at < PANEL * INT8_STEP; at += LINE) __builtin_prefetch(ahead + at, 0, 2);
+                ahead += PANEL * INT8_STEP;
+            }
+#pragma GCC unroll 12
+            for (int r = 0; r < rows; r++) {
+                const int8_t *values = int8_row(x, first + r, inputs).values + start + k;
+                own[r][0] = multiply_add_int8(own[r][0], weight, values);
+                own[r][1] = multiply_add_int8(own[r][1], weight + LANES * INT8_STEP, values);
+            }
+        }
+        for (int r = 0; r < rows; r++) {
+            const float scale = int8_row(x, first + r, inputs).scales[start / GROUP];
+            sums[r][0] = fused(__builtin_convertvector(own[r][0], floats), (floats){0} + scale, sums[r][0]);
+            sums[r][1] = fused(__builtin_convertvector(own[r][1], floats), (floats){0} + scale, sums[r][1]);
+        }
+    }
+}
+
+/* `int8_tile` for up to BLOCK rows. */
+static void multiply_int8(floats sums[][2], const uint8_t *weight, const char *x, int64_t first, int64_t inputs,
+                          const char *ahead, int64_t rows) {
+#define CASE(n)                                                                                                        \
+    case n:                                                                                                            \
+        if (ahead)                                                                                                     \
+            int8_tile(sums, weight, x, first, inputs, ahead, n);                                                       \
+        else                                                                                                           \
+            int8_tile(sums, weight, x, first, inputs, NULL, n);                                                        \
+        break;
+    switch (rows) { ALL_ROWS }
+#undef CASE
+}
+
+/* to += sums * scale, for one panel. */
+static inline void add_scaled(floats to[2], const floats sums[2], const float *scale) {
+    for (int half = 0; half < 2; half++) {
+        floats factor;
+        memcpy(&factor, scale + half * LANES, sizeof factor);
+        to[half] = fused(sums[half], factor, to[half]);
+    }
+}
+
+/* Multiply all rows, in blocks of equal height, with panels first..end-1, which stay in L2. `x` are scalars, or int8
+ * rows for weights in int8. */
+static void multiply_panels(const product_t *p, const void *x, scalar *out, int64_t rows, int64_t first, int64_t end,
                             finish_t finish) {
     const int64_t blocks = (rows + BLOCK - 1) / BLOCK;
+    const int64_t size = PANEL * (p->kind == INT8 ? padded(p->inputs, INT8_STEP) : p->inputs * (int64_t)sizeof(scalar));
     for (int64_t b = 0; b < blocks; b++) {
         int64_t row = rows * b / blocks, height = rows * (b + 1) / blocks - row;
         for (int64_t panel = first; panel < end; panel++) {
-            const scalar *weight = p->weight + panel * PANEL * p->inputs;
+            const char *weight = (const char *)p->weight + panel * size;
             /* Only the first rows read the panels from memory. With many rows, a core computes too long between reads
              * to saturate it; with few, prefetching is slower. */
-            const char *ahead = b || height < PREFETCH_ROWS ? NULL : (const char *)weight + PREFETCH_BYTES;
+            const char *ahead = b || height < PREFETCH_ROWS ? NULL : weight + PREFETCH_BYTES;
             floats sums[BLOCK][2] = {0};
-            multiply_tile(sums, weight, PANEL * STEP, x + row * p->inputs, p->inputs, p->inputs, ahead, height);
+            if (p->kind == INT8) {
+                multiply_int8(sums, (const uint8_t *)weight, x, row, p->inputs, ahead, height);
+                for (int64_t r = 0; r < height; r++) {
+                    floats own[2] = {sums[r][0], sums[r][1]};
+                    sums[r][0] = sums[r][1] = (floats){0};
+                    add_scaled(sums[r], own, p->scale + panel * PANEL);
+                }
+            } else {
+                multiply_tile(sums, (const scalar *)weight, PANEL * STEP, (const scalar *)x + row * p->inputs,
+                              p->inputs, p->inputs, ahead, height);
+            }
             for (int64_t r = 0; r < height; r++) finish_row((const float *)sums[r], out, p, row + r, panel, finish);
         }
     }
 }
 
-/* Every thread of a parallel region must call it; it ends with a barrier. */
-static inline void multiply_all(team_t *team, const product_t *p, const scalar *x, scalar *out, int64_t rows, finish_t finish) {
+/* Multiply rows row..row+height-1, at most DECODED_ROWS, with one panel of FP8 weights: decode a chunk of inputs, then
+ * multiply all rows with it. */
+enum { DECODED_ROWS = 8 * BLOCK };
+static void multiply_decoded(const product_t *p, const scalar *x, scalar *out, int64_t row, int64_t height,
+                             int64_t panel, finish_t finish) {
+    scalar decoded[PANEL * CHUNK] __attribute__((aligned(LINE)));
+    floats totals[DECODED_ROWS][2];
+    memset(totals, 0, sizeof(floats[2]) * (size_t)height);
+    const int64_t blocks = (height + BLOCK - 1) / BLOCK, columns = padded(p->columns, PANEL);
+    const uint8_t *weight = (const uint8_t *)p->weight + panel * PANEL * p->inputs;
+    for (int64_t start = 0; start < p->inputs; start += CHUNK) {
+        const int64_t count = p->inputs - start < CHUNK ? p->inputs - start : CHUNK;
+        decode_fp8(weight + start * PANEL, decoded, count * PANEL);
+        for (int64_t b = 0; b < blocks; b++) {
+            const int64_t first = height * b / blocks, some = height * (b + 1) / blocks - first;
+            const scalar *from = x + (row + first) * p->inputs + start;
+            floats sums[BLOCK][2] = {0};
+            floats(*to)[2] = p->blocks ? sums : totals + first;
+            multiply_tile(to, decoded, PANEL * STEP, from, p->inputs, count, NULL, some);
+            for (int64_t r = 0; p->blocks && r < some; r++)
+                add_scaled(totals[first + r], sums[r], p->scale + start / CHUNK * columns + panel * PANEL);
+        }
+    }
+    for (int64_t r = 0; r < height; r++) {
+        floats scaled[2] = {totals[r][0], totals[r][1]};
+        if (!p->blocks) {
+            scaled[0] = scaled[1] = (floats){0};
+            add_scaled(scaled, totals[r], p->scale + panel * PANEL);
+        }
+        finish_row((const float *)scaled, out, p, row + r, panel, finish);
+    }
+}
+
+/* Every thread of a parallel region must call it; it ends with a barrier. `rounded` has room for the int8 rows of a
+ * product in int8. */
+static inline void multiply_all(team_t *team, const product_t *p, const scalar *x, scalar *out, int64_t rows,
+                                finish_t finish, char *rounded) {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    const int64_t panels = (p->columns + PANEL - 1) / PANEL, end = panels * (thread + 1) / threads;
-    const int64_t size = PANEL * p->inputs * (int64_t)sizeof(scalar), some = size < L2_BYTES ? L2_BYTES / size : 1;
-    for (int64_t first = panels * thread / threads; first < end; first += some)
-        multiply_panels(p, x, out, rows, first, end - first < some ? end : first + some, finish);
+    const int64_t panels = (p->columns + PANEL - 1) / PANEL, begin = panels * thread / threads,
+                  end = panels * (thread + 1) / threads;
+    if (p->kind == FP8) {
+        for (int64_t panel = begin; panel < end; panel++)
+            for (int64_t row = 0; row < rows; row += DECODED_ROWS)
+                multiply_decoded(p, x, out, row, rows - row < DECODED_ROWS ? rows - row : DECODED_ROWS, panel, finish);
+        barrier(team);
+        return;
+    }
+    if (p->kind == INT8) {
+#pragma omp for schedule(static) nowait
+        for (int64_t row = 0; row < rows; row++)
+            round_row(x + row * p->inputs, rounded + row * int8_row_bytes(p->inputs), p->inputs);
+        barrier(team);
+    }
+    const void *from = p->kind == INT8 ? (const void *)rounded : x;
+    const int64_t size = PANEL * p->inputs * (p->kind == INT8 ? 1 : (int64_t)sizeof(scalar));
+    const int64_t some = size < L2_BYTES ? L2_BYTES / size : 1;
+    for (int64_t first = begin; first < end; first += some)
+        multiply_panels(p, from, out, rows, first, end - first < some ? end : first + some, finish);
     barrier(team);
 }
 
 /* One product: `x` [rows, inputs] to `out` [rows, columns], which are floats if finish is STORE_FLOAT. */
-void multiply(const product_t *p, const scalar *x, scalar *out, int64_t rows, int64_t finish) {
+void multiply(const product_t *p, const scalar *x, scalar *out, int64_t rows, int64_t finish, char *rounded) {
     team_t team = {0};
 #pragma omp parallel
-    multiply_all(&team, p, x, out, rows, (finish_t)finish);
+    multiply_all(&team, p, x, out, rows, (finish_t)finish, rounded);
 }
 
 /* ---- norms and rotation -------------------------------------------------------------------------------------------- */
@@ -619,6 +887,7 @@ typedef struct {
     scalar *stacked; /* [rows, (heads + 2 kv_heads) * dim] */
     scalar *mixed;   /* [rows, heads * dim] */
     scalar *gated;   /* [rows, inner] */
+    char *rounded;   /* [rows, bytes] int8 rows of the widest product; only read with weights in int8 */
 } scratch_t;
 
 /* Move the rows `kept`, ascending, to the first `keep` rows. */
@@ -644,7 +913,7 @@ static void layers_all(team_t *team, const layer_t *layers, int64_t count, const
                          scratch->stacked + (plan->heads + plan->kv_heads) * dim,
                          row, dim, row, dim, row, dim, cos, sin, layer->query_norm, layer->key_norm, eps};
         normalise_all(team, x, layer->norm_1, scratch->normed, rows, width, eps);
-        multiply_all(team, &layer->qkv, scratch->normed, scratch->stacked, rows, STORE);
+        multiply_all(team, &layer->qkv, scratch->normed, scratch->stacked, rows, STORE, scratch->rounded);
         attend_all(team, plan, views + layer->view, &heads, keys + i * layer_size, values + i * layer_size, &workspace,
                    scratch->mixed);
         if (kept && i == count - 1 && layer->tap < 0) {
@@ -656,10 +925,10 @@ static void layers_all(team_t *team, const layer_t *layers, int64_t count, const
             barrier(team);
             rows = keep;
         }
-        multiply_all(team, &layer->o, scratch->mixed, x, rows, ADD);
+        multiply_all(team, &layer->o, scratch->mixed, x, rows, ADD, scratch->rounded);
         normalise_all(team, x, layer->norm_2, scratch->normed, rows, width, eps);
-        multiply_all(team, &layer->gate_up, scratch->normed, scratch->gated, rows, GATE);
-        multiply_all(team, &layer->down, scratch->gated, x, rows, ADD);
+        multiply_all(team, &layer->gate_up, scratch->normed, scratch->gated, rows, GATE, scratch->rounded);
+        multiply_all(team, &layer->down, scratch->gated, x, rows, ADD, scratch->rounded);
         if (layer->tap < 0) continue;
 #pragma omp for schedule(static) nowait
         for (int64_t r = 0; r < rows; r++) {
@@ -733,13 +1002,13 @@ void run_network(const network_t *net, const plan_t *plan, const view_t *views, 
             }
         }
         barrier(team);
-        if (net->unit) multiply_all(team, &net->join, f->joined, f->x, rows, STORE);
+        if (net->unit) multiply_all(team, &net->join, f->joined, f->x, rows, STORE, scratch->rounded);
         layers_all(team, net->layers, net->count, plan, views, scratch, f->x, f->cos, f->sin, keys, values, net->layer_size,
                    width, net->eps, f->tapped, net->taps, 1, f->kept, f->count);
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < f->count; i++)
             normalise(f->x + i * width, net->norm, f->last + i * width, width, net->eps);
         barrier(team);
-        multiply_all(team, &net->output, f->last, (scalar *)f->logits, f->count, STORE_FLOAT);
+        multiply_all(team, &net->output, f->last, (scalar *)f->logits, f->count, STORE_FLOAT, scratch->rounded);
     }
 }

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from worker.engine.cpu.compiler import library
 from worker.engine.cpu.huge_pages import HugePages
@@ -31,7 +32,7 @@ def members(names: str, kind: Any) -> list[tuple[str, Any]]:
 class Product(ctypes.Structure):
     """`product_t`: one packed weight [columns, inputs]."""
 
-    _fields_ = members("weight bias", _ADDRESS) + members("columns inputs", _SIZE)
+    _fields_ = members("weight bias scale", _ADDRESS) + members("columns inputs kind blocks", _SIZE)
 
 
 class View(ctypes.Structure):
@@ -74,7 +75,7 @@ class LayerWeights(ctypes.Structure):
 class Scratch(ctypes.Structure):
     """`scratch_t`: buffers for the intermediate rows of a step."""
 
-    _fields_ = members("normed stacked mixed gated", _ADDRESS)
+    _fields_ = members("normed stacked mixed gated rounded", _ADDRESS)
 
 
 class Network(ctypes.Structure):
@@ -101,11 +102,28 @@ class Forward(ctypes.Structure):
     )
 
 
+class WeightKind(IntEnum):
+    """`kind_t`: how the weights of a product are stored."""
+
+    SCALARS = 0
+    INT8 = 1
+    FP8 = 2
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> Self:
+        """Return the kind of weights in a dtype."""
+        kinds = {torch.int8: cls.INT8, torch.float8_e4m3fn: cls.FP8}
+        return cls(kinds.get(dtype, cls.SCALARS))
+
+
 class Finish(IntEnum):
     """`finish_t`: how the sums of a product are stored."""
 
     STORE = 0
     STORE_FLOAT = 3
+
+
+DECODED_FP8 = 256.0  # what decoded FP8 weights must be multiplied with
 
 
 class Kernels:
@@ -117,10 +135,11 @@ class Kernels:
         self.version = Path(library._name).stem
         self.panel, self.block = int(library.panel_columns()), int(library.block_rows())
         self._weights = HugePages()
-        self._pack = bound(library.pack, address, address, address, size, size)
-        self._packed_size = bound(library.packed_size, size, size, result=size)
+        self._pack = bound(library.pack, address, address, address, size, size, size)
+        self._packed_size = bound(library.packed_size, size, size, size, result=size)
+        self.int8_row_bytes = bound(library.int8_row_bytes, size, result=size)
         self._rms_norm = bound(library.rms_norm, address, address, address, size, size, real)
-        self.multiply = bound(library.multiply, ctypes.POINTER(Product), address, address, size, size)
+        self.multiply = bound(library.multiply, ctypes.POINTER(Product), address, address, size, size, address)
         self.attend = bound(
             library.attend, ctypes.POINTER(Plan), ctypes.POINTER(View), ctypes.POINTER(Heads), address, address, address
         )
@@ -152,11 +171,17 @@ class Kernels:
     def pack(self, weight: Tensor, second: Tensor | None = None) -> Tensor:
         """Pack `weight` [columns, inputs] for `multiply`; with `second`, alternate half panels of both."""
         parts = [part.contiguous() for part in (weight, second) if part is not None]
-        columns, inputs = sum(map(len, parts)), weight.shape[1]
-        packed = self._weights.empty(self._packed_size(columns, inputs), weight.dtype)
+        columns, inputs, kind = sum(map(len, parts)), weight.shape[1], WeightKind.of(weight.dtype)
+        packed = self._weights.empty(self._packed_size(columns, inputs, kind), weight.dtype)
         first, other = [*(part.data_ptr() for part in parts), None][:2]
-        self._pack(first, other, packed.data_ptr(), columns, inputs)
+        self._pack(first, other, packed.data_ptr(), columns, inputs, kind)
         return packed
+
+    def pack_scale(self, scale: Tensor, second: Tensor | None = None) -> Tensor:
+        """Return scales [groups, columns] in the order of packed columns, padded with zeros."""
+        width = self.panel if second is None else self.panel // 2
+        parts = [pad(part, (0, -part.shape[1] % width)) for part in (scale, second) if part is not None]
+        return torch.stack([part.view(len(scale), -1, width) for part in parts], 2).flatten(1).contiguous()
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Return the normed rows of `x` [rows, width], which is contiguous."""

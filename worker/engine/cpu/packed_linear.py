@@ -1,7 +1,8 @@
 """Packed linear layers for the CPU: weights stored in the order in which the kernel reads them.
 
 A decoding step multiplies a few rows with every weight of the model. This layout reads each weight once, at memory
-bandwidth.
+bandwidth. Weights in int8 multiply rows that are rounded to int8, each group of 64 inputs with a scale of its own; FP8
+weights are decoded exactly and multiply rows as they are.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from ctypes import byref
 import torch
 from torch import Tensor, nn
 
-from worker.engine.cpu.kernels import Finish, Kernels, Product
+from worker.engine.cpu.kernels import DECODED_FP8, Finish, Kernels, Product, WeightKind
+from worker.engine.quantization.weights import QuantizationMethod, QuantizedWeight, quantized_weights
 
 
 class PackedLinear(nn.Module):
@@ -26,31 +28,55 @@ class PackedLinear(nn.Module):
         `gated` packs a gate and an up layer for silu(gate) * up; `floats` returns float32 for every weight dtype.
         """
         super().__init__()
-        weights = [layer.weight.detach() for layer in layers]
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         assert len(biases) in (0, len(layers)), "all of the stacked layers have a bias, or none"
-        self.out_features, self.in_features = sum(len(w) for w in weights), weights[0].shape[1]
+        self.out_features, self.in_features = sum(layer.out_features for layer in layers), layers[0].in_features
         self._kernels = kernels
         self._bias = torch.cat(biases) if biases else None
+        quantized = quantized_weights(layers)
+        weights = [weight.values for weight in quantized] if quantized else [layer.weight.detach() for layer in layers]
         self._weight = kernels.pack(*weights) if gated else kernels.pack(torch.cat(weights))
+        self._scale = _packed_scale(quantized, kernels, gated) if quantized else None
         # For models that read the shape or dtype of their weights. On meta: a model that computes with it fails.
-        self.weight = torch.empty(self.out_features, self.in_features, dtype=weights[0].dtype, device="meta")
+        self.weight = torch.empty(self.out_features, self.in_features, dtype=layers[0].weight.dtype, device="meta")
         self.floats = floats
         self._finish = Finish.STORE_FLOAT if floats else Finish.STORE
         self.product = Product(
             weight=self._weight.data_ptr(),
             bias=None if self._bias is None else self._bias.data_ptr(),
+            scale=None if self._scale is None else self._scale.data_ptr(),
             columns=self.out_features,
             inputs=self.in_features,
+            kind=WeightKind.of(self._weight.dtype),
+            blocks=quantized is not None and quantized[0].has_blocks,
         )
+
+    def stored(self) -> list[Tensor]:
+        """Return the tensors that the layer keeps in memory."""
+        return [part for part in (self._weight, self._scale, self._bias) if part is not None]
+
+    @property
+    def rounded_bytes(self) -> int:
+        """Bytes that a row takes once it is rounded for weights in int8; 0 for others."""
+        return self._kernels.int8_row_bytes(self.in_features) if self.product.kind == WeightKind.INT8 else 0
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x @ weight.T + bias` for `x` [..., in]."""
         rows = x.reshape(-1, self.in_features)
         dtype = torch.float32 if self._finish is Finish.STORE_FLOAT else x.dtype
         out = torch.empty(len(rows), self.out_features, dtype=dtype)
-        self._kernels.multiply(byref(self.product), rows.data_ptr(), out.data_ptr(), len(rows), self._finish)
+        rounded = torch.empty(len(rows) * self.rounded_bytes, dtype=torch.uint8)
+        self._kernels.multiply(
+            byref(self.product), rows.data_ptr(), out.data_ptr(), len(rows), self._finish, rounded.data_ptr()
+        )
         return out.view(*x.shape[:-1], self.out_features)
+
+
+def _packed_scale(weights: Sequence[QuantizedWeight], kernels: Kernels, gated: bool) -> Tensor:
+    """Return the scales in the order of packed columns; those of FP8 include the factor that decoding leaves out."""
+    factor = DECODED_FP8 if weights[0].kind is QuantizationMethod.FP8 else 1.0
+    scales = [weight.scale * factor for weight in weights]
+    return kernels.pack_scale(*scales) if gated else kernels.pack_scale(torch.cat(scales, 1))
 
 
 def pack(model: nn.Module, kernels: Kernels) -> int:

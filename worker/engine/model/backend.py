@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,10 +10,10 @@ import torch
 from transformers import PreTrainedModel
 
 from worker.engine.cpu.attention import CpuAttentionPlan
-from worker.engine.cpu.fused_layers import fuse
+from worker.engine.cpu.fused_layers import FusedLayers, fuse
 from worker.engine.cpu.kernels import Kernels, kernels
 from worker.engine.cpu.kv import CpuKv
-from worker.engine.cpu.packed_linear import pack
+from worker.engine.cpu.packed_linear import PackedLinear, pack
 from worker.engine.gpu.fused_layers import fuse_on_gpu
 from worker.engine.kv.dense import DenseKv
 from worker.engine.kv.store import KvStore
@@ -79,6 +80,19 @@ def uses_paged_kv(model: PreTrainedModel) -> bool:
     The ranks of a tensor parallel replica capture no graphs and hold every slot in full.
     """
     return model.device.type == "cuda" and ranks_of(model) == 1 and not is_offloaded(model)
+
+
+def stored_bytes(model: PreTrainedModel) -> dict[str, int]:
+    """Return the bytes that a model with fused layers takes, by dtype; scales of quantised weights are float32."""
+    counts: Counter[str] = Counter()
+    seen: set[int] = set()
+    for module in model.modules():
+        own = module.stored() if isinstance(module, PackedLinear | FusedLayers) else module.parameters(recurse=False)
+        for tensor in own:
+            if tensor.data_ptr() not in seen:
+                seen.add(tensor.data_ptr())
+                counts[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    return dict(counts)
 
 
 def fuse_layers(model: PreTrainedModel) -> None:

@@ -87,7 +87,7 @@ def refuse_unreadable(path: str) -> None:
             f"{folder} is a {config.get('model_type')}, which needs remote code; choose a model that "
             "transformers supports"
         )
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         _keys_of(file)
 
 
@@ -166,7 +166,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """Return the weight files that transformers reads; raises ModelRefused if one is missing."""
     if (folder / _WEIGHTS).exists():
         return [folder / _WEIGHTS]

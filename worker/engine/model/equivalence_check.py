@@ -54,6 +54,10 @@ class EquivalenceCheck:
     allowed: float  # distance from them, relative to their spread
     wide: bool  # the model computes in float32: check every row, not the median of each kind of rows
 
+    def coarser(self) -> EquivalenceCheck:
+        """Return the check for kernels that round more than the dtype does."""
+        return replace(self, allowed=max(self.allowed, _COARSE), wide=False)
+
     def check(self, forward: Forward, *, slots: int, defined: int | None = None, verifies: bool = True) -> None:
         """Run packed rows in `slots` KV slots; raise ModelRefused, with the distance, if the logits differ.
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
@@ -23,11 +25,19 @@ from worker.engine.model.architecture import (
 )
 from worker.engine.model.attention import ATTENTION_NAME, AttentionPlan
 from worker.engine.model.backend import Backend, make_backend
-from worker.engine.model.checkpoint import as_model_refused, refuse_incomplete, refuse_unfit, refuse_unreadable
+from worker.engine.model.checkpoint import (
+    as_model_refused,
+    refuse_incomplete,
+    refuse_unfit,
+    refuse_unreadable,
+    weight_files,
+)
 from worker.engine.model.equivalence_check import ATTRIBUTE, CHECK_ENTRIES, EquivalenceCheck, build_check
 from worker.engine.model.offload import OffloadOptions, is_offloaded
 from worker.engine.model.packed_model import run_layers
 from worker.engine.model.quantized_checkpoint import refuse_quantized
+from worker.engine.quantization.checkpoints import attach_all, is_fp8, read_fp8
+from worker.engine.quantization.weights import QuantizationMethod, quantization_of, quantize
 from worker.engine.segments import Segment
 
 _GATHERED = (
@@ -43,13 +53,20 @@ def native_dtype(device: torch.device) -> torch.dtype:
 
 
 def load(
-    path: str, *, dtype: torch.dtype, device: torch.device, ranks: int = 1, offload: OffloadOptions | None = None
+    path: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    ranks: int = 1,
+    offload: OffloadOptions | None = None,
+    quantization: QuantizationMethod | None = None,
 ) -> PreTrainedModel:
     """Load a causal model from a local directory or a hub id; safetensors only, no remote code.
 
     With `ranks` above 1, load this process's shard, by the tensor parallel plan that transformers has for the model.
-    With `offload`, accelerate lays the model out over all devices. Raises ModelRefused, with what to do, if the model
-    is missing, damaged or not supported.
+    With `offload`, accelerate lays the model out over all devices. With `quantization`, round the weights of linear
+    layers; a checkpoint with FP8 weights keeps them. Raises ModelRefused, with what to do, if the model is missing,
+    damaged or not supported.
     """
     with as_model_refused(f"{path} could not be loaded", ranks=ranks):
         refuse_quantized(path)
@@ -58,7 +75,13 @@ def load(
         refuse_unfit(path, config)
         refuse_unsupported(config.get_text_config())
         refuse_tp_size(config.get_text_config(), ranks)
-        model = _load_weights(path, dtype, ranks, offload)
+        if _is_fp8(config):
+            _refuse_fp8_parts(path, ranks, offload, quantization)
+            model = _load_fp8(path, config, dtype)
+        else:
+            model = _load_weights(path, dtype, ranks, offload)
+        if quantization is not None and quantization_of(model) is None:
+            quantize(model, quantization)
         if not is_offloaded(model):
             model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to as its types don't say
         model.eval()  # type: ignore[no-untyped-call]
@@ -66,12 +89,49 @@ def load(
         return model
 
 
-def _load_weights(path: str, dtype: torch.dtype, ranks: int, offload: OffloadOptions | None) -> PreTrainedModel:
-    """Load with transformers; raises ModelRefused unless the checkpoint has exactly the model's weights."""
+def _is_fp8(config: PretrainedConfig) -> bool:
+    given = getattr(config, "quantization_config", None)
+    return isinstance(given, dict) and is_fp8(given)
+
+
+def _refuse_fp8_parts(
+    path: str, ranks: int, offload: OffloadOptions | None, quantization: QuantizationMethod | None
+) -> None:
+    """Raise ModelRefused for what a checkpoint with FP8 weights can't be combined with."""
+    if ranks > 1 or offload is not None:
+        raise ModelRefused(
+            f"{path} has FP8 weights, which one device holds whole; start with --tp 1 and without BASIC_DEVICE_MAP, or "
+            "choose the model in bfloat16"
+        )
+    if quantization not in (None, QuantizationMethod.FP8):
+        raise ModelRefused(
+            f"{path} has FP8 weights, which can't be rounded to {quantization}; leave BASIC_QUANTIZATION unset, or "
+            "choose the model in bfloat16"
+        )
+
+
+def _load_fp8(path: str, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a checkpoint with FP8 weights."""
+    weights, stored = read_fp8(
+        weight_files(Path(path) if Path(path).is_dir() else Path(snapshot_download(path))), dtype
+    )
+    del config.quantization_config
+    model = _load_weights(path, dtype, 1, None, config=config, state_dict=weights)
+    attach_all(model, stored)
+    return model
+
+
+def _load_weights(
+    path: str, dtype: torch.dtype, ranks: int, offload: OffloadOptions | None, **given: Any
+) -> PreTrainedModel:
+    """Load with transformers; raises ModelRefused unless the checkpoint has exactly the model's weights.
+
+    `given` may have a `config`, and a `state_dict` to load instead of the files.
+    """
     try:
         with _quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path,
+                None if given else path,
                 dtype=dtype,
                 attn_implementation=ATTENTION_NAME,
                 use_safetensors=True,
@@ -80,6 +140,7 @@ def _load_weights(path: str, dtype: torch.dtype, ranks: int, offload: OffloadOpt
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refuse_incomplete names them
                 **(offload.options() if offload else {}),
+                **given,
             )
     except KeyError as error:
         if error.args != (ATTENTION_NAME,):
@@ -117,7 +178,9 @@ def _equivalence_check(model: PreTrainedModel) -> EquivalenceCheck:
         return run_layers(model, segments, watched(backends[0].plan(segments)))
 
     heads = (kv_heads_of(model), head_dim_of(model))
-    return build_check(model, config, max_positions(config) or CHECK_ENTRIES, heads, packed, ATTENTION_NAME)
+    check = build_check(model, config, max_positions(config) or CHECK_ENTRIES, heads, packed, ATTENTION_NAME)
+    # Kernels for int8 round the rows, too.
+    return check.coarser() if quantization_of(model) is QuantizationMethod.INT8 else check
 
 
 def embeddings(model: PreTrainedModel) -> Tensor:

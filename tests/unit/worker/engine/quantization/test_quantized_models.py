@@ -1,0 +1,156 @@
+"""Quantised weights have their own exact text: a row's bits are those alone, and drafts never change a text."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+from tests.models import packed, tiny
+from tests.unit.worker.engine.cpu.test_kernels import TEXT, compiled, tree
+from tests.unit.worker.engine.harness import decode, drafter, engine, options, outputs, sequences
+from worker.engine.cpu.packed_linear import PackedLinear
+from worker.engine.model.backend import fuse_layers, stored_bytes
+from worker.engine.model.packed_model import PackedModel
+from worker.engine.options import Mode
+from worker.engine.quantization.weights import (
+    BLOCK,
+    QuantizationMethod,
+    QuantizedWeight,
+    attach,
+    quantize,
+    quantized,
+)
+from worker.engine.sampling.parameters import Sampling
+from worker.engine.segments import chain
+
+SAMPLED = Sampling(temperature=0.9, top_k=20, top_p=0.95)
+FORMS = ("int8", "fp8", "fp8 in blocks")
+
+
+def weight_of(form: str, columns: int, inputs: int) -> QuantizedWeight:
+    torch.manual_seed(0)
+    made = quantized(torch.randn(columns, inputs), QuantizationMethod(form.split()[0]))
+    if "blocks" not in form:
+        return made
+    scale = torch.rand(-(-inputs // BLOCK), -(-columns // BLOCK)).repeat_interleave(BLOCK, 1)[:, :columns]
+    return QuantizedWeight(made.values, scale.contiguous())
+
+
+def layer_of(form: str, columns: int, inputs: int, dtype: torch.dtype) -> nn.Linear:
+    layer = nn.Linear(inputs, columns, bias=False).requires_grad_(False).to(dtype)
+    attach(layer, weight_of(form, columns, inputs))
+    return layer
+
+
+@cache
+def quick(form: str, dtype: torch.dtype = torch.bfloat16) -> PackedModel:
+    compiled(dtype)
+    model = tiny().to(dtype)  # type: ignore[arg-type]
+    quantize(model, QuantizationMethod(form))
+    fuse_layers(model)
+    return packed(model, capacity=160)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("rows", "inputs", "columns"), [(1, 300, 61), (13, 66, 100), (110, 32, 33)])
+def test_products_equal_those_of_the_rounded_weights(
+    form: str, dtype: torch.dtype, rows: int, inputs: int, columns: int
+) -> None:
+    weight = weight_of(form, columns, inputs)
+    layer = layer_of(form, columns, inputs, dtype)
+    x = torch.randn(rows, inputs).to(dtype)
+    exact = x.double() @ weight.dequantized(torch.float64).T
+    ours = PackedLinear([layer], compiled(dtype), floats=True)(x).double()
+    # int8 rounds a row to 1 / 254 of the largest number among 64.
+    allowed = x.abs().max() / 254 * weight.dequantized(torch.float64).norm(dim=1).max() * 4 if form == "int8" else 0.0
+    assert (ours - exact).abs().max() <= allowed + exact.abs().max() * 2**-20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_product_of_a_row_has_the_same_bits_alone_and_among_any_rows(form: str, dtype: torch.dtype) -> None:
+    plain = PackedLinear([layer_of(form, 2600, 300, dtype)], compiled(dtype), floats=True)
+    x = torch.randn(29, 300).to(dtype)
+    alone = torch.cat([plain(x[row : row + 1]) for row in range(len(x))])
+    for rows in (2, 7, 12, 13, 29):
+        assert torch.equal(plain(x[:rows]), alone[:rows])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_stacked_and_gated_layers_equal_separate_ones(form: str) -> None:
+    layers = [layer_of(form, columns, 320, torch.float32) for columns in (40, 40)]
+    x = torch.randn(5, 320)
+    apart = [PackedLinear([layer], compiled())(x) for layer in layers]
+    assert torch.equal(PackedLinear(layers, compiled())(x), torch.cat(apart, -1))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_not_finite_stays_not_finite(form: str) -> None:
+    """A damaged state must not become a plausible text."""
+    x = torch.randn(2, 320)
+    x[1, 100] = torch.inf
+    found = PackedLinear([layer_of(form, 40, 320, torch.float32)], compiled())(x)
+    assert found[0].isfinite().all()
+    assert not found[1].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_a_row_has_the_same_bits_alone_in_a_batch_in_a_tree_and_in_any_chunk(form: str, dtype: torch.dtype) -> None:
+    model = quick(form, dtype)
+    whole = [model.forward([chain(slot, 0, TEXT[:33], keep_last=True)]) for slot in range(3)]
+    for start in range(0, 33, 7):
+        piece = model.forward([chain(3, start, TEXT[start : min(start + 7, 33)], keep_last=True)])
+    assert torch.equal(piece, whole[0])
+    shown = tree(1, 33)
+    path = [0, 1, 3, 4]
+    alone = [
+        model.forward([chain(0, 33 + i, [int(shown.ids[node])], keep_last=True)])[0] for i, node in enumerate(path)
+    ]
+    others = [chain(0, 0, TEXT[:20], keep_last=True), shown, chain(2, 33, TEXT[:17], keep_last=True)]
+    together = model.forward(others)[1:-1]
+    for i, node in enumerate(path):
+        assert torch.equal(together[node], alone[i])
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_bits_do_not_depend_on_the_number_of_threads(form: str) -> None:
+    model = quick(form)
+    step = [chain(0, 0, TEXT[:50], keep_last=True), chain(1, 0, TEXT[:3], keep_last=True)]
+    alone, before = model.forward(step).clone(), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(model.forward(step), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("kind", ["suffix", "same"])
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_drafts_never_change_the_text_of_quantised_weights(form: str, kind: str, sampling: Sampling) -> None:
+    plain, drafted = sequences(sampling=sampling), sequences(sampling=sampling)
+    decode(engine(quick(form), None, options(Mode.PLAIN)), plain)
+    results = decode(engine(quick(form), drafter(kind), options(Mode.PAPER, max_sequences=2)), drafted[::-1])
+    assert outputs(drafted) == outputs(plain)
+    assert any(result.stats.tree_nodes for result in results), "no tree was verified, so nothing was tested"
+
+
+@pytest.mark.parametrize(("form", "dtype"), [("int8", "int8"), ("fp8", "float8_e4m3fn")])
+def test_the_bytes_in_memory_are_counted_by_dtype(form: str, dtype: str) -> None:
+    model = tiny().to(torch.bfloat16)  # type: ignore[arg-type]
+    quantize(model, QuantizationMethod(form))
+    panel = compiled(torch.bfloat16).panel
+    sizes = {
+        name: -(-layer.out_features // panel) * panel * layer.in_features
+        for name, layer in model.named_modules()
+        if type(layer) is nn.Linear and (form == "int8" or name != "lm_head")
+    }
+    embedding_bytes = model.get_input_embeddings().weight.nbytes
+    fuse_layers(model)
+    assert stored_bytes(model)[dtype] == sum(sizes.values())
+    assert stored_bytes(model)["bfloat16"] >= embedding_bytes
