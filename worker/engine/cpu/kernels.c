@@ -32,8 +32,7 @@ enum { PREFETCH_ROWS = 7, PREFETCH_BYTES = 12288 }; /* from this many rows on, p
 enum { LINE = 64, L2_BYTES = 300000 }; /* bytes of a cache line, and of the weights that stay in L2 for all rows */
 enum { PANEL = 2 * LANES }; /* columns multiplied together; weights are packed panel by panel */
 enum { GROUP = 64 };  /* inputs of a row that are rounded to int8 with one scale */
-enum { CHUNK = 128 }; /* inputs whose weights are decoded together; weights with block scales have one for each chunk */
-#define PANEL_STEP_BYTES (PANEL * STEP * (int)sizeof(scalar)) /* of a panel's weights for one step of inputs */
+enum { CHUNK = 128 }; /* inputs that share a scale in weights with block scales */
 
 typedef float floats __attribute__((vector_size(LANES * 4)));
 typedef uint32_t words __attribute__((vector_size(LANES * 4)));
@@ -120,10 +119,45 @@ static inline __attribute__((always_inline)) ints multiply_add_int8(ints sum, co
 /* FP8 (e4m3): the bits of a float16 that is 2^-8 times the number; every number is exact in bfloat16, too. */
 static inline uint16_t fp8_as_half(uint8_t x) { return (uint16_t)((x & 0x80) << 8 | (x & 0x7f) << 7); }
 
-/* Decode `count` numbers, a multiple of 2 * LANES, to 2^-8 times their value. */
-static inline void decode_fp8(const uint8_t *from, scalar *to, int64_t count) {
-#if defined(__AVX512BW__)
-    for (int64_t i = 0; i < count; i += 32) {
+static inline scalar fp8_as_scalar(uint8_t x) {
+    uint32_t bits = fp8_as_half(x), rest = bits & 0x7fff;
+    float size = rest >= 0x400 ? (float_bits){.bits = (rest << 13) + (112u << 23)}.value : (float)rest * 0x1p-24f;
+    return from_float(bits & 0x8000 ? -size : size);
+}
+
+#if defined(__AVX512VBMI__) && defined(BFLOAT16)
+/* The upper and lower bytes of the bfloat16 of each positive number. Packed weights are in the order in which
+ * interleaving these bytes, 16 of each at a time, gives the weights' own: see `shuffle_fp8`. */
+static uint8_t fp8_upper[128], fp8_lower[128];
+static __attribute__((constructor)) void fill_tables(void) {
+    for (int x = 0; x < 128; x++) {
+        fp8_upper[x] = (uint8_t)(fp8_as_scalar((uint8_t)x) >> 8);
+        fp8_lower[x] = (uint8_t)(fp8_as_scalar((uint8_t)x) & 0xff);
+    }
+}
+
+static void shuffle_fp8(char *packed, int64_t count) {
+    for (char *at = packed; at < packed + count; at += 64) {
+        char own[64];
+        memcpy(own, at, sizeof own);
+        for (int i = 0; i < 8; i++) memcpy(at + 8 * i, own + 8 * (i / 2 + i % 2 * 4), 8);
+    }
+}
+#else
+static void shuffle_fp8(char *packed, int64_t count) { (void)packed, (void)count; }
+#endif
+
+/* Decode the weights of a panel for one step of inputs to 2^-8 times their value. */
+static inline __attribute__((always_inline)) void decode_fp8(const uint8_t *from, scalar *to) {
+#if defined(__AVX512VBMI__) && defined(BFLOAT16)
+    __m512i x = _mm512_loadu_si512(from);
+    __m512i lower = _mm512_permutex2var_epi8(_mm512_loadu_si512(fp8_lower), x, _mm512_loadu_si512(fp8_lower + 64));
+    __m512i upper = _mm512_permutex2var_epi8(_mm512_loadu_si512(fp8_upper), x, _mm512_loadu_si512(fp8_upper + 64));
+    upper = _mm512_ternarylogic_epi32(upper, x, _mm512_set1_epi8((char)0x80), 0xf8); /* upper | (x & 0x80) */
+    _mm512_storeu_si512(to, _mm512_unpacklo_epi8(lower, upper));
+    _mm512_storeu_si512(to + 32, _mm512_unpackhi_epi8(lower, upper));
+#elif defined(__AVX512BW__)
+    for (int i = 0; i < PANEL * STEP; i += 32) {
         __m512i x = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(from + i)));
         __m512i sign = _mm512_slli_epi16(_mm512_and_si512(x, _mm512_set1_epi16(0x80)), 8);
         __m512i half = _mm512_or_si512(sign, _mm512_slli_epi16(_mm512_and_si512(x, _mm512_set1_epi16(0x7f)), 7));
@@ -138,11 +172,7 @@ static inline void decode_fp8(const uint8_t *from, scalar *to, int64_t count) {
 #endif
     }
 #else
-    for (int64_t i = 0; i < count; i++) {
-        uint32_t bits = fp8_as_half(from[i]), rest = bits & 0x7fff;
-        float x = rest >= 0x400 ? (float_bits){.bits = (rest << 13) + (112u << 23)}.value : (float)rest * 0x1p-24f;
-        to[i] = from_float(bits & 0x8000 ? -x : x);
-    }
+    for (int i = 0; i < PANEL * STEP; i++) to[i] = fp8_as_scalar(from[i]);
 #endif
 }
 
@@ -196,6 +226,8 @@ static inline float silu(float x) {
 
 typedef enum { STORE, ADD, GATE, STORE_FLOAT } finish_t;
 
+typedef enum { SCALARS, INT8, FP8 } kind_t; /* of weights */
+
 /* One packed product: out = finish(x @ weight.T + bias). ADD adds to `out`. GATE takes panels with gate in the first
  * half and up in the second, and stores silu(gate) * up. */
 typedef struct {
@@ -205,8 +237,6 @@ typedef struct {
     int64_t columns, inputs, kind, blocks;
 } product_t;
 
-typedef enum { SCALARS, INT8, FP8 } kind_t; /* of weights */
-
 int64_t panel_columns(void) { return PANEL; }
 
 int64_t block_rows(void) { return BLOCK; }
@@ -215,6 +245,10 @@ int64_t block_rows(void) { return BLOCK; }
 static int64_t step_of(int64_t kind) { return kind == INT8 ? INT8_STEP : STEP; }
 
 static int64_t padded(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
+
+static int64_t packed_inputs(const product_t *p) { return padded(p->inputs, step_of(p->kind)); }
+
+static int64_t size_of(int64_t kind) { return kind == SCALARS ? (int64_t)sizeof(scalar) : 1; }
 
 /* Elements of a packed weight. */
 int64_t packed_size(int64_t columns, int64_t inputs, int64_t kind) {
@@ -246,6 +280,7 @@ void pack(const char *weight, const char *second, char *packed, int64_t columns,
         pack_elements(weight, second, packed, columns, inputs, STEP, sizeof(scalar));
     else
         pack_elements(weight, second, packed, columns, inputs, step_of(kind), 1);
+    if (kind == FP8) shuffle_fp8(packed, packed_size(columns, inputs, kind));
     if (kind == INT8)
         for (int64_t i = 0; i < packed_size(columns, inputs, kind); i++) packed[i] = (char)(packed[i] ^ INT8_OFFSET);
 }
@@ -282,24 +317,36 @@ static inline __attribute__((always_inline)) void finish_row(const float *sums, 
         finish_columns(sums, to, bias, width - first, finish);
 }
 
-/* sums[r] += x[r] @ weight for `inputs` inputs and one panel of columns; inlined for each number of rows. For each step
- * of inputs, as many bytes as it reads of the weight are prefetched from `ahead` on, if given. */
-static inline __attribute__((always_inline)) void tile(floats sums[][2], const scalar *weight, int64_t stride,
+/* sums[r] += x[r] @ weight for `inputs` inputs and one panel of columns; inlined for each number of rows, for weights
+ * that are scalars or FP8. For each step of inputs, as many bytes as it reads of the weight are prefetched from `ahead`
+ * on, if given. */
+static inline __attribute__((always_inline)) void tile(floats sums[][2], const void *weight, int64_t stride,
                                                        const scalar *x, int64_t x_stride, int64_t inputs,
-                                                       const char *ahead, const int rows) {
-    floats own[BLOCK][2];
+                                                       const char *ahead, const int rows, const kind_t kind) {
+    const int step_bytes = PANEL * STEP * (kind == FP8 ? 1 : (int)sizeof(scalar));
+    const char *next = weight;
+    floats own[BLOCK][2]; /* in registers, if each loop over it is unrolled */
+#pragma GCC unroll 12
     for (int r = 0; r < rows; r++) own[r][0] = sums[r][0], own[r][1] = sums[r][1];
-    for (int64_t k = 0; k < inputs; k += STEP, weight += stride) {
+    for (int64_t k = 0; k < inputs; k += STEP) {
+        scalar decoded[PANEL * STEP];
+        const scalar *now = (const scalar *)next;
+        if (kind == FP8) {
+            decode_fp8((const uint8_t *)next, decoded);
+            now = decoded;
+        }
+        next += kind == FP8 ? step_bytes : stride * (int64_t)sizeof(scalar);
         if (ahead) {
-            for (int at = 0; at < PANEL_STEP_BYTES; at += LINE) __builtin_prefetch(ahead + at, 0, 2);
-            ahead += PANEL_STEP_BYTES;
+            for (int at = 0; at < step_bytes; at += LINE) __builtin_prefetch(ahead + at, 0, 2);
+            ahead += step_bytes;
         }
 #pragma GCC unroll 12
         for (int r = 0; r < rows; r++) {
-            own[r][0] = multiply_add(own[r][0], weight, x + r * x_stride + k);
-            own[r][1] = multiply_add(own[r][1], weight + LANES * STEP, x + r * x_stride + k);
+            own[r][0] = multiply_add(own[r][0], now, x + r * x_stride + k);
+            own[r][1] = multiply_add(own[r][1], now + LANES * STEP, x + r * x_stride + k);
         }
     }
+#pragma GCC unroll 12
     for (int r = 0; r < rows; r++) sums[r][0] = own[r][0], sums[r][1] = own[r][1];
 }
 
@@ -310,15 +357,29 @@ static inline __attribute__((always_inline)) void tile(floats sums[][2], const s
 #define ALL_ROWS FEW_ROWS
 #endif
 
-/* `tile` for up to BLOCK rows. `stride` is the distance of the weights of one step of inputs from the next. */
+/* `tile` for up to BLOCK rows and scalars. `stride` is the distance of the weights of one step of inputs from the next. */
 static void multiply_tile(floats sums[][2], const scalar *weight, int64_t stride, const scalar *x, int64_t x_stride,
                           int64_t inputs, const void *ahead, int64_t rows) {
 #define CASE(n)                                                                                                        \
     case n:                                                                                                            \
         if (ahead)                                                                                                     \
-            tile(sums, weight, stride, x, x_stride, inputs, ahead, n);                                                 \
+            tile(sums, weight, stride, x, x_stride, inputs, ahead, n, SCALARS);                                        \
         else                                                                                                           \
-            tile(sums, weight, stride, x, x_stride, inputs, NULL, n);                                                  \
+            tile(sums, weight, stride, x, x_stride, inputs, NULL, n, SCALARS);                                         \
+        break;
+    switch (rows) { ALL_ROWS }
+#undef CASE
+}
+
+/* `tile` for up to BLOCK rows and one panel of FP8 weights, which are decoded in registers. */
+static void multiply_fp8(floats sums[][2], const char *weight, const scalar *x, int64_t x_stride, int64_t inputs,
+                         const char *ahead, int64_t rows) {
+#define CASE(n)                                                                                                        \
+    case n:                                                                                                            \
+        if (ahead)                                                                                                     \
+            tile(sums, weight, 0, x, x_stride, inputs, ahead, n, FP8);                                                 \
+        else                                                                                                           \
+            tile(sums, weight, 0, x, x_stride, inputs, NULL, n, FP8);                                                  \
         break;
     switch (rows) { ALL_ROWS }
 #undef CASE
@@ -331,14 +392,16 @@ typedef struct {
     const int32_t *offsets; /* [groups] where a group's sums start */
 } int8_row_t;
 
-/* Bytes of an int8 row. */
-int64_t int8_row_bytes(int64_t inputs) {
+static inline int64_t row_bytes(int64_t inputs) {
     return padded(padded(inputs, GROUP) + padded(inputs, GROUP) / GROUP * 8, LINE);
 }
 
+/* Bytes of an int8 row. */
+int64_t int8_row_bytes(int64_t inputs) { return row_bytes(inputs); }
+
 static inline __attribute__((always_inline)) int8_row_t int8_row(const char *rows, int64_t row, int64_t inputs) {
     const int64_t depth = padded(inputs, GROUP), groups = depth / GROUP;
-    const char *at = rows + row * int8_row_bytes(inputs);
+    const char *at = rows + row * row_bytes(inputs);
     return (int8_row_t){(const int8_t *)at, (const float *)(at + depth), (const int32_t *)(at + depth + 4 * groups)};
 }
 
@@ -375,10 +438,12 @@ static void round_row(const scalar *x, char *to, int64_t inputs) {
 static inline __attribute__((always_inline)) void int8_tile(floats sums[][2], const uint8_t *weight, const char *x,
                                                             int64_t first, int64_t inputs, const char *ahead,
                                                             const int rows) {
-    const int64_t depth = padded(inputs, INT8_STEP);
+    const int64_t depth = padded(inputs, INT8_STEP), stride = row_bytes(inputs);
     for (int64_t start = 0; start < depth; start += GROUP) {
         const int64_t count = depth - start < GROUP ? depth - start : GROUP;
+        const char *from = x + first * stride + start;
         ints own[BLOCK][2];
+#pragma GCC unroll 12
         for (int r = 0; r < rows; r++)
             own[r][0] = own[r][1] = (ints){0} + int8_row(x, first + r, inputs).offsets[start / GROUP];
         for (int64_t k = 0; k < count; k += INT8_STEP, weight += PANEL * INT8_STEP) {
@@ -388,11 +453,12 @@ static inline __attribute__((always_inline)) void int8_tile(floats sums[][2], co
             }
 #pragma GCC unroll 12
             for (int r = 0; r < rows; r++) {
-                const int8_t *values = int8_row(x, first + r, inputs).values + start + k;
+                const int8_t *values = (const int8_t *)from + r * stride + k;
                 own[r][0] = multiply_add_int8(own[r][0], weight, values);
                 own[r][1] = multiply_add_int8(own[r][1], weight + LANES * INT8_STEP, values);
             }
         }
+#pragma GCC unroll 12
         for (int r = 0; r < rows; r++) {
             const float scale = int8_row(x, first + r, inputs).scales[start / GROUP];
             sums[r][0] = fused(__builtin_convertvector(own[r][0], floats), (floats){0} + scale, sums[r][0]);
@@ -424,12 +490,28 @@ static inline void add_scaled(floats to[2], const floats sums[2], const float *s
     }
 }
 
+/* sums = scale * (x[row..] @ weight) for one panel of weights in int8 or FP8. */
+static void multiply_quantized(floats sums[][2], const product_t *p, const void *x, int64_t row, int64_t panel,
+                               const char *weight, const char *ahead, int64_t height) {
+    const float *scale = p->scale + panel * PANEL;
+    const int64_t length = p->blocks ? CHUNK : p->inputs; /* inputs that share a scale */
+    for (int64_t start = 0; start < p->inputs; start += length, scale += padded(p->columns, PANEL)) {
+        const int64_t count = p->inputs - start < length ? p->inputs - start : length;
+        floats own[BLOCK][2] = {0};
+        if (p->kind == INT8)
+            multiply_int8(own, (const uint8_t *)weight, x, row, count, ahead, height);
+        else
+            multiply_fp8(own, weight + start * PANEL, (const scalar *)x + row * p->inputs + start, p->inputs, count,
+                         ahead ? ahead + start * PANEL : NULL, height);
+        for (int64_t r = 0; r < height; r++) add_scaled(sums[r], own[r], scale);
+    }
+}
+
 /* Multiply all rows, in blocks of equal height, with panels first..end-1, which stay in L2. `x` are scalars, or int8
  * rows for weights in int8. */
 static void multiply_panels(const product_t *p, const void *x, scalar *out, int64_t rows, int64_t first, int64_t end,
                             finish_t finish) {
-    const int64_t blocks = (rows + BLOCK - 1) / BLOCK;
-    const int64_t size = PANEL * (p->kind == INT8 ? padded(p->inputs, INT8_STEP) : p->inputs * (int64_t)sizeof(scalar));
+    const int64_t blocks = (rows + BLOCK - 1) / BLOCK, size = PANEL * packed_inputs(p) * size_of(p->kind);
     for (int64_t b = 0; b < blocks; b++) {
         int64_t row = rows * b / blocks, height = rows * (b + 1) / blocks - row;
         for (int64_t panel = first; panel < end; panel++) {
@@ -438,52 +520,13 @@ static void multiply_panels(const product_t *p, const void *x, scalar *out, int6
              * to saturate it; with few, prefetching is slower. */
             const char *ahead = b || height < PREFETCH_ROWS ? NULL : weight + PREFETCH_BYTES;
             floats sums[BLOCK][2] = {0};
-            if (p->kind == INT8) {
-                multiply_int8(sums, (const uint8_t *)weight, x, row, p->inputs, ahead, height);
-                for (int64_t r = 0; r < height; r++) {
-                    floats own[2] = {sums[r][0], sums[r][1]};
-                    sums[r][0] = sums[r][1] = (floats){0};
-                    add_scaled(sums[r], own, p->scale + panel * PANEL);
-                }
-            } else {
+            if (p->kind == SCALARS)
                 multiply_tile(sums, (const scalar *)weight, PANEL * STEP, (const scalar *)x + row * p->inputs,
                               p->inputs, p->inputs, ahead, height);
-            }
+            else
+                multiply_quantized(sums, p, x, row, panel, weight, ahead, height);
             for (int64_t r = 0; r < height; r++) finish_row((const float *)sums[r], out, p, row + r, panel, finish);
         }
-    }
-}
-
-/* Multiply rows row..row+height-1, at most DECODED_ROWS, with one panel of FP8 weights: decode a chunk of inputs, then
- * multiply all rows with it. */
-enum { DECODED_ROWS = 8 * BLOCK };
-static void multiply_decoded(const product_t *p, const scalar *x, scalar *out, int64_t row, int64_t height,
-                             int64_t panel, finish_t finish) {
-    scalar decoded[PANEL * CHUNK] __attribute__((aligned(LINE)));
-    floats totals[DECODED_ROWS][2];
-    memset(totals, 0, sizeof(floats[2]) * (size_t)height);
-    const int64_t blocks = (height + BLOCK - 1) / BLOCK, columns = padded(p->columns, PANEL);
-    const uint8_t *weight = (const uint8_t *)p->weight + panel * PANEL * p->inputs;
-    for (int64_t start = 0; start < p->inputs; start += CHUNK) {
-        const int64_t count = p->inputs - start < CHUNK ? p->inputs - start : CHUNK;
-        decode_fp8(weight + start * PANEL, decoded, count * PANEL);
-        for (int64_t b = 0; b < blocks; b++) {
-            const int64_t first = height * b / blocks, some = height * (b + 1) / blocks - first;
-            const scalar *from = x + (row + first) * p->inputs + start;
-            floats sums[BLOCK][2] = {0};
-            floats(*to)[2] = p->blocks ? sums : totals + first;
-            multiply_tile(to, decoded, PANEL * STEP, from, p->inputs, count, NULL, some);
-            for (int64_t r = 0; p->blocks && r < some; r++)
-                add_scaled(totals[first + r], sums[r], p->scale + start / CHUNK * columns + panel * PANEL);
-        }
-    }
-    for (int64_t r = 0; r < height; r++) {
-        floats scaled[2] = {totals[r][0], totals[r][1]};
-        if (!p->blocks) {
-            scaled[0] = scaled[1] = (floats){0};
-            add_scaled(scaled, totals[r], p->scale + panel * PANEL);
-        }
-        finish_row((const float *)scaled, out, p, row + r, panel, finish);
     }
 }
 
@@ -494,21 +537,14 @@ static inline void multiply_all(team_t *team, const product_t *p, const scalar *
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
     const int64_t panels = (p->columns + PANEL - 1) / PANEL, begin = panels * thread / threads,
                   end = panels * (thread + 1) / threads;
-    if (p->kind == FP8) {
-        for (int64_t panel = begin; panel < end; panel++)
-            for (int64_t row = 0; row < rows; row += DECODED_ROWS)
-                multiply_decoded(p, x, out, row, rows - row < DECODED_ROWS ? rows - row : DECODED_ROWS, panel, finish);
-        barrier(team);
-        return;
-    }
     if (p->kind == INT8) {
 #pragma omp for schedule(static) nowait
         for (int64_t row = 0; row < rows; row++)
-            round_row(x + row * p->inputs, rounded + row * int8_row_bytes(p->inputs), p->inputs);
+            round_row(x + row * p->inputs, rounded + row * row_bytes(p->inputs), p->inputs);
         barrier(team);
     }
     const void *from = p->kind == INT8 ? (const void *)rounded : x;
-    const int64_t size = PANEL * p->inputs * (p->kind == INT8 ? 1 : (int64_t)sizeof(scalar));
+    const int64_t size = PANEL * packed_inputs(p) * size_of(p->kind);
     const int64_t some = size < L2_BYTES ? L2_BYTES / size : 1;
     for (int64_t first = begin; first < end; first += some)
         multiply_panels(p, from, out, rows, first, end - first < some ? end : first + some, finish);
