@@ -20,6 +20,7 @@ from worker.drafters.head import HeadDrafter, PackedHead, indices_of
 from worker.drafters.head_network import HeadNetwork
 from worker.drafters.kv_tracker import by_slot
 from worker.engine.kv.hidden_states import HiddenStates
+from worker.engine.quantization.weights import QuantizationMethod
 from worker.engine.segments import BoolArray, IntArray, Segment
 from worker.engine.speculation.draft_tree import Candidates, Forest
 
@@ -84,6 +85,7 @@ class PackedBlock(PackedHead):
         capacity: int,
         cpu_kernels: bool = True,
         paged: bool | None = None,
+        quantization: QuantizationMethod | None = None,
     ) -> None:
         """Wrap a network, which is changed in place; the parameters are those of `PackedHead`."""
         self.depth = network.shape.depth
@@ -91,8 +93,17 @@ class PackedBlock(PackedHead):
         moved = network.offsets.detach().to(embedding.device, embedding.dtype)
         self.offsets = torch.cat([moved.new_zeros(1, moved.shape[1]), moved])  # [depth, width]; none for the root
         del network.path, network.offsets
-        given = {"slots": slots, "capacity": capacity}
-        super().__init__(network, embedding, output, tokens, **given, cpu_kernels=cpu_kernels, paged=paged)
+        super().__init__(
+            network,
+            embedding,
+            output,
+            tokens,
+            slots=slots,
+            capacity=capacity,
+            cpu_kernels=cpu_kernels,
+            paged=paged,
+            quantization=quantization,
+        )
 
     @torch.inference_mode()
     def with_block(self, states: Tensor, counts: IntArray) -> Tensor:
@@ -193,12 +204,13 @@ def pack_head(
     *,
     slots: int,
     capacity: int,
+    quantization: QuantizationMethod | None = None,
 ) -> PackedHead:
     """Pack a head of any kind: see `PackedHead`."""
     given = (embedding, output, tokens)
     if isinstance(network, BlockNetwork):
-        return PackedBlock(network, *given, slots=slots, capacity=capacity)
-    return PackedHead(network, *given, slots=slots, capacity=capacity)
+        return PackedBlock(network, *given, slots=slots, capacity=capacity, quantization=quantization)
+    return PackedHead(network, *given, slots=slots, capacity=capacity, quantization=quantization)
 
 
 def head_drafter(packed: PackedHead, hidden: HiddenStates, name: str) -> HeadDrafter:

@@ -27,7 +27,7 @@ from worker.engine.model.loading import gather_embeddings, load, native_dtype
 from worker.engine.model.offload import OffloadOptions
 from worker.engine.model.packed_model import LanguageModel, PackedModel
 from worker.engine.options import EngineOptions, Mode
-from worker.engine.quantization.weights import QuantizationMethod, quantization_of
+from worker.engine.quantization.weights import QuantizationMethod, quantization_method
 from worker.engine.sampling.sampling import prepare as prepare_draws
 from worker.engine.segments import chain
 from worker.engine.speculation.cost_model import CostModel
@@ -119,7 +119,7 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
         quantization=quantization,
     )
     refuse_unpacked(model, settings.target)
-    quantized = quantization_of(model)
+    quantized = quantization_method(model)
     if uses_head(settings):
         gather_embeddings(model)
     tokenizer = load_tokenizer(path)

@@ -8,10 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from jobs.errors import SetupError
-from worker.engine.cpu.fused_layers import are_known
 from worker.engine.model.backend import kernels_for
-from worker.engine.paged.attention import gpu_kernels_for
-from worker.engine.quantization.weights import QuantizationMethod, quantization_of
+from worker.engine.quantization.weights import QuantizationMethod, quantization_method
 from worker.settings import WorkerSettings
 
 _MIB = 1 << 20
@@ -39,16 +37,14 @@ def chosen_quantization(settings: WorkerSettings, device: torch.device) -> Quant
 
 def refuse_unpacked(model: PreTrainedModel, name: str) -> None:
     """Raise SetupError if no kernel can run a model's quantised weights; call it before the layers are fused."""
-    method = quantization_of(model)
+    method = quantization_method(model)
     if method is None:
         return
     if model.device.type == "cpu":
         runs = kernels_for(model) is not None
         needed = "the compiled CPU kernels, which need gcc and attention heads of a multiple of 32"
     else:
-        layers = getattr(getattr(model, "model", None), "layers", None)
-        runs = gpu_kernels_for(model.device) is not None and layers is not None and are_known(layers)
-        needed = "fused layers, which are made for Llama, Mistral, Qwen2 and Qwen3"
+        runs, needed = False, "a CPU in this version"
     if not runs:
         raise SetupError(
             f"{name} with {method} weights needs {needed}; choose the model in bfloat16 and leave BASIC_QUANTIZATION "

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
@@ -37,9 +37,10 @@ from worker.engine.model.offload import OffloadOptions, is_offloaded
 from worker.engine.model.packed_model import run_layers
 from worker.engine.model.quantized_checkpoint import refuse_quantized
 from worker.engine.quantization.checkpoints import attach_all, is_fp8, read_fp8
-from worker.engine.quantization.weights import QuantizationMethod, quantization_of, quantize
+from worker.engine.quantization.weights import QuantizationMethod, quantization_method, quantize
 from worker.engine.segments import Segment
 
+_QUANTIZED = "quantization_config"  # attribute of a configuration
 _GATHERED = (
     "basic_gathered_weights"  # attribute of a tensor parallel model: its weights that `gather_embeddings` collected
 )
@@ -80,7 +81,7 @@ def load(
             model = _load_fp8(path, config, dtype)
         else:
             model = _load_weights(path, dtype, ranks, offload)
-        if quantization is not None and quantization_of(model) is None:
+        if quantization is not None and quantization_method(model) is None:
             quantize(model, quantization)
         if not is_offloaded(model):
             model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to as its types don't say
@@ -90,8 +91,7 @@ def load(
 
 
 def _is_fp8(config: PretrainedConfig) -> bool:
-    given = getattr(config, "quantization_config", None)
-    return isinstance(given, dict) and is_fp8(given)
+    return any(is_fp8(getattr(part, _QUANTIZED, None) or {}) for part in (config, config.get_text_config()))
 
 
 def _refuse_fp8_parts(
@@ -115,22 +115,33 @@ def _load_fp8(path: str, config: PretrainedConfig, dtype: torch.dtype) -> PreTra
     weights, stored = read_fp8(
         weight_files(Path(path) if Path(path).is_dir() else Path(snapshot_download(path))), dtype
     )
-    del config.quantization_config
-    model = _load_weights(path, dtype, 1, None, config=config, state_dict=weights)
+    for part in (config, config.get_text_config()):
+        if hasattr(part, _QUANTIZED):
+            delattr(part, _QUANTIZED)
+    with torch.device("meta"):
+        shell: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    model = _load_weights(path, dtype, 1, None, type(shell), config=shell.config, state_dict=weights)
+    with suppress(OSError):  # it has none
+        model.generation_config = GenerationConfig.from_pretrained(path)
     attach_all(model, stored)
     return model
 
 
 def _load_weights(
-    path: str, dtype: torch.dtype, ranks: int, offload: OffloadOptions | None, **given: Any
+    path: str,
+    dtype: torch.dtype,
+    ranks: int,
+    offload: OffloadOptions | None,
+    kind: Any = AutoModelForCausalLM,
+    **given: Any,
 ) -> PreTrainedModel:
     """Load with transformers; raises ModelRefused unless the checkpoint has exactly the model's weights.
 
-    `given` may have a `config`, and a `state_dict` to load instead of the files.
+    `given` may have the `config` of a `kind` of model, and a `state_dict` to load instead of the files.
     """
     try:
         with _quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = kind.from_pretrained(
                 None if given else path,
                 dtype=dtype,
                 attn_implementation=ATTENTION_NAME,
@@ -180,7 +191,7 @@ def _equivalence_check(model: PreTrainedModel) -> EquivalenceCheck:
     heads = (kv_heads_of(model), head_dim_of(model))
     check = build_check(model, config, max_positions(config) or CHECK_ENTRIES, heads, packed, ATTENTION_NAME)
     # Kernels for int8 round the rows, too.
-    return check.coarser() if quantization_of(model) is QuantizationMethod.INT8 else check
+    return check.coarser() if quantization_method(model) is QuantizationMethod.INT8 else check
 
 
 def embeddings(model: PreTrainedModel) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 from transformers.utils.hub import cached_file
 
 from worker.engine.errors import ModelRefused
+from worker.engine.quantization.checkpoints import is_fp8
 
 _CONFIG = "config.json"
 _NAMES = {
@@ -77,13 +78,13 @@ def refuse_quantized(path: str) -> None:
 
 
 def quantization_of(given: _Object, file: str = _CONFIG) -> Quantization | None:
-    """Return the quantisation that a configuration file describes; None if it describes none."""
+    """Return the quantisation that a configuration file describes; None if it describes none, or one that is read."""
     if file in _OWN_FILES:
         return _OWN_FILES[file](given, file)
     for owner in (given, *(part for name in _PARTS if isinstance(part := given.get(name), Mapping))):
         ours = owner.get("quantization_config") or owner.get("compression_config")
         if isinstance(ours, Mapping) and ours:
-            return _by_method(ours, file)
+            return None if is_fp8(ours) else _by_method(ours, file)
     if isinstance(given.get("quantization"), Mapping):
         return Quantization("MLX", _bits(given["quantization"]), file)
     if isinstance(given.get("quip_params"), Mapping):

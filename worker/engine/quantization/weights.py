@@ -94,7 +94,7 @@ def quantized_weights(layers: Sequence[nn.Module]) -> list[QuantizedWeight] | No
     return found if same and len(found) == len(layers) else None
 
 
-def quantization_of(model: nn.Module) -> QuantizationMethod | None:
+def quantization_method(model: nn.Module) -> QuantizationMethod | None:
     """Return how the linear layers of a model that is not fused yet are stored; None: in its dtype."""
     found = (getattr(layer, _ATTRIBUTE, None) for _, layer in _linear_layers(model))
     return next((weight.kind for weight in found if weight is not None), None)

@@ -45,7 +45,7 @@ IN_CONFIG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "mxfp4": ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, "MXFP4"),
     "modelopt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "ModelOpt NVFP4"),
-    "fbgemm": ({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, "FBGEMM FP8"),
+    "fp8-in-other-blocks": ({"quant_method": "fp8", "weight_block_size": [64, 64]}, "FP8 in blocks of 64x64"),
     "vptq": ({"quant_method": "vptq", "config_for_layers": {}}, "VPTQ"),
     "spqr": ({"quant_method": "spqr", "bits": 3, "beta1": 16, "beta2": 16, "shapes": {}}, "SpQR 3-bit"),
     "bitnet": ({"quant_method": "bitnet", "linear_class": "autobitlinear"}, "BitNet"),
