@@ -174,6 +174,16 @@ def bench(
     grid: Annotated[
         bool, typer.Option(help="Every batch size, draft and temperature: find cases where plain decoding is faster.")
     ] = False,
+    acceptance: Annotated[
+        str | None,
+        typer.Option(
+            help="Speed-up by acceptance and batch size, with random weights of the shapes of --target and --draft: "
+            "rates such as 0.7 and names of recorded profiles, comma-separated, or all."
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="With --acceptance: also write the curve as a PNG.")
+    ] = None,
     target: Target = None,
     draft: Draft = None,
     dtype: Dtype = None,
@@ -182,9 +192,21 @@ def bench(
     """Measure tokens per second next to transformers' generate, in one run with the same dtype and threads.
 
     Example: basic bench --prompts examples/prompts.jsonl --batch 1,8 --max-tokens 64
+
+    Example: basic bench --acceptance 0.5,0.7,0.9 --batch 1,8,16
     """
     from worker import benchmark
 
+    if acceptance is not None:
+        if grid or modes or prompts or temperature or dtype:
+            raise typer.BadParameter(
+                "--acceptance compares plain and opt-tree on random prompts at temperature 0; remove --grid, --modes, "
+                "--prompts, --temperature and --dtype",
+                param_hint="--acceptance",
+            )
+        raise typer.Exit(_acceptance(target, draft, acceptance, batch, max_tokens, runs, as_json, plot))
+    if plot is not None:
+        raise typer.BadParameter("--plot needs --acceptance", param_hint="--plot")
     if grid:
         if modes or draft or temperature:
             raise typer.BadParameter(
@@ -232,6 +254,34 @@ def _grid(
     width = None if sys.stdout.isatty() else _LOG_WIDTH
     title = f"{settings.target}, {max_tokens} tokens, medians of at least {runs} interleaved runs"
     Console(width=width).print(grid.table(title, cells))
+
+
+def _acceptance(
+    target: str | None,
+    draft: str | None,
+    acceptance: str,
+    batch: str | None,
+    max_tokens: int,
+    runs: int,
+    as_json: bool,
+    plot: Path | None,
+) -> int:
+    from worker.bench.acceptance import command, pair
+    from worker.benchmark import parse_batches
+
+    with readable_errors():
+        batches = parse_batches(batch) if batch else command.BATCHES
+        options = command.CurveOptions(
+            model=target or WorkerSettings().target,
+            draft=draft or pair.HEAD,
+            acceptance=acceptance,
+            batches=batches,
+            tokens=max_tokens,
+            runs=runs,
+            as_json=as_json,
+            plot=plot,
+        )
+        return command.run(options, print_message)
 
 
 def _print_nothing(_: Pieces) -> None:

@@ -1,9 +1,9 @@
-"""Check and measure the GPU path in one session of at most eight minutes: correctness first, then times.
+"""Check and measure the GPU path in one session of less than ten minutes: correctness first, then times.
 
     python -m worker.bench.gpu_session --output results.jsonl
 
-Run it from a checkout, on a machine with a GPU. `--layers 2 --rows 1,4 --sequences 1,4 --vocabulary 512` is a rehearsal
-on a CPU.
+Run it from a checkout, on a machine with a GPU. `--layers 2 --rows 1,4 --sequences 1,4 --vocabulary 512
+--curve-layers 2 --curve-batches 1,4` is a rehearsal on a CPU.
 
 Each stage is a process with a deadline, so that one that hangs does not cost the others. Every result is a JSON line
 with the name of its stage. The floors beside the times are computed from the hardware's rates, not from earlier runs.
@@ -25,6 +25,9 @@ import typer
 
 _ROWS = "1,64,130,192,256,512"
 _CONTEXT, _LONG_CONTEXT = 800, 32_000  # tokens
+_ACCEPTANCE = "0.7,0.5,0.9,smollm2-135m-head,gemma-4-31b-eagle3,0.8,0.6"  # time may end before the last
+_BATCHES = "1,8,16,32,64,128"
+_CURVE_S, _END_S = 180, 10  # deadline of the curve; what of it the last cell may take to end
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +51,22 @@ class SessionSizes:
     sequences: str  # decoded together
     vocabulary: str  # ids of the rows that are drawn
     steps: int  # timed, per line
+    draft: str  # of the curve of speed-ups by acceptance
+    curve_layers: int | None  # of its target; None: all
+    curve_batches: str
 
 
 def stages(sizes: SessionSizes) -> list[Stage]:
-    """Return the stages of a session; their deadlines add up to less than eight minutes."""
+    """Return the stages of a session; their deadlines add up to less than ten minutes."""
     steps, device = str(sizes.steps), "cuda" if torch.cuda.is_available() else "cpu"
     short = ("--layers", str(sizes.layers), "--model", sizes.model, "--json")
     times = ("-m", "worker.bench.gpu_steps", *short, "--rounds", steps, "--context", str(sizes.context))
     draws = ("-m", "worker.bench.draws", "--json", "--device", device, "--vocabulary", sizes.vocabulary)
+    curve = ("-m", "worker.bench.acceptance", "curve", "--json", "--model", sizes.model, "--draft", sizes.draft)
+    curve = (*curve, "--batch", sizes.curve_batches, "--acceptance", _ACCEPTANCE)
+    curve = (*curve, "--runs", "2", "--cell-s", "6", "--deadline-s", str(_CURVE_S - _END_S))
+    if sizes.curve_layers:
+        curve = (*curve, "--layers", str(sizes.curve_layers))
     gap = ("-m", "worker.bench.gpu_turns", *short, "--sequences", sizes.sequences, "--steps", steps)
     return [
         Stage("correctness", 150, ("-m", "pytest", "-m", "gpu", "-q", "tests/gpu")),
@@ -65,6 +76,7 @@ def stages(sizes: SessionSizes) -> list[Stage]:
         ),
         Stage("draws", 30, (*draws, "--rows", sizes.sequences)),
         Stage("gap", 90, gap),
+        Stage("acceptance", _CURVE_S, curve),
     ]
 
 
@@ -110,6 +122,15 @@ def main(
     sequences: Annotated[str, typer.Option(help="Sequences decoded together, comma-separated.")] = "64,256",
     vocabulary: Annotated[str, typer.Option(help="Ids of the rows that are drawn.")] = "152064",
     steps: Annotated[int, typer.Option(min=1, help="Timed steps per line.")] = 20,
+    draft: Annotated[str, typer.Option(help="Draft of the speed-ups by acceptance, with random weights.")] = (
+        "DeepSeek-R1-Distill-Qwen-1.5B"
+    ),
+    curve_layers: Annotated[
+        int | None, typer.Option(min=1, help="Layers of the target of the speed-ups by acceptance; default: all.")
+    ] = None,
+    curve_batches: Annotated[
+        str, typer.Option(help="Batch sizes of the speed-ups by acceptance.")
+    ] = "1,8,16,32,64,128",
 ) -> None:
     """Run all stages and print a JSON line for each result.
 
@@ -117,7 +138,8 @@ def main(
     """
     if rows.count(",") < 1:
         raise typer.BadParameter("--rows needs two numbers at least, comma-separated")
-    sizes = SessionSizes(model, layers, rows, context, long_context, sequences, vocabulary, steps)
+    curve = (draft, curve_layers, curve_batches)
+    sizes = SessionSizes(model, layers, rows, context, long_context, sequences, vocabulary, steps, *curve)
     for stage in stages(sizes):
         for result in run(stage):
             line = json.dumps(result)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import perf_counter
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from worker.engine.engine import Engine
 from worker.engine.model.packed_model import LanguageModel
 from worker.engine.segments import KvMove, Segment
+from worker.engine.stats import StepBatch
 
 
 class SlotRange:
@@ -42,15 +43,22 @@ class SlotRange:
             self.truncate(slot, 0)
 
 
-def run_interleaved(engines: Sequence[Engine]) -> list[float]:
-    """Step the engines until all are idle; return the seconds that each spent in steps.
+def run_interleaved(
+    engines: Sequence[Engine],
+    clock: Callable[[], float] | None = None,
+    until: Callable[[], bool] = lambda: False,
+    on_step: Callable[[int, StepBatch], object] = lambda *_: None,
+) -> list[float]:
+    """Step the engines until all are idle or `until` holds; return the seconds that each spent in steps.
 
-    The engine with the least time so far is next.
+    The engine with the least time so far is next. `clock` returns seconds (default: wall time); `on_step` takes the
+    index of an engine and the results of its step, and is not timed.
     """
-    seconds = [0.0] * len(engines)
-    while running := [index for index, engine in enumerate(engines) if engine.busy]:
+    now, seconds = clock or perf_counter, [0.0] * len(engines)
+    while (running := [index for index, engine in enumerate(engines) if engine.busy]) and not until():
         index = min(running, key=seconds.__getitem__)
-        started = perf_counter()
-        engines[index].step()
-        seconds[index] += perf_counter() - started
+        started = now()
+        results = engines[index].step()
+        seconds[index] += now() - started
+        on_step(index, results)
     return seconds

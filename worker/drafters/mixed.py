@@ -31,6 +31,11 @@ class MixedDrafter:
         self._suffix = suffix
 
     @property
+    def network(self) -> Drafter:
+        """The drafter that runs a network, alone."""
+        return self._network
+
+    @property
     def forward_free(self) -> Drafter:
         """The suffix drafter alone."""
         return _SuffixPart(self._suffix)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +22,9 @@ from safetensors.torch import load_file
 from jobs.errors import InvalidValue
 from worker.drafters.head_file import file_sha256
 from worker.drafters.head_network import tapped_layers
-from worker.loading.drafts import load_draft
+from worker.engine.kv.hidden_states import HiddenStates
+from worker.engine.speculation.drafting import Drafter
+from worker.loading.drafts import DrafterFactory, load_draft
 from worker.loading.loader import load_engine
 from worker.loading.model_store import OnMessage
 from worker.settings import SUFFIX, WorkerSettings
@@ -103,6 +105,19 @@ def train_draft(
     return evaluation
 
 
+@dataclass(frozen=True, slots=True)
+class TextsOfPair:
+    """A target and its draft, with texts that the target has written and their hidden states."""
+
+    target: Target
+    draft: DrafterFactory
+    examples: list[Example]
+
+    def make_drafter(self, hidden: HiddenStates) -> Drafter:
+        """Return the drafter that jobs use, with one slot."""
+        return self.draft.make(hidden, 1, hidden.capacity, None)()
+
+
 def evaluate_draft(
     settings: WorkerSettings,
     recipe: Recipe,
@@ -112,14 +127,26 @@ def evaluate_draft(
     on_message: OnMessage,
 ) -> Evaluation:
     """Evaluate the settings' draft with the suffix index, as jobs use it, on text that the target writes."""
+    pair = texts_of_pair(settings, recipe, work, prompts, bars, on_message)
+    return _evaluate(pair.examples, pair.target, pair.make_drafter, bars)
+
+
+def texts_of_pair(
+    settings: WorkerSettings,
+    recipe: Recipe,
+    work: Path,
+    prompts: Sequence[str],
+    bars: ProgressDisplay,
+    on_message: OnMessage,
+) -> TextsOfPair:
+    """Load the settings' target and draft, and let the target write and read texts; files in `work` are reused."""
     _claim_folder(work, settings, recipe)
     texts = _texts(settings, recipe, work, prompts, bars, on_message)
     target = load_target(settings)
     draft = load_draft(settings, target.model, target.tokenizer)
     taps = draft.taps or tapped_layers(target.identity.layers)
     dataset = _features(target, taps, texts, work, bars)
-    held_out = [dataset[index] for index in range(len(dataset))]
-    return _evaluate(held_out, target, lambda hidden: draft.make(hidden, 1, hidden.capacity, None)(), bars)
+    return TextsOfPair(target, draft, [dataset[index] for index in range(len(dataset))])
 
 
 def _claim_folder(work: Path, settings: WorkerSettings, recipe: Recipe) -> None:
