@@ -27,7 +27,7 @@ _ROWS = "1,64,130,192,256,512"
 _CONTEXT, _LONG_CONTEXT = 800, 32_000  # tokens
 _ACCEPTANCE = "0.7,0.5,0.9,smollm2-135m-head,gemma-4-31b-eagle3,0.8,0.6"  # time may end before the last
 _BATCHES = "1,8,16,32,64,128"
-_CURVE_S, _END_S = 180, 10  # deadline of the curve; what of it the last cell may take to end
+_CURVE_S, _END_S = 180, 15  # deadline of the curve; what of it the last cell may take to end
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,8 +108,8 @@ def _fitting(loaded: LoadedModel, recipe: Recipe, prompts: Sequence[list[int]]) 
 
 
 def _next_prompts(prompts: Sequence[list[int]], first: int) -> list[list[int]]:
-    """Return the next `_ROUND` prompts; start over after the last."""
-    return [prompts[index % len(prompts)] for index in range(first, first + _ROUND)]
+    """Return the next prompts, `_ROUND` or all of them if they are fewer; start over after the last."""
+    return [prompts[index % len(prompts)] for index in range(first, first + min(_ROUND, len(prompts)))]
 
 
 def _questions(loaded: LoadedModel, recipe: Recipe, first: int) -> list[list[int]]:

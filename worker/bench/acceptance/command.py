@@ -21,6 +21,7 @@ BATCHES = (1, 8, 16, 32, 64, 128)
 RATES = ("0.7", "0.5", "0.6", "0.8", "0.9")  # the claimed one first: time may end before the last
 ALL = "all"  # as acceptances: RATES and every packaged profile
 TEXTS_DIFFER = 1  # exit status
+_NO_DEADLINE_S = 1e7
 _LOG_WIDTH = 120  # columns of a table that is not printed on a terminal
 
 
@@ -58,12 +59,12 @@ def run(options: CurveOptions, on_message: Callable[[str], None]) -> int:
     plan = CurvePlan(profiles, batches, options.tokens, options.runs, options.cell_s, options.seed)
 
     def left() -> float:
-        return float("inf") if options.deadline_s is None else options.deadline_s - (time.monotonic() - started)
+        return (options.deadline_s or _NO_DEADLINE_S) - (time.monotonic() - started)
 
     clock = clock_of()
     on_message(f"Making {options.model} and {options.draft} with random weights")
     with torch.inference_mode():
-        pair = random_pair(options.model, options.draft, max(batches), options.tokens, clock, layers=options.layers)
+        pair = random_pair(options.model, options.draft, batches, options.tokens, clock, layers=options.layers)
         title = f"{options.model} with {options.draft}, {pair.dtype}, {pair.device}"
         cells: list[CurveCell] = []
         for cell in AcceptanceCurve(pair, plan, clock, left).cells():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from worker.bench.gpu_steps import random_model
@@ -27,7 +28,7 @@ from worker.engine.options import EngineOptions, Mode
 from worker.engine.sampling.parameters import Sampling, noise_key
 from worker.engine.sampling.sampling import prepare as prepare_draws
 from worker.engine.segments import chain
-from worker.engine.sequence import Sequence
+from worker.engine.sequence import Sequence as EngineSequence
 from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.draft_costs import DraftTimes
 from worker.engine.speculation.drafting import Drafter
@@ -58,13 +59,13 @@ class RandomPair:
     max_batch: int  # sequences whose keys and values fit the memory
     memory_note: str  # why no more
 
-    def sequences(self, count: int, tokens: int) -> list[Sequence]:
+    def sequences(self, count: int, tokens: int) -> list[EngineSequence]:
         """Return sequences 0, 1, … with random prompts of their own, for greedy decoding."""
         return [self._sequence(index, tokens) for index in range(count)]
 
-    def _sequence(self, index: int, tokens: int) -> Sequence:
+    def _sequence(self, index: int, tokens: int) -> EngineSequence:
         prompt = np.random.default_rng(index).integers(0, self.vocabulary, _PROMPT_TOKENS).tolist()
-        return Sequence(index, prompt, _PROMPT_TOKENS, tokens, Sampling(key=noise_key(0, 0)), frozenset())
+        return EngineSequence(index, prompt, _PROMPT_TOKENS, tokens, Sampling(key=noise_key(0, 0)), frozenset())
 
     def state(self) -> SpeculationState:
         """Return the state before the first step of a drafter."""
@@ -89,13 +90,13 @@ class RandomPair:
 def random_pair(
     model: str,
     draft: str,
-    batch: int,
+    batches: Sequence[int],
     tokens: int,
     clock: Callable[[], float],
     *,
     layers: int | None = None,
 ) -> RandomPair:
-    """Return random models of these shapes, on the GPU if there is one, for batches up to `batch` if they fit.
+    """Return random models of these shapes, on the GPU if there is one, for the largest of the batches that fits.
 
     `draft` is `HEAD`, a directory with the config.json of a head, or a model as for `basic plan`. `layers` replaces the
     target's number of layers. Raises ModelRefused for shapes that can't be read.
@@ -103,61 +104,63 @@ def random_pair(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     network = random_model(load_config(model), layers, device)
-    shape = _head_shape(model, draft, network.config.get_text_config())
-    options = EngineOptions(max_context=_PROMPT_TOKENS + tokens, prefill_rows=2048)
+    config = network.config.get_text_config()
+    shape = _head_shape(model, draft, config)
     smaller = None if shape else random_model(load_config(draft), None, device)
+    options = EngineOptions(max_context=_PROMPT_TOKENS + tokens, prefill_rows=2048)
     fits, note = _fitting(network, shape, smaller, options)
-    batch = max(1, min(batch, fits))
-    options = replace(options, max_sequences=batch)
-    vocabulary = network.config.get_text_config().vocab_size
+    options = replace(options, max_sequences=max((size for size in batches if size <= fits), default=1))
+    vocabulary = config.vocab_size
     if smaller is not None:
         vocabulary = min(vocabulary, smaller.config.get_text_config().vocab_size)
     # Before the layers are fused, which packs the output weights.
     shared = (embeddings(network), output_weights(network)[: shape.vocabulary].clone()) if shape else None
-    fuse_layers(network)
-    target = PackedModel(
-        network,
-        slots=2 * batch,
-        capacity=options.slot_tokens,
-        defined_ids=vocabulary,
-        tapped=shape.taps if shape else (),
-    )
-    target.prepare()
-    prepare_draws(target.forward([chain(0, 0, [0], keep_last=True)]))
-    target.truncate(0, 0)
+    target = _packed_target(network, options, vocabulary, shape.taps if shape else ())
     if shape is not None and shared is not None:
-        head = PackedHead(
-            HeadNetwork(shape),
-            *shared,
-            torch.arange(shape.vocabulary, device=device),
-            slots=batch,
-            capacity=options.draft_slot_tokens,
-        )
-        head.prepare()
-        hidden = target.hidden
-        assert hidden is not None, "its layers are tapped"
-        make_drafter: Callable[[], Drafter] = lambda: HeadDrafter(head, hidden, draft)  # noqa: E731
+        make_drafter = _head_drafter(shape, shared, target, options)
     else:
         assert smaller is not None
         make_drafter = _model_drafter(smaller, draft, vocabulary, options)
     with TemporaryDirectory() as folder:
         costs = calibrate(target, options.slot_tokens, (), Path(folder))
-    times = measure_drafts(make_drafter(), batch, options.draft_slot_tokens, clock)
+    times = measure_drafts(make_drafter(), options.max_sequences, options.draft_slot_tokens, clock)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} thread(s)"
     dtype = str(network.dtype).removeprefix("torch.")
-    return RandomPair(target, make_drafter, vocabulary, options, costs, times, name, dtype, batch, note)
+    return RandomPair(target, make_drafter, vocabulary, options, costs, times, name, dtype, options.max_sequences, note)
+
+
+def _packed_target(
+    network: PreTrainedModel, options: EngineOptions, vocabulary: int, taps: tuple[int, ...]
+) -> PackedModel:
+    fuse_layers(network)
+    slots, capacity = 2 * options.max_sequences, options.slot_tokens
+    target = PackedModel(network, slots=slots, capacity=capacity, defined_ids=vocabulary, tapped=taps)
+    target.prepare()
+    prepare_draws(target.forward([chain(0, 0, [0], keep_last=True)]))
+    target.truncate(0, 0)
+    return target
+
+
+def _head_drafter(
+    shape: HeadShape, shared: tuple[Tensor, Tensor], target: PackedModel, options: EngineOptions
+) -> Callable[[], Drafter]:
+    """`shared` are the target's embeddings, and its output weights of the tokens that the head can propose."""
+    tokens = torch.arange(shape.vocabulary, device=shared[0].device)
+    slots, capacity = options.max_sequences, options.draft_slot_tokens
+    head = PackedHead(HeadNetwork(shape), *shared, tokens, slots=slots, capacity=capacity)
+    head.prepare()
+    hidden = target.hidden
+    assert hidden is not None, "its layers are tapped"
+    return lambda: HeadDrafter(head, hidden, HEAD)
 
 
 def _model_drafter(
     network: PreTrainedModel, name: str, vocabulary: int, options: EngineOptions
 ) -> Callable[[], Drafter]:
     fuse_layers(network)
-    packed = PackedModel(
-        network,
-        slots=options.max_sequences,
-        capacity=options.draft_slot_tokens,
-        kv_tokens=options.draft_kv_tokens if uses_paged_kv(network) else None,
-    )
+    kv_tokens = options.draft_kv_tokens if uses_paged_kv(network) else None
+    slots, capacity = options.max_sequences, options.draft_slot_tokens
+    packed = PackedModel(network, slots=slots, capacity=capacity, kv_tokens=kv_tokens)
     packed.prepare()
     return lambda: ModelDrafter(packed, name, vocabulary)
 
