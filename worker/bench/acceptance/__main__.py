@@ -86,7 +86,7 @@ def record(
     from worker.bench.acceptance.record_pair import record_pair
 
     texts = read_prompts(prompts, limit=sys.maxsize) if prompts else ()
-    said = shlex.join(["python -m worker.bench.acceptance", *sys.argv[1:]])
+    said = f"python -m worker.bench.acceptance {shlex.join(sys.argv[1:])}"
     with readable_errors(), ProgressBars() as bars:
         profile = record_pair(settings_of(target=target, draft=draft), out.stem, texts, tokens, nodes, work, said, bars)
     out.write_text(json.dumps(profile) + "\n", encoding="utf-8")

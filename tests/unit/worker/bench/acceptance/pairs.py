@@ -49,7 +49,7 @@ def tiny_pair() -> RandomPair:
         vocabulary=VOCAB,
         options=OPTIONS,
         costs=CostModel({1: 10.0, 64: 11.0}),
-        draft_times=DraftTimes({1: 0.01}, 0.001),
+        draft_times=DraftTimes({1: 0.01}, {1: 0.01}, 0.001),
         device="cpu",
         dtype="float32",
         max_batch=BATCH,
