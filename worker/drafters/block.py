@@ -7,18 +7,20 @@ are float32.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from worker.drafters.block_network import BlockNetwork, gated
 from worker.drafters.candidates import best_children
 from worker.drafters.eagle3_network import Eagle3Network
-from worker.drafters.head import HeadDrafter, PackedHead, indices_of
+from worker.drafters.head import HeadDrafter, PackedHead, fixed_linear, indices_of
 from worker.drafters.head_network import HeadNetwork
 from worker.drafters.kv_tracker import by_slot
+from worker.engine.cpu.kernels import Kernels
+from worker.engine.cpu.packed_linear import PackedLinear
 from worker.engine.kv.hidden_states import HiddenStates
 from worker.engine.quantization.weights import QuantizationMethod
 from worker.engine.segments import BoolArray, IntArray, Segment
@@ -28,41 +30,47 @@ _MAX_CHAIN = 16  # committed tokens in the forward of a block; more are fed befo
 
 
 class PathTables:
-    """The path head in float32, with its products with the target's embeddings and output weights."""
+    """The path head, with its products with the target's embeddings and output weights. Paths are float32."""
 
     @torch.inference_mode()
     def __init__(self, network: BlockNetwork, embedding: Tensor, output: Tensor, tokens: Tensor) -> None:
         """Multiply the weights out for the `tokens` [n] that can be proposed; `output` [n, width] are theirs."""
-        path = network.path
-        weights = (path.state.weight, path.token.weight, path.before.weight, path.out.weight)
-        self._state, self._token, self._before, out = (w.detach().to(embedding.device, torch.float32) for w in weights)
+        weights = (getattr(network.path, name).weight.detach() for name in ("state", "token", "before", "out"))
+        state, self._token, self._before, out = (weight.to(embedding.device, torch.float32) for weight in weights)
         self.rank = self._before.shape[1]
+        self._state: nn.Module = fixed_linear(state.to(embedding.dtype))
+        self._out: nn.Module = fixed_linear((output.float() @ out).to(embedding.dtype))  # [n, rank]
         self._unit_eps = network.shape.eps
         self._embedding = embedding
-        self._out = out.T @ output.float().T  # [rank, n]
         self._row = np.full(len(embedding), -1)  # in `_tokens`, by id; -1: not among the tokens
         self._row[tokens.cpu().numpy()] = np.arange(len(tokens))
         self._tokens = self._of_ids(tokens)  # [n, 2 * rank]
 
+    def pack(self, kernels: Kernels) -> None:
+        """Multiply with compiled kernels from now on."""
+        for name in ("_state", "_out"):
+            setattr(self, name, PackedLinear([getattr(self, name)], kernels, floats=True))
+
     def gates(self, states: Tensor) -> Tensor:
         """Return what the path head reads of a row's output: [..., 2 * rank] from [..., width]."""
-        return states.float() @ self._state.T
+        gates: Tensor = self._state(states).float()
+        return gates
 
     def advance(self, gates: Tensor, ids: IntArray, before: Tensor) -> Tensor:
         """Return the paths [nodes, rank] that end in nodes with these tokens: see `PathHead.advance`."""
-        return gated(gates + self._of_tokens(ids) + before @ self._before.T)
+        return gated(torch.addmm(gates + self._of_tokens(ids), before, self._before.T))
 
-    def add_to(self, logits: Tensor, paths: Tensor) -> Tensor:
-        """Add what follows the paths [nodes, rank] to logits [nodes, n] in place."""
-        return logits.addmm_(paths, self._out)
+    def logits(self, paths: Tensor) -> Tensor:
+        """Return what paths [nodes, rank] add to the logits [nodes, n]."""
+        added: Tensor = self._out(paths.to(self._embedding.dtype)).float()
+        return added
 
     def _of_tokens(self, ids: IntArray) -> Tensor:
         rows = self._row[ids]
-        known = self._tokens[torch.from_numpy(rows).to(self._tokens.device)]
-        others = np.flatnonzero(rows < 0)  # of another drafter, or forced by a grammar
-        if len(others):
-            at = torch.from_numpy(others).to(known.device)
-            known[at] = self._of_ids(torch.from_numpy(ids[others]).to(known.device))
+        known = self._tokens.index_select(0, torch.from_numpy(rows.clip(0)).to(self._tokens.device))
+        if (rows < 0).any():  # of another drafter, or forced by a grammar
+            at = torch.from_numpy(np.flatnonzero(rows < 0)).to(known.device)
+            known[at] = self._of_ids(torch.from_numpy(ids[rows < 0]).to(known.device))
         return known
 
     def _of_ids(self, ids: Tensor) -> Tensor:
@@ -105,17 +113,14 @@ class PackedBlock(PackedHead):
             quantization=quantization,
         )
 
+        if self._backend.kernels is not None:
+            self.paths.pack(self._backend.kernels)
+
     @torch.inference_mode()
-    def with_block(self, states: Tensor, counts: IntArray) -> Tensor:
+    def with_block(self, states: Tensor, counts: tuple[int, ...]) -> Tensor:
         """Return the states [rows, width] of chains of `counts` tokens, each followed by those of its root's block."""
-        below = self.depth - 1
-        last = counts.cumsum() - 1
-        source = np.insert(np.arange(len(states)), np.repeat(last + 1, below), np.repeat(last, below))
-        moved = np.insert(
-            np.zeros(len(states), np.int64), np.repeat(last + 1, below), np.tile(np.arange(1, self.depth), len(counts))
-        )
-        source, moved = (torch.from_numpy(part).to(states.device) for part in (source, moved))
-        return states[source] + self.offsets[moved]
+        source, moved = (torch.from_numpy(part).to(states.device) for part in _block_rows(counts, self.depth))
+        return states.index_select(0, source).add_(self.offsets.index_select(0, moved))
 
 
 class BlockDrafter(HeadDrafter):
@@ -127,7 +132,9 @@ class BlockDrafter(HeadDrafter):
         """Use a network with the slot numbers of the target, whose hidden states are in `hidden`."""
         super().__init__(block, hidden, name)
         self._block_of: IntArray = np.empty(0, np.int64)  # index of each tree's tables; -1: none
-        self._base = self._gates = self._paths = torch.empty(0)
+        self._base = torch.empty(0)  # [trees * depth, n]
+        self._gates = torch.empty(0)  # [trees * depth, 2 * rank]
+        self._paths = torch.empty(0)  # [parents, rank]
 
     @torch.inference_mode()
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
@@ -158,27 +165,25 @@ class BlockDrafter(HeadDrafter):
         chains = self._slots.catch_up(sequences, self._feed, self._head.copy_prefix, _MAX_CHAIN)
         self._base = torch.empty(0)  # the network may write the next logits into its memory
         depth = self._head.depth
-        states = self._head.with_block(self._before(chains), np.array([len(one.ids) for one in chains]))
+        states = self._head.with_block(self._before(chains), tuple(len(one.ids) for one in chains))
         logits, outputs = self._head.forward([_with_block(one, depth) for one in chains], states)
         self._block_of = np.full(len(forest.sequences), -1)
         self._block_of[trees] = np.arange(len(trees))
-        self._base = logits.float().view(len(trees), depth, -1)
-        self._gates = self._head.paths.gates(outputs).view(len(trees), depth, -1)
+        self._base, self._gates = logits.float(), self._head.paths.gates(outputs)
 
     def _logits(self, forest: Forest, nodes: IntArray) -> Tensor:
-        """Return the logits [nodes, n] below nodes, and keep their paths for the next layer."""
-        depth, block = forest.depth[nodes], self._block_of[forest.tree[nodes]]
-        at = torch.from_numpy(block * self._head.depth + depth).to(self._base.device)
-        logits = self._base.flatten(0, 1)[at]
-        paths = logits.new_zeros(len(nodes), self._head.paths.rank)
-        below = np.flatnonzero(depth)
-        if len(below):
-            rows = torch.from_numpy(below).to(at.device)
-            before = self._paths[torch.from_numpy(indices_of(forest.parent[nodes[below]], self._parents)).to(at.device)]
-            gates = self._gates.flatten(0, 1)[at[rows]]
-            paths[rows] = self._head.paths.advance(gates, forest.token[nodes[below]], before)
-            self._head.paths.add_to(logits, paths)
-        self._parents, self._paths = nodes, paths
+        """Return the logits [nodes, n] below the nodes of a layer, and keep their paths for the next one."""
+        depth, device = forest.depth[nodes], self._base.device
+        at = torch.from_numpy(self._block_of[forest.tree[nodes]] * self._head.depth + depth).to(device)
+        logits = self._base.index_select(0, at)
+        if depth[0]:
+            parents = torch.from_numpy(indices_of(forest.parent[nodes], self._parents)).to(device)
+            before, gates = self._paths.index_select(0, parents), self._gates.index_select(0, at)
+            self._paths = self._head.paths.advance(gates, forest.token[nodes], before)
+            logits += self._head.paths.logits(self._paths)
+        else:
+            self._paths = logits.new_zeros(len(nodes), self._head.paths.rank)
+        self._parents = nodes
         return logits
 
 
@@ -216,6 +221,18 @@ def pack_head(
 def head_drafter(packed: PackedHead, hidden: HiddenStates, name: str) -> HeadDrafter:
     """Return a drafter that runs a head of any kind."""
     return (BlockDrafter if isinstance(packed, PackedBlock) else HeadDrafter)(packed, hidden, name)  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=256)
+def _block_rows(counts: tuple[int, ...], depth: int) -> tuple[IntArray, IntArray]:
+    """Return for each row of chains with their blocks the row of the chains that it repeats, and its depth there."""
+    last = np.cumsum(counts) - 1
+    source = [
+        np.append(np.arange(end - count + 1, end + 1), np.repeat(end, depth - 1))
+        for count, end in zip(counts, last, strict=True)
+    ]
+    moved = [np.append(np.zeros(count, np.int64), np.arange(1, depth)) for count in counts]
+    return np.concatenate(source), np.concatenate(moved)
 
 
 @cache

@@ -79,7 +79,7 @@ class PackedHead:
         self._embedding = embedding
         self._network = network.to(embedding.device, embedding.dtype).eval()
         network.model.set_attn_implementation(ATTENTION_NAME)
-        network.lm_head = _linear(output)
+        network.lm_head = fixed_linear(output)
         ours = isinstance(network, HeadNetwork)
         if quantization is not None and ours:
             quantize(network, quantization)
@@ -236,7 +236,8 @@ def indices_of(nodes: IntArray, among: IntArray) -> IntArray:
     return indices
 
 
-def _linear(weight: Tensor) -> nn.Linear:
+def fixed_linear(weight: Tensor) -> nn.Linear:
+    """Return a linear layer with a weight [out, in] that is not trained, and no bias."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear

@@ -48,9 +48,15 @@ class TrainableDraft(Protocol):
 
 
 def trainable_draft(target: Target, recipe: Recipe, texts: Sequence[Text]) -> TrainableDraft:
-    """Return an untrained draft; a head's vocabulary is the most frequent tokens in the answers of `texts`."""
+    """Return an untrained draft; a head's vocabulary is the most frequent tokens in the answers of `texts`.
+
+    One that starts from another head has that one's vocabulary.
+    """
     if recipe.kind is Kind.MODEL:
         return TrainableModel(target, recipe)
+    if recipe.kind is Kind.BLOCK and recipe.start:
+        tokens = read_head(recipe.start, target.identity).tokens
+        return TrainableBlock(target, recipe, tokens, tokens)
     answers = [text.ids[text.num_prompt :] for text in texts]
     learned, proposed = (
         most_frequent(answers, min(count, target.vocabulary), target.vocabulary)
