@@ -76,27 +76,30 @@ def with_head(target: PreTrainedModel, *, cpu_kernels: bool = True) -> tuple[Pac
     return model, HeadDrafter(head, model.hidden, "head")
 
 
-def block_network(target: PreTrainedModel, layers: int = 1, seed: int = 0) -> BlockNetwork:
+def block_network(target: PreTrainedModel, layers: int = 1, seed: int = 0, tokens: Tensor = TOKENS) -> BlockNetwork:
     """Return a random block drafter for a target, of four depths, whose path head matters from the start."""
     torch.manual_seed(seed)
-    shape = replace(BlockShape.of(target.config, layers, len(TOKENS)), depth=4, rank=8)
-    net = BlockNetwork(shape)
+    net = BlockNetwork(replace(BlockShape.of(target.config, layers, len(tokens)), depth=4, rank=8))
     torch.nn.init.normal_(net.path.out.weight)
     return net
 
 
 def packed_block(
-    target: PreTrainedModel, net: BlockNetwork, *, slots: int = 4, cpu_kernels: bool = True, paged: bool | None = None
+    target: PreTrainedModel,
+    net: BlockNetwork,
+    *,
+    cpu_kernels: bool = True,
+    paged: bool | None = None,
+    tokens: Tensor = TOKENS,
 ) -> PackedBlock:
     """Pack a block drafter with its target's embeddings; call it before the target's layers are fused."""
-    rows = output_weights(target)[TOKENS].clone()
-    given = (embeddings(target), rows, TOKENS)
-    return PackedBlock(net, *given, slots=slots, capacity=1024, cpu_kernels=cpu_kernels, paged=paged)
+    given = (embeddings(target), output_weights(target)[tokens].clone(), tokens)
+    return PackedBlock(net, *given, slots=4, capacity=1024, cpu_kernels=cpu_kernels, paged=paged)
 
 
-def with_block(target: PreTrainedModel, *, cpu_kernels: bool = True) -> tuple[PackedModel, BlockDrafter]:
-    """Return a target and a drafter with a random block drafter for it."""
-    block = packed_block(target, block_network(target), cpu_kernels=cpu_kernels)
-    model = tapped(target, cpu_kernels=cpu_kernels)
+def with_block(target: PreTrainedModel, tokens: Tensor = TOKENS) -> tuple[PackedModel, BlockDrafter]:
+    """Return a target and a drafter with a random block drafter for it, which proposes `tokens`."""
+    block = packed_block(target, block_network(target, tokens=tokens), tokens=tokens)
+    model = tapped(target)
     assert model.hidden is not None
     return model, BlockDrafter(block, model.hidden, "block")

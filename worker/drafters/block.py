@@ -75,8 +75,9 @@ class PathTables:
 
     def _of_ids(self, ids: Tensor) -> Tensor:
         embedded = self._embedding[ids].float()
-        unit = embedded * torch.rsqrt(embedded.square().mean(-1, keepdim=True) + self._unit_eps)
-        return unit @ self._token.T
+        scale = torch.rsqrt(embedded.square().mean(-1, keepdim=True) + self._unit_eps)
+        entries: Tensor = (embedded * scale) @ self._token.T
+        return entries
 
 
 class PackedBlock(PackedHead):

@@ -18,6 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from worker.drafters.head_network import HeadNetwork, HeadShape
+from worker.engine.errors import ModelRefused
+
+MAX_DEPTH, MAX_RANK = 16, 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,13 @@ class BlockShape(HeadShape):
     """Shape of a block drafter's network."""
 
     depth: int = 6  # of the trees: rows below a root, its own included
-    rank: int = 128  # width of the path head
+    rank: int = 128  # width of the path head; even, since bfloat16 is packed in pairs
+
+    def __post_init__(self) -> None:
+        """Raise ModelRefused for sizes that no block drafter has."""
+        for name, size, highest in (("depth", self.depth, MAX_DEPTH), ("rank", self.rank, MAX_RANK)):
+            if not isinstance(size, int) or not 2 <= size <= highest:
+                raise ModelRefused(f"a block drafter's {name} is a number from 2 to {highest}, not {size!r}")
 
 
 class PathHead(nn.Module):
@@ -65,6 +74,11 @@ class BlockNetwork(HeadNetwork):
         super().__init__(shape)
         self.offsets = nn.Parameter(0.1 * torch.randn(shape.depth - 1, shape.width))  # of depths 2, 3, …
         self.path = PathHead(shape.width, shape.rank)
+
+    @staticmethod
+    def of_head(name: str) -> bool:
+        """Return whether a weight is one that a head has too."""
+        return name != "offsets" and not name.startswith("path.")
 
     @torch.no_grad()
     def start_from(self, head: HeadNetwork) -> None:

@@ -84,7 +84,7 @@ class _Keys:
         return out
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self._layer.self_attn.head_dim)).transpose(1, 2)
+        return x.view(*x.shape[:2], -1, self._layer.self_attn.head_dim).transpose(1, 2)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class BlockLoss(nn.Module):
         valid = ahead + 1 < batch.length[:, None, None]
         ahead = ahead.clamp(max=batch.ids.shape[1] - 1)
         embedded = self.vocabulary.embedded(batch.ids)
-        path = _at(embedded, ahead[..., 1:].flatten(1)).unflatten(1, (self._roots, -1))
+        path = _at(embedded, ahead[..., 1:].flatten(1)).view(*ahead[..., 1:].shape, -1)
         outputs = unroll_blocks(self.network, embedded, batch.hidden, roots, path)
         wanted = (
             _at(x, ahead.flatten(1)).view(*ahead.shape, -1)[valid] for x in (batch.next_ids, batch.next_probabilities)

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from worker.drafters.block_network import MAX_DEPTH
 from worker.terminal import ProgressBars, print_message, readable_errors, settings_of
 from worker.training.config import Kind, Recipe
 
@@ -43,7 +44,9 @@ def train(
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of training text that the target writes.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Maximum passes over the training text.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers of the draft.")] = None,
-    depth: Annotated[int | None, typer.Option(min=2, max=16, help="Of a block: tokens that it foresees.")] = None,
+    depth: Annotated[
+        int | None, typer.Option(min=2, max=MAX_DEPTH, help="Of a block: tokens that it foresees.")
+    ] = None,
     start: Annotated[
         Path | None,
         typer.Option(exists=True, file_okay=False, help="Of a block: a head of the same target to start from."),

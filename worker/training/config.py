@@ -36,6 +36,7 @@ class Recipe:
     rank: int = 128  # width of a block's path head
     roots: int = 96  # of a block: roots per text and epoch
     start: str = ""  # directory of a head of the same target whose weights a block starts with; empty: random
+    start_rate: float = 0.3  # learning rate of these weights, relative to that of the new ones
 
     @classmethod
     def quick(cls, kind: Kind, seed: int) -> Recipe:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
+from worker.drafters.block_network import BlockNetwork
 from worker.engine.model.loading import native_dtype
 from worker.training.config import Recipe
 from worker.training.features import FeatureDataset
@@ -78,7 +79,7 @@ def train(
     """
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=_precision())
     weights = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(_groups(network, recipe), betas=(0.9, 0.95), weight_decay=0.01)
     per_epoch = max((len(dataset) - recipe.held_out) // (recipe.rows * accelerator.num_processes), 1)
     updates = per_epoch * recipe.epochs
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: _rate(update, updates))
@@ -108,6 +109,15 @@ def train(
         state.load_state_dict(_from_main(state.state_dict()))
         _save(accelerator, checkpoint)
     return state.history
+
+
+def _groups(network: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Return the weights with their learning rates; those that a head has trained already move less."""
+    named = [(name, weight) for name, weight in network.named_parameters() if weight.requires_grad]
+    started = network.of_head if recipe.start and isinstance(network, BlockNetwork) else lambda _: False
+    groups = [(False, recipe.learning_rate), (True, recipe.learning_rate * recipe.start_rate)]
+    found = [{"params": [w for name, w in named if started(name) is kind], "lr": rate} for kind, rate in groups]
+    return [group for group in found if group["params"]]
 
 
 def _from_main(value: Any) -> Any:

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from tests.heads import TOKENS, block_network, packed_block, tapped, with_block
+from tests.heads import TOKENS, block_network, network, packed_block, tapped, with_block
 from tests.models import packed, tiny
-from tests.unit.worker.engine.harness import decode, engine, options, outputs, sequences
+from tests.unit.worker.engine.grammar.grammars import OBJECT, WIDTH, bound_by, constrained_engine, vocabulary
+from tests.unit.worker.engine.harness import FLAT_COSTS, decode, engine, options, outputs, resumed_after, sequences
 from worker.drafters.block import BlockDrafter
+from worker.drafters.block_network import BlockNetwork
 from worker.drafters.mixed import MixedDrafter
 from worker.drafters.suffix import SuffixDrafter
+from worker.engine.engine import Engine
+from worker.engine.model.loading import output_weights
 from worker.engine.options import Mode
 from worker.engine.sampling.parameters import Sampling
-from worker.engine.segments import chain
+from worker.engine.segments import Segment, chain
 from worker.engine.speculation.draft_tree import Candidates, Forest
 from worker.training.block_loss import unroll_blocks
+from worker.training.head_unroll import unroll
 
 IDS = [5, 9, 2, 7, 7, 30, 41, 8, 12, 3]
 ROOT = 5  # position of the newest committed token; those behind it are a path below it
 
 
-def foreseen(net, model, hidden):  # type: ignore[no-untyped-def]
+def foreseen(net: BlockNetwork, model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Return the logits [depth, n] of a path below a root, as training sees them."""
     embedded = model.get_input_embeddings()(torch.tensor([IDS])).detach()
     below = embedded[:, ROOT + 1 : ROOT + net.shape.depth].unsqueeze(1)
-    rows = model.get_output_embeddings().weight[TOKENS]
+    rows = output_weights(model)[TOKENS]
     with torch.no_grad():
-        return unroll_blocks(net, embedded, hidden, torch.tensor([[ROOT]]), below)[0, 0] @ rows.T
+        out: Tensor = unroll_blocks(net, embedded, hidden, torch.tensor([[ROOT]]), below)[0, 0] @ rows.T
+        return out
 
 
 @pytest.mark.parametrize(("cpu_kernels", "paged"), [(True, None), (False, None), (False, True)])
@@ -56,7 +66,12 @@ def test_a_step_takes_one_forward_whatever_its_depth() -> None:
     target, drafter = with_block(tiny("llama"))
     forwards: list[int] = []
     run = drafter._head.forward
-    drafter._head.forward = lambda *given: (forwards.append(1), run(*given))[1]  # type: ignore[method-assign]
+
+    def counted(segments: Sequence[Segment], states: Tensor) -> tuple[Tensor, Tensor]:
+        forwards.append(len(segments))
+        return run(segments, states)
+
+    drafter._head.forward = counted  # type: ignore[method-assign]
     results = decode(engine(target, drafter, options(Mode.PAPER)), sequences([[2, 3, 4, 5, 6]], max_tokens=20))
     assert max(result.stats.tree_depth for result in results) > 1
     assert len(forwards) == sum(result.stats.tree_nodes > 0 for result in results)
@@ -81,3 +96,35 @@ def test_a_block_drafter_proposes_the_same_in_a_batch_as_alone() -> None:
         return [sum(r.stats.accepted_tokens for r in results if r.number == s.number) for s in some]
 
     assert accepted(together=True) == accepted(together=False)
+
+
+def test_texts_under_grammars_and_after_a_restart_are_those_of_plain_decoding() -> None:
+    bound = (OBJECT, None, OBJECT)
+    plain = bound_by(bound)
+    decode(constrained_engine(Mode.PLAIN), plain)
+    target, drafter = with_block(tiny("llama", vocab=WIDTH), torch.arange(WIDTH))
+    running = Engine(target, drafter, options(Mode.PAPER), FLAT_COSTS, vocabulary=vocabulary())
+    for some in (bound_by(bound), resumed_after(5, plain, bound_by(bound))):
+        decode(running, some)
+        assert outputs(some) == outputs(plain)
+
+
+def test_a_path_may_hold_tokens_that_the_drafter_does_not_propose() -> None:
+    model = tiny("llama")
+    net = block_network(model)
+    tables = packed_block(model, net).paths
+    ids = np.array([int(TOKENS[3]), int(TOKENS[3]) + 1])
+    units = net.unit(model.get_input_embeddings()(torch.from_numpy(ids)))
+    torch.testing.assert_close(tables._of_tokens(ids), units.detach() @ tables._token.T)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_block_drafter_that_starts_from_a_head_foresees_the_first_depth_as_the_head_does(layers: int) -> None:
+    model = tiny("llama")
+    head, net = network(model), block_network(model, layers)
+    net.start_from(head)
+    embedded = model.get_input_embeddings()(torch.tensor([IDS])).detach()
+    hidden, roots = torch.randn(1, len(IDS), net.fuse.in_features), torch.tensor([[ROOT, ROOT + 1]])
+    with torch.no_grad():
+        first = unroll_blocks(net, embedded, hidden, roots, torch.zeros(1, 2, 3, embedded.shape[2]))[0, :, 0]
+        torch.testing.assert_close(first, next(unroll(head, embedded, hidden, 1))[0, ROOT : ROOT + 2])

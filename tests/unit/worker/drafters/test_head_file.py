@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.heads import TOKENS, network
+from tests.heads import TOKENS, block_network, network
 from tests.models import tiny
 from worker.drafters.head_file import TargetIdentity, is_head, read_head, target_identity, write_head
+from worker.drafters.head_network import HeadNetwork
 from worker.engine.errors import ModelRefused
 
 VOCABULARY = {f"token {i}": i for i in range(61)}
@@ -22,17 +23,24 @@ def target() -> TargetIdentity:
     return target_identity(tiny("llama"), "tiny", VOCABULARY)
 
 
+@pytest.fixture(params=[network, block_network])
+def made(request: pytest.FixtureRequest) -> HeadNetwork:
+    net: HeadNetwork = request.param(tiny("llama"))
+    return net
+
+
 @pytest.fixture
-def folder(tmp_path: Path, target: TargetIdentity) -> Path:
-    write_head(tmp_path / "head", network(tiny("llama")), TOKENS, target)
+def folder(tmp_path: Path, target: TargetIdentity, made: HeadNetwork) -> Path:
+    write_head(tmp_path / "head", made, TOKENS, target)
     return tmp_path / "head"
 
 
-def test_a_head_comes_back_as_it_was_written(folder: Path, target: TargetIdentity) -> None:
+def test_a_head_comes_back_as_it_was_written(folder: Path, target: TargetIdentity, made: HeadNetwork) -> None:
     head = read_head(str(folder), target)
     assert is_head(str(folder))
     assert head.tokens.tolist() == TOKENS.tolist()
-    for name, weight in network(tiny("llama")).state_dict().items():
+    assert head.network.shape == made.shape
+    for name, weight in made.state_dict().items():
         assert torch.equal(head.network.state_dict()[name], weight.bfloat16().float()), name
 
 
@@ -100,3 +108,17 @@ def test_a_config_without_a_part_is_refused(folder: Path, target: TargetIdentity
     (folder / "config.json").write_text(json.dumps(said))
     with pytest.raises(ModelRefused, match=missing):
         read_head(str(folder), target)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"), [("depth", 10**9, "from 2 to 16, not 1000000000"), ("rank", "8", "not '8'")]
+)
+def test_a_block_of_impossible_size_is_refused(
+    tmp_path: Path, target: TargetIdentity, name: str, value: object, said: str
+) -> None:
+    write_head(tmp_path, block_network(tiny("llama")), TOKENS, target)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["shape"][name] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelRefused, match=said):
+        read_head(str(tmp_path), target)
