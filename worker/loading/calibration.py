@@ -41,12 +41,18 @@ _PROMPT_TOKENS = 64
 _DISTINCT_TOKENS = 32  # in a prompt; it repeats, so that the suffix index finds drafts
 
 
-def calibrate(target: LanguageModel, capacity: int, key: Seq[object], folder: Path) -> CostModel:
+def calibrate(
+    target: LanguageModel,
+    capacity: int,
+    key: Seq[object],
+    folder: Path,
+    clock: Callable[[], float] = perf_counter,
+) -> CostModel:
     """Return the cost model of a target with `capacity` KV entries per slot.
 
-    Read it from the cache in `folder` if `key` matches; else measure and cache it.
+    Read it from the cache in `folder` if `key` matches; else measure and cache it. `clock` returns seconds.
     """
-    return _cached(folder, key, CostModel.from_json, lambda: measure(target, capacity), CostModel.as_json)
+    return _cached(folder, key, CostModel.from_json, lambda: measure(target, capacity, clock), CostModel.as_json)
 
 
 def calibrate_drafts(
@@ -83,7 +89,7 @@ def _cached(
     return measured
 
 
-def measure(target: LanguageModel, capacity: int) -> CostModel:
+def measure(target: LanguageModel, capacity: int, clock: Callable[[], float] = perf_counter) -> CostModel:
     """Measure forwards; take the fastest of a few rounds, as slower ones are noise of the machine."""
     short, long = min(_SHORT_CONTEXT, capacity // 4), min(_LONG_CONTEXT, capacity - _LONG_ROWS)
     target.forward([chain(0, 0, [0] * long, keep_last=True)])
@@ -91,9 +97,9 @@ def measure(target: LanguageModel, capacity: int) -> CostModel:
     fastest = dict.fromkeys(sizes, float("inf"))
     for _ in range(_ROUNDS):  # all sizes per round: a slow moment then affects them alike
         for rows, context in sizes:
-            started = perf_counter()
+            started = clock()
             target.forward([_tree_rows(rows, context)])[0, 0].item()  # .item() waits for a GPU
-            fastest[rows, context] = min(fastest[rows, context], (perf_counter() - started) * 1e3)
+            fastest[rows, context] = min(fastest[rows, context], (clock() - started) * 1e3)
     target.truncate(0, 0)
     more = fastest[_LONG_ROWS, long] - fastest[_LONG_ROWS, short]
     entry_ms = max(more, 0.0) / (_LONG_ROWS * max(long - short, 1))
