@@ -10,7 +10,7 @@ from torch import Tensor
 
 from worker.engine.engine import Engine
 from worker.engine.model.packed_model import LanguageModel
-from worker.engine.segments import KvMove, Segment
+from worker.engine.segments import KvMove, KvMoves, Segment, Segments
 from worker.engine.stats import StepBatch
 
 
@@ -23,11 +23,13 @@ class SlotRange:
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Run segments whose slots are relative to this range."""
-        return self._target.forward([replace(s, slot=self._first + s.slot) for s in segments])
+        packed = Segments.of(segments)
+        return self._target.forward(replace(packed, slots=packed.slots + self._first))
 
     def compact(self, moves: Sequence[KvMove]) -> None:
         """Move the KV rows of accepted paths to the end of their prefixes."""
-        self._target.compact([replace(move, slot=self._first + move.slot) for move in moves])
+        packed = KvMoves.of(moves)
+        self._target.compact(replace(packed, slots=packed.slots + self._first))
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the prefix of one of these slots to another."""

@@ -63,15 +63,14 @@ def run(options: CurveOptions, on_message: Callable[[str], None]) -> int:
 
     clock = clock_of()
     on_message(f"Making {options.model} and {options.draft} with random weights")
-    with torch.inference_mode():
-        pair = random_pair(options.model, options.draft, batches, options.tokens, clock, layers=options.layers)
-        title = f"{options.model} with {options.draft}, {pair.dtype}, {pair.device}"
-        cells: list[CurveCell] = []
-        for cell in AcceptanceCurve(pair, plan, clock, left).cells():
-            cells.append(cell)
-            on_message(f"Acceptance {cell.profile}, batch {cell.batch}: {cell.skipped or f'{cell.speedup:.2f}'}")
-            if options.as_json:
-                print(as_json(title, cell), flush=True)
+    pair = random_pair(options.model, options.draft, batches, options.tokens, clock, layers=options.layers)
+    title = f"{options.model} with {options.draft}, {pair.dtype}, {pair.device}"
+    cells: list[CurveCell] = []
+    for cell in AcceptanceCurve(pair, plan, clock, left).cells():
+        cells.append(cell)
+        on_message(f"Acceptance {cell.profile}, batch {cell.batch}: {cell.skipped or f'{cell.speedup:.2f}'}")
+        if options.as_json:
+            print(as_json(title, cell), flush=True)
     _print(options, title, cells)
     return 0 if all(cell.texts_agree for cell in cells) else TEXTS_DIFFER
 
