@@ -15,7 +15,7 @@ from tests.models import ARCHITECTURES, VOCAB, tiny
 from tests.unit.worker.engine.harness import decode, engine, options, outputs, resumed_after, sequences
 from tests.unit.worker.engine.paged.test_attention import SAMPLED, STEPS, buckets, model, tree
 from worker.drafters.model import ModelDrafter
-from worker.drafters.suffix import SuffixDrafter
+from worker.drafters.suffix.drafter import SuffixDrafter
 from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.backend import fuse_layers
 from worker.engine.model.packed_model import PackedModel

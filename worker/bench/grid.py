@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from worker.bench.interleaved import SlotRange, run_interleaved
 from worker.benchmark import Result, decode, encode, load_peer, new_sequences, peer
 from worker.drafters.model import ModelDrafter
-from worker.drafters.suffix import SuffixDrafter
+from worker.drafters.suffix.drafter import SuffixDrafter
 from worker.engine.engine import Engine
 from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.backend import fuse_layers

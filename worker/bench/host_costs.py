@@ -30,7 +30,7 @@ from torch import Tensor
 
 from jobs.errors import InvalidValue
 from worker.benchmark import parse_batches
-from worker.drafters.suffix import SuffixDrafter
+from worker.drafters.suffix.drafter import SuffixDrafter
 from worker.engine import engine as engine_module
 from worker.engine.batch import Batch
 from worker.engine.engine import Engine

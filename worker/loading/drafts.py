@@ -26,7 +26,7 @@ from worker.drafters.head_file import is_head, is_own_head, read_head, target_id
 from worker.drafters.head_network import HeadNetwork
 from worker.drafters.mixed import MixedDrafter
 from worker.drafters.model import ModelDrafter, SharedVocabulary
-from worker.drafters.suffix import SuffixDrafter
+from worker.drafters.suffix.drafter import SuffixDrafter
 from worker.engine.errors import ModelRefused, TokenizersDiffer
 from worker.engine.kv.hidden_states import HiddenStates
 from worker.engine.model.architecture import kv_bytes_per_token, max_positions

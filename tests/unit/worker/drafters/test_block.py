@@ -17,7 +17,7 @@ from tests.unit.worker.engine.harness import FLAT_COSTS, decode, engine, options
 from worker.drafters.block import BlockDrafter
 from worker.drafters.block_network import BlockNetwork
 from worker.drafters.mixed import MixedDrafter
-from worker.drafters.suffix import SuffixDrafter
+from worker.drafters.suffix.drafter import SuffixDrafter
 from worker.engine.engine import Engine
 from worker.engine.model.loading import output_weights
 from worker.engine.options import Mode

@@ -19,7 +19,7 @@ from tests.unit.worker.engine.harness import decode, engine, options, outputs, s
 from worker.drafters.eagle3_file import TargetShape, read_eagle3
 from worker.drafters.head import HeadDrafter, PackedHead
 from worker.drafters.mixed import MixedDrafter
-from worker.drafters.suffix import SuffixDrafter
+from worker.drafters.suffix.drafter import SuffixDrafter
 from worker.engine.errors import ModelRefused
 from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.loading import embeddings, output_weights

@@ -11,7 +11,7 @@ from tests.models import ARCHITECTURES, VOCAB, packed, tiny
 from tests.unit.worker.engine.harness import decode, engine, options, outputs, sequences
 from worker.drafters.head import HeadDrafter
 from worker.drafters.mixed import MixedDrafter
-from worker.drafters.suffix import SuffixDrafter
+from worker.drafters.suffix.drafter import SuffixDrafter
 from worker.engine.options import Mode
 from worker.engine.sampling.parameters import Sampling
 from worker.engine.segments import Segment, chain

@@ -15,7 +15,7 @@ from tests.unit.worker.engine.harness import decode, engine, options, outputs, s
 from worker.drafters import kv_tracker
 from worker.drafters.mixed import MixedDrafter
 from worker.drafters.model import ModelDrafter, SharedVocabulary
-from worker.drafters.suffix import SuffixDrafter
+from worker.drafters.suffix.drafter import SuffixDrafter
 from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.packed_model import PackedModel
 from worker.engine.options import Mode

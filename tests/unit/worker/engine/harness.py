@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.models import packed, tiny
 from worker.drafters.model import ModelDrafter
-from worker.drafters.suffix import SuffixDrafter
+from worker.drafters.suffix.drafter import SuffixDrafter
 from worker.engine.engine import Engine
 from worker.engine.model.packed_model import LanguageModel
 from worker.engine.options import EngineOptions, Mode

@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.models import VOCAB, TableModel, packed, tiny
 from tests.unit.worker.engine.harness import decode, engine, options, outputs, sequences
 from worker.drafters.model import ModelDrafter
-from worker.drafters.suffix import SuffixDrafter
+from worker.drafters.suffix.drafter import SuffixDrafter
 from worker.engine.admission import MAX_PREEMPTIONS, is_reserved, peak_pages
 from worker.engine.engine import Engine
 from worker.engine.errors import SequenceTooLong

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.clock import Clock
-from worker.drafters.suffix import SuffixDrafter
+from worker.drafters.suffix.drafter import SuffixDrafter
 from worker.engine.segments import IntArray
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.draft_costs import DraftCosts, DraftTimes

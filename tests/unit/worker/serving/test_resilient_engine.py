@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.models import TableModel
 from tests.unit.worker.engine.harness import engine, options, outputs, sequences
 from tests.unit.worker.engine.test_sharing import last_token
-from worker.drafters.suffix import SuffixDrafter
+from worker.drafters.suffix.drafter import SuffixDrafter
 from worker.engine.options import Mode
 from worker.engine.segments import Segment
 from worker.engine.sequence import Sequence as EngineSequence

@@ -25,7 +25,7 @@ from tests.clock import Clock
 from tests.models import TableModel, byte_tokenizer
 from tests.runner import MemoryChannel, Runner
 from tests.unit.worker.engine.harness import FLAT_COSTS
-from worker.drafters.suffix import SuffixDrafter
+from worker.drafters.suffix.drafter import SuffixDrafter
 from worker.engine.engine import Engine
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.output_lengths import OutputLengths

@@ -13,7 +13,7 @@ from tests.heads import TOKENS, network, packed_head, tapped
 from tests.models import tiny
 from tests.unit.worker.engine.harness import PROMPTS, decode, engine, options, sequences
 from worker.drafters.head import HeadDrafter
-from worker.drafters.suffix import SuffixDrafter
+from worker.drafters.suffix.drafter import SuffixDrafter
 from worker.engine.kv.hidden_states import HiddenStates
 from worker.engine.model.loading import embeddings, output_weights
 from worker.engine.options import Mode

@@ -28,7 +28,7 @@ from tests.unit.worker.engine.grammar.grammars import (
     vocabulary,
 )
 from tests.unit.worker.engine.harness import FLAT_COSTS, decode, options, outputs
-from worker.drafters.suffix import SuffixDrafter
+from worker.drafters.suffix.drafter import SuffixDrafter
 from worker.engine.engine import Engine
 from worker.engine.errors import GrammarsRefused
 from worker.engine.grammar.constraint import Allowed, Constraint

@@ -24,7 +24,7 @@ from tests.unit.worker.engine.harness import (
     sequences,
 )
 from worker.drafters.model import ModelDrafter
-from worker.drafters.suffix import SuffixDrafter
+from worker.drafters.suffix.drafter import SuffixDrafter
 from worker.engine.errors import ModelRefused
 from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.backend import uses_paged_kv

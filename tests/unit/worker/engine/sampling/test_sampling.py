@@ -21,7 +21,7 @@ from transformers import (
 
 from tests.models import TableModel
 from tests.unit.worker.engine.harness import decode, options
-from worker.drafters.suffix import SuffixDrafter
+from worker.drafters.suffix.drafter import SuffixDrafter
 from worker.engine.engine import Engine
 from worker.engine.options import Mode
 from worker.engine.sampling import sampling as sampler

@@ -15,7 +15,7 @@ from tests.clock import Clock
 from tests.models import TableModel
 from tests.unit.worker.engine.harness import decode, options, sequences
 from worker.drafters.mixed import MixedDrafter
-from worker.drafters.suffix import SuffixDrafter
+from worker.drafters.suffix.drafter import SuffixDrafter
 from worker.engine.engine import Engine
 from worker.engine.options import Mode
 from worker.engine.segments import IntArray, Segment
