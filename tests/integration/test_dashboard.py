@@ -20,6 +20,7 @@ from tests.browser import browser, picture
 from tests.models import save_tiny
 
 PATIENCE_MS = 60_000
+expect.set_options(timeout=PATIENCE_MS)  # without it, five seconds
 DIM = {"light": "rgb(93, 99, 109)", "dark": "rgb(166, 173, 184)"}  # of a report's side notes
 UGLY = (
     "<script>document.title = 'pwned'</script><img src=x onerror=\"document.title = 'pwned'\">"
@@ -73,23 +74,23 @@ def open_tab(page: Page, name: str) -> None:
 
 def test_a_job_is_submitted_followed_and_inspected(page: Page) -> None:
     page.goto("/")
-    expect(page.get_by_role("heading", name="Jobs")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_role("heading", name="Jobs")).to_be_visible()
     page.get_by_role("button", name="New job").click()
     page.get_by_label("Prompts, one per line").fill("abc abc abc abc\nxyz xyz xyz")
     page.get_by_label("Max tokens").fill("200")
     page.get_by_label("Record draft trees").click()
     page.get_by_role("button", name="Submit").click()
 
-    expect(page.get_by_text("2 of 2 requests")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_text("2 of 2 requests")).to_be_visible()
     open_tab(page, "Requests")
-    expect(page.locator(".model-text").first).not_to_be_empty(timeout=PATIENCE_MS)
+    expect(page.locator(".model-text").first).not_to_be_empty()
     picture(page, "requests")
     open_tab(page, "Trees")
-    expect(page.get_by_text("sequences in the step").first).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_text("sequences in the step").first).to_be_visible()
     picture(page, "tree")
     open_tab(page, "Statistics")
-    expect(page.get_by_text("Speed-up over plain")).to_be_visible(timeout=PATIENCE_MS)
-    expect(page.locator(".charts svg").first).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_text("Speed-up over plain")).to_be_visible()
+    expect(page.locator(".charts svg").first).to_be_visible()
     picture(page, "charts")
 
 
@@ -99,16 +100,15 @@ def test_tokens_arrive_and_a_job_is_cancelled(page: Page, service: LocalService)
     page.goto(f"/dashboard/jobs/{job.id}")
 
     text = page.locator(".model-text").first
-    expect(text).not_to_be_empty(timeout=PATIENCE_MS)
+    expect(text).not_to_be_empty()
     before = text.inner_text()
     page.wait_for_function(
         "before => [...document.querySelectorAll('.model-text')].some(text => text.innerText.length > before + 20)",
         arg=len(before),
-        timeout=PATIENCE_MS,
     )
     picture(page, "live")
     page.get_by_role("button", name="Cancel job").click()
-    expect(page.locator(".status").first).to_have_text("cancelled", timeout=PATIENCE_MS)
+    expect(page.locator(".status").first).to_have_text("cancelled")
 
 
 def test_lists_and_statistics_of_a_running_job_follow_it_to_its_end(page: Page, service: LocalService) -> None:
@@ -118,27 +118,25 @@ def test_lists_and_statistics_of_a_running_job_follow_it_to_its_end(page: Page, 
         page.goto(f"/dashboard/jobs/{job.id}")
         open_tab(page, "Requests")
         page.get_by_role("button", name="Running").click()
-        expect(page.locator(".q-tab-panel .status-running").first).to_be_visible(timeout=PATIENCE_MS)
+        expect(page.locator(".q-tab-panel .status-running").first).to_be_visible()
         numbers, everything, jobs = (page.context.new_page() for _ in range(3))
         numbers.goto(f"/dashboard/jobs/{job.id}")
         open_tab(numbers, "Statistics")
         everything.goto("/dashboard/stats")
         jobs.goto("/dashboard/")
         row = jobs.get_by_role("listitem").filter(has_text=job.id)
-        expect(row.locator(".status")).to_have_text("in progress", timeout=PATIENCE_MS)
+        expect(row.locator(".status")).to_have_text("in progress")
         for shown in (numbers, everything):
             figures = shown.locator("dl.figures").first
-            expect(figures).to_contain_text("Tokens per second", timeout=PATIENCE_MS)
+            expect(figures).to_contain_text("Tokens per second")
             before = figures.inner_text()
-            shown.wait_for_function(
-                "before => document.querySelector('dl.figures').innerText != before", arg=before, timeout=PATIENCE_MS
-            )
+            shown.wait_for_function("before => document.querySelector('dl.figures').innerText != before", arg=before)
         job.cancel()
-    expect(row.locator(".status")).to_have_text("cancelled", timeout=PATIENCE_MS)
-    expect(page.get_by_text("No requests.")).to_be_visible(timeout=PATIENCE_MS)
+    expect(row.locator(".status")).to_have_text("cancelled")
+    expect(page.get_by_text("No requests.")).to_be_visible()
     expect(page.locator(".q-tab-panel .status-running")).to_have_count(0)
     told = httpx.get(f"{service.api_url}/v1/jobs/{job.id}/stats").json()
-    expect(numbers.locator("dl.figures").first).to_contain_text(f"{told['steps']:,d} steps", timeout=PATIENCE_MS)
+    expect(numbers.locator("dl.figures").first).to_contain_text(f"{told['steps']:,d} steps")
 
 
 def test_the_page_shows_each_error_and_a_job_that_failed_completely_is_no_success(
@@ -151,7 +149,7 @@ def test_the_page_shows_each_error_and_a_job_that_failed_completely_is_no_succes
     page.goto(f"/dashboard/jobs/{job.id}")
 
     lines = page.locator("table.plain tbody tr")
-    expect(lines).to_have_count(2, timeout=PATIENCE_MS)
+    expect(lines).to_have_count(2)
     assert "temperature" in lines.nth(0).inner_text()
     assert "max_tokens" in lines.nth(1).inner_text()
     status = page.locator(".status").first
@@ -165,7 +163,7 @@ def test_prompts_that_are_too_long_for_the_form_are_refused_and_not_cut(page: Pa
     page.get_by_role("button", name="New job").click()
     page.get_by_label("Prompts, one per line").fill("é" * 2_000_000)
     page.get_by_role("button", name="Submit").click()
-    expect(page.get_by_role("alert")).to_contain_text("too long for this form", timeout=PATIENCE_MS)
+    expect(page.get_by_role("alert")).to_contain_text("too long for this form")
 
 
 def test_hostile_text_is_shown_as_text_and_does_not_change_the_page(page: Page, service: LocalService) -> None:
@@ -175,7 +173,7 @@ def test_hostile_text_is_shown_as_text_and_does_not_change_the_page(page: Page, 
     page.set_viewport_size({"width": 390, "height": 800})
     page.goto(f"/dashboard/jobs/{job.id}")
 
-    expect(page.get_by_text("<script>document.title").first).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_text("<script>document.title").first).to_be_visible()
     expect(page.get_by_text("<b>bad</b>").first).to_be_visible()
     assert "pwned" not in page.title()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
@@ -189,12 +187,12 @@ def test_pages_fit_phones_and_follow_the_system(page: Page, place: str, width: i
     page.set_viewport_size({"width": width, "height": 850})
     page.goto(place)
 
-    expect(page.get_by_role("heading", level=1)).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_role("heading", level=1)).to_be_visible()
     page.wait_for_function(
         f"document.body.classList.contains('body--dark') === {'true' if scheme == 'dark' else 'false'}"
     )
     if place.endswith("stats"):
-        expect(page.locator(".charts svg").first).to_be_visible(timeout=PATIENCE_MS)
+        expect(page.locator(".charts svg").first).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     picture(page, f"{place.strip('/').replace('/', '-')}-{width}-{scheme}")
 
@@ -206,7 +204,7 @@ def test_ids_in_a_table_stay_whole_on_a_phone(page: Page, service: LocalService)
     page.goto("/dashboard/stats")
 
     name = page.locator("table a").first
-    expect(name).to_be_visible(timeout=PATIENCE_MS)
+    expect(name).to_be_visible()
     place = name.bounding_box()
     assert place is not None
     assert place["height"] < 30  # one line of text
@@ -225,7 +223,7 @@ def test_a_report_fits_phones_and_follows_the_system(
     page.set_viewport_size({"width": width, "height": 850})
     page.set_content(html)
 
-    expect(page.get_by_text("context_length_exceeded")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_text("context_length_exceeded")).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert page.evaluate("getComputedStyle(document.querySelector('.dim')).color") == DIM[scheme]
     picture(page, f"report-{width}-{scheme}")
@@ -233,7 +231,7 @@ def test_a_report_fits_phones_and_follows_the_system(
 
 def test_the_keyboard_reaches_the_form(page: Page) -> None:
     page.goto("/dashboard/")
-    expect(page.get_by_role("button", name="New job")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_role("button", name="New job")).to_be_visible()
     page.keyboard.press("Tab")
     expect(page.get_by_role("link", name="Skip to content")).to_be_focused()
     page.get_by_role("button", name="New job").focus()
@@ -243,7 +241,7 @@ def test_the_keyboard_reaches_the_form(page: Page) -> None:
 
 def downloaded(page: Page) -> tuple[str, list[str]]:
     """Download the outputs of the job on the page; return the name and the lines of the file."""
-    with page.expect_download(timeout=PATIENCE_MS) as started:
+    with page.expect_download() as started:
         page.get_by_role("link", name="Outputs").click()
     return started.value.suggested_filename, started.value.path().read_text().splitlines()
 
@@ -268,11 +266,11 @@ def keys_command(settings: JobsSettings, *arguments: str) -> str:
 def log_in(page: Page, key: str) -> None:
     page.get_by_label("Key").fill(key)
     page.get_by_role("button", name="Log in").click()
-    expect(page.get_by_role("heading", name="Jobs")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_role("heading", name="Jobs")).to_be_visible()
 
 
 def expect_log_in(page: Page) -> None:
-    expect(page.get_by_role("heading", name="Log in")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_role("heading", name="Log in")).to_be_visible()
     assert page.url.endswith("/dashboard/login")
 
 
@@ -281,7 +279,7 @@ def test_once_there_is_a_key_the_pages_ask_for_it_and_a_revoked_one_closes_them(
 ) -> None:
     """The last test: the service has a key from here on."""
     page.goto("/")
-    expect(page.get_by_role("heading", name="Jobs")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_role("heading", name="Jobs")).to_be_visible()
     made = keys_command(settings, "create", "looker", "--scope", "read", "--scope", "submit")
     key = next(word for word in made.split() if word.startswith("sk-basic-"))
     expect_log_in(page)  # without a reload: the page was open before there was a key
@@ -299,8 +297,8 @@ def test_once_there_is_a_key_the_pages_ask_for_it_and_a_revoked_one_closes_them(
         pages = [page.context.new_page() for _ in places]
         for opened, place in zip(pages, places, strict=True):
             opened.goto(place)
-            expect(opened.get_by_role("heading", level=1)).to_be_visible(timeout=PATIENCE_MS)
-        expect(pages[-1].locator(".model-text").first).not_to_be_empty(timeout=PATIENCE_MS)
+            expect(opened.get_by_role("heading", level=1)).to_be_visible()
+        expect(pages[-1].locator(".model-text").first).not_to_be_empty()
         name, _ = downloaded(pages[-1])
         assert name == f"{job.id}.jsonl"
         keys_command(settings, "revoke", "looker")
@@ -311,7 +309,7 @@ def test_once_there_is_a_key_the_pages_ask_for_it_and_a_revoked_one_closes_them(
     log_in(page, other)
     open_still = page.context.new_page()
     open_still.goto("/dashboard/stats")
-    expect(open_still.get_by_role("heading", level=1)).to_be_visible(timeout=PATIENCE_MS)
+    expect(open_still.get_by_role("heading", level=1)).to_be_visible()
     page.get_by_role("button", name="Log out").click()
     expect_log_in(page)
     expect_log_in(open_still)

@@ -82,7 +82,7 @@ def test_two_nodes_share_a_job_and_one_that_vanishes_loses_nothing(shared: Clust
     assert {len(output.token_ids) for output in outputs} == {200}
     assert {output.worker_id for output in outputs} == {worker.id for worker in workers}
     assert shared.emitted(job) == 200 * 200
-    assert shared.attempts(job) == {1, 2}, "what the victim held was taken up again"
+    assert max(shared.attempts(job)) >= 2, "what the victim held was taken up again"
 
 
 def _is_caught_at_work(cluster: Cluster, node: subprocess.Popen[bytes], worker_id: str) -> bool:

@@ -35,7 +35,7 @@ from tests.unit.storage.acts import record
 
 A_JOB = {"requests": ["Hello"], "max_tokens": 10}
 A_CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
-WAITS_S = 90.0  # of a process that waits for a Redis server that hangs, by `patient`
+WAITS_S = 90.0  # of a process that waits for a Redis server that hangs, by `patient`, or for a writer of SQLite
 QUICK_S = WAITS_S / 2  # even a busy machine answers sooner, unless it waits for that server
 HANGS_S = 60.0  # for three calls, each of which times out within 5 s on a quiet machine
 
@@ -111,7 +111,10 @@ async def wait_for_writers(database: Database, directory: Path) -> tuple[list[in
         return read, ended, [reply.status_code for reply in await asyncio.gather(*posts)]
 
 
-def test_readers_do_not_wait_behind_writers_that_wait_for_the_database(tmp_path: Path) -> None:
+def test_readers_do_not_wait_behind_writers_that_wait_for_the_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.session._BUSY_TIMEOUT_S", WAITS_S)
     with on_sqlite(tmp_path) as database:
         read, ended, written = asyncio.run(wait_for_writers(database, tmp_path))
 

@@ -34,10 +34,10 @@ def request_process(stack: Stack) -> int:
 
 def test_a_killed_request_process_is_replaced_and_its_requests_go_on_with_the_same_text(stack: Stack) -> None:
     stack.start(doors=False)
-    submit(stack, "undisturbed", "one", "two", max_tokens=150)
+    submit(stack, "undisturbed", "one", "two", max_tokens=400)
     stack.wait_for(lambda: ended(stack, "undisturbed"), "the undisturbed job")
     worker = stack.children["worker-0"].pid
-    submit(stack, "job", "one", "two", max_tokens=150)
+    submit(stack, "job", "one", "two", max_tokens=400)
     stack.wait_for(lambda: bool(stack.rows("SELECT 1 FROM partials WHERE job_id = 'job'")), "the first tokens")
     os.kill(request_process(stack), signal.SIGKILL)
 
@@ -47,7 +47,7 @@ def test_a_killed_request_process_is_replaced_and_its_requests_go_on_with_the_sa
     assert text_of(stack, "job") == text_of(stack, "undisturbed")
     assert [row[:2] for row in rows(stack, "job")] == [("completed", None)] * 2
     emitted = "SELECT sum(emitted_tokens) FROM decode_steps WHERE job_id = 'job'"
-    assert stack.rows(emitted) == [(300,)]
+    assert stack.rows(emitted) == [(800,)]
     assert "The request process exited with status -9" in log_of(stack)
 
 

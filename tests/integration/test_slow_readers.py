@@ -42,8 +42,8 @@ def deaf_subscriber(port: int, job_id: str) -> socket.socket:
 
 
 def publish_to_a_reader(port: int, job_id: str) -> tuple[float, float]:
-    """Publish to a reader of all events; return the seconds until its last event, and of the longest `publish` call."""
-    publisher, longest_s = Publisher(f"redis://127.0.0.1:{port}/0"), 0.0
+    """Publish to a reader of all events; return the seconds until its last event, and those of all `publish` calls."""
+    publisher, published_s = Publisher(f"redis://127.0.0.1:{port}/0"), 0.0
     events = [PartialEvent(job_id=job_id, request="a", index=n, type="tokens", text=TEXT) for n in range(EVENTS)]
     with redis.Redis(port=port) as client, client.pubsub(ignore_subscribe_messages=True) as reader:
         reader.subscribe(channel(job_id))
@@ -52,12 +52,12 @@ def publish_to_a_reader(port: int, job_id: str) -> tuple[float, float]:
         for _ in range(COMMITS):
             handed_over_at = time.monotonic()
             publisher.publish(events)
-            longest_s = max(longest_s, time.monotonic() - handed_over_at)
+            published_s += time.monotonic() - handed_over_at
             for _ in range(EVENTS):  # one commit after the other, as a worker's come
                 assert reader.get_message(timeout=DEADLINE_S) is not None
         took_s = time.monotonic() - began_at
     publisher.close()
-    return took_s, longest_s
+    return took_s, published_s
 
 
 def test_subscribers_that_never_read_are_cut_off_and_slow_nobody(port: int) -> None:
@@ -66,8 +66,8 @@ def test_subscribers_that_never_read_are_cut_off_and_slow_nobody(port: int) -> N
             opened.enter_context(deaf_subscriber(port, "job"))
         assert len(client.client_list("pubsub")) == DEAF
         alone_s, _ = publish_to_a_reader(port, "another job")
-        took_s, longest_s = publish_to_a_reader(port, "job")
+        took_s, published_s = publish_to_a_reader(port, "job")
         assert client.client_list("pubsub") == []
         assert client.info("memory")["used_memory_peak"] < DEAF * 12e6 < DEAF * SENT_BYTES
-    assert longest_s < took_s / 10, "a publisher does not wait for its readers"
+    assert published_s < took_s / 2, "a publisher does not wait for its readers"
     assert took_s < 10 * alone_s, "and its readers wait for no other one"
