@@ -26,9 +26,7 @@ class Admission:
 
     def num_fitting(self, running: Collection[EngineSequence], candidates: Sequence[EngineSequence]) -> int:
         """Return how many of `candidates`, the first ones, fit beside the running sequences; one fits if none runs."""
-        everything = [*running, *candidates]
-        now = np.array([self._pages_now(s) for s in everything], np.int64)
-        final = np.maximum(self._pages_at_end(everything), now)
+        now, final = self._pages([*running, *candidates])
         if peak_pages(now, final) <= self._slots.pages:  # as most often
             return len(candidates)
         low, high = int(not running), len(candidates) - 1
@@ -46,8 +44,7 @@ class Admission:
         if not running:
             return limit
         prompts = np.array([s.num_prompt for s in running])
-        now = np.array([self._pages_now(s) for s in running], np.int64)
-        final = np.maximum(self._pages_at_end(running), now)
+        now, final = self._pages(running)
         more = int(self._slots.pages_for(int(prompts.mean()))), int(final.mean())
         low, high = 0, limit
         while low < high:
@@ -59,21 +56,19 @@ class Admission:
                 high = middle - 1
         return low
 
-    def _pages_now(self, sequence: EngineSequence) -> int:
-        return self._slots.pages_for(sequence.max_length if is_reserved(sequence) else len(sequence.ids))
-
-    def _pages_at_end(self, sequences: Sequence[EngineSequence]) -> IntArray:
-        """Return the pages that each sequence is expected to take when it ends."""
+    def _pages(self, sequences: Sequence[EngineSequence]) -> tuple[IntArray, IntArray]:
+        """Return the pages that each sequence takes now, and those that it is expected to take when it ends."""
         groups: defaultdict[Hashable, list[int]] = defaultdict(list)
         for index, sequence in enumerate(sequences):
             groups[sequence.group].append(index)
-        pages = np.empty(len(sequences), np.int64)
+        counts = [(len(s.ids), s.num_prompt, s.max_tokens, is_reserved(s)) for s in sequences]
+        length, prompt, max_tokens, reserved = np.array(counts, np.int64).reshape(-1, 4).T
+        expected = np.empty_like(length)
         for group, members in groups.items():
-            decoded = [len(sequences[index].ids) - sequences[index].num_prompt for index in members]
-            for index, tokens in zip(members, self.lengths.expected(group, decoded).tolist(), strict=True):
-                sequence = sequences[index]
-                pages[index] = self._slots.pages_for(sequence.num_prompt + min(tokens, sequence.max_tokens))
-        return pages
+            expected[members] = self.lengths.expected(group, (length - prompt)[members].tolist())
+        page = self._slots.page_tokens
+        now = -(-np.where(reserved, prompt + max_tokens, length) // page)
+        return now, np.maximum(-(-(prompt + np.minimum(expected, max_tokens)) // page), now)
 
 
 def is_reserved(sequence: EngineSequence) -> bool:

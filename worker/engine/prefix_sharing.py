@@ -7,11 +7,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Container
+from typing import NamedTuple
 
 from worker.engine.kv.prefix_tree import PrefixTree
 from worker.engine.kv.slot_allocator import MIN_SHARED_PREFIX, SlotAllocator
 from worker.engine.segments import PrefixCopy
 from worker.engine.sequence import Sequence
+
+
+class _Awaited(NamedTuple):
+    """A prefill that a sequence waits for."""
+
+    leader: Sequence  # that prefills
+    length: int  # tokens, from the first
+    common: int  # those of them, or fewer, that the sequence has, too
 
 
 class PrefixSharing:
@@ -22,7 +31,7 @@ class PrefixSharing:
         self._slots = slots
         self._running: dict[int, Sequence] = {}  # by slot
         self._upcoming: PrefixTree[Sequence] = PrefixTree()  # prompts being prefilled, those that wait included
-        self._leaders: dict[Sequence, tuple[Sequence, int]] = {}  # whose prefill a sequence waits for, and to where
+        self._leaders: dict[Sequence, _Awaited] = {}  # whose prefill a sequence waits for
         self._followers: defaultdict[Sequence, dict[Sequence, None]] = defaultdict(dict)
         self._copies: list[PrefixCopy] = []  # to make before the step, in this order
 
@@ -54,12 +63,12 @@ class PrefixSharing:
             self._start(sequence, selected)
         reader, end = sequence, len(sequence.ids)
         while (awaited := self._leaders.get(reader)) is not None:
-            leader, length = awaited
+            leader, length, common = awaited
             if leader.cached < length and (selected is None or leader in selected):
                 reader, end = leader, length
             else:  # the prefix is there, or is not read in this step
                 self._stop_waiting(reader)
-                self._copy(reader, *self._longest_cached(reader))
+                self._copy(reader, *self._longest_cached(reader, (leader.slot, common)))
                 reader, end = sequence, len(sequence.ids)
         return reader, end
 
@@ -79,13 +88,13 @@ class PrefixSharing:
         cached = self._longest_cached(sequence)
         useful = max(cached[1] + 1, sequence.cached + 1, MIN_SHARED_PREFIX)
         if length >= useful:
-            leader = next(iter(upcoming.holders))  # it is the first, not the sequence itself
+            leader, common = next(iter(upcoming.holders)), length  # it is the first, not the sequence itself
             # Do not wait for one that waits itself if its leader has almost as much.
             useful = max(useful, length - MIN_SHARED_PREFIX)
-            while leader in self._leaders and self._leaders[leader][1] >= useful:
-                leader, length = self._leaders[leader]
+            while (above := self._leaders.get(leader)) is not None and above.length >= useful:
+                leader, length, common = above.leader, above.length, min(common, above.common)
             if selected is None or leader in selected:
-                self._leaders[sequence] = leader, length
+                self._leaders[sequence] = _Awaited(leader, length, common)
                 self._followers[leader][sequence] = None
                 return
         self._copy(sequence, *cached)
@@ -97,10 +106,13 @@ class PrefixSharing:
             self._slots.copy_prefix(source, sequence.slot, length)
             sequence.cached = length
 
-    def _longest_cached(self, sequence: Sequence) -> tuple[int, int]:
-        """Return the slot with the longest cached prefix of a sequence, and its length."""
+    def _longest_cached(self, sequence: Sequence, like: tuple[int, int] | None = None) -> tuple[int, int]:
+        """Return the slot with the longest cached prefix of a sequence, and its length.
+
+        `like` has a slot whose sequence starts with the same tokens, and their number.
+        """
         wanted = _wanted(sequence)
-        found = self._slots.longest_prefix(sequence.ids, wanted)
+        found = self._slots.longest_prefix(sequence.ids, wanted, like)
         if found.ends and found.length < wanted:
             ends = [self._running[slot] for slot in found.ends if slot in self._running]
             grown = [other for other in ends if other.cached > found.length]
@@ -111,7 +123,7 @@ class PrefixSharing:
         return next(iter(found.holders), sequence.slot), found.length
 
     def _stop_waiting(self, sequence: Sequence) -> None:
-        leader, _ = self._leaders.pop(sequence)
+        leader = self._leaders.pop(sequence).leader
         del self._followers[leader][sequence]
         if not self._followers[leader]:
             del self._followers[leader]

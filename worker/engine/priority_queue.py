@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from heapq import heappop, heappush
-from itertools import count
+from itertools import count, islice
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item", bound=Hashable)
@@ -42,11 +42,16 @@ class PriorityQueue(Generic[Item]):
 
     def pop(self, limit: int) -> list[Item]:
         """Remove and return up to `limit` items, the first ones."""
-        items: list[Item] = []
-        while len(items) < limit and (item := self.first()) is not None:
-            self.discard(item)
-            items.append(item)
-        return items
+        return list(islice(self.drain(), limit))
+
+    def drain(self) -> Iterator[Item]:
+        """Remove and yield the items, the first ones first; those that are not asked for stay."""
+        heap, tickets = self._heap, self._tickets
+        while heap:
+            _, ticket, item = heappop(heap)
+            if tickets.get(item) == ticket:
+                del tickets[item]
+                yield item
 
     def first(self) -> Item | None:
         """Return the first item, None if there is none."""

@@ -252,7 +252,8 @@ class Scheduler:
             if end > start:
                 given[reader] = end
                 rows -= end - start
-                scores -= len(reader.scored(start, end))
+                if reader.prompt_top is not None:
+                    scores -= len(reader.scored(start, end))
             if rows <= 0:
                 break
         for sequence in [*given][:1]:
@@ -274,8 +275,7 @@ class Scheduler:
         self._by_unread.discard(oldest)
         try:
             yield oldest
-            while (shortest := self._by_unread.first()) is not None:
-                self._by_unread.discard(shortest)
+            for shortest in self._by_unread.drain():
                 seen.append(shortest)
                 yield shortest
         finally:
@@ -285,6 +285,8 @@ class Scheduler:
 
 def _scorable(sequence: Sequence, start: int, end: int, limit: int) -> int:
     """Return the end of a chunk from `start` to at most `end` with at most `limit` scored rows."""
+    if sequence.prompt_top is None:
+        return end
     scored = sequence.scored(start, end)
     return end if len(scored) <= limit else scored.start + limit
 

@@ -97,14 +97,22 @@ class PrefixTree(Generic[Holder]):
         node.ends.pop(holder, None)
         self._leave(holder, node, self._root)
 
-    def longest(self, ids: list[int], end: int) -> Match[Holder]:
-        """Return the longest prefix of `ids[:end]` that some holder has; length 0 if none has the first token."""
+    def longest(self, ids: list[int], end: int, like: tuple[Holder, int] | None = None) -> Match[Holder]:
+        """Return the longest prefix of `ids[:end]` that some holder has; length 0 if none has the first token.
+
+        With `like`, a holder and a length, `ids` start with as many tokens of it, which are not compared again.
+        """
         node, at = self._root, 0
+        if like is not None:
+            node, at = self._ends.get(like[0], (node, at))
+            while at > min(like[1], end) and node.parent is not None:
+                node, at = node.parent, at - len(node.tokens)
         while at < end and (child := node.children.get(ids[at])) is not None:
-            common = common_prefix_length(child.tokens, ids[at : min(end, at + len(child.tokens))])
-            node, at = child, at + common
-            if common < len(child.tokens):
-                return Match(at, node.holders, ())
+            tokens = child.tokens
+            own = ids[at : at + len(tokens)] if at + len(tokens) <= end else ids[at:end]
+            if tokens != own:
+                return Match(at + common_prefix_length(tokens, own), child.holders, ())
+            node, at = child, at + len(tokens)
         return Match(at, node.holders, node.ends)
 
     def _end_at(self, holder: Holder, length: int) -> _Node[Holder]:

@@ -66,9 +66,12 @@ class SlotAllocator:
         """Return the pages that a slot takes."""
         return self._pages_of[slot]
 
-    def longest_prefix(self, ids: list[int], end: int) -> Match[int]:
-        """Return the longest prefix of `ids[:end]` that slots hold."""
-        return self._held.longest(ids, end)
+    def longest_prefix(self, ids: list[int], end: int, like: tuple[int, int] | None = None) -> Match[int]:
+        """Return the longest prefix of `ids[:end]` that slots hold.
+
+        With `like`, a slot and a length, its sequence starts with the same tokens, which are not compared again.
+        """
+        return self._held.longest(ids, end, like)
 
     def shared_length(self, slot: int) -> int:
         """Return how many of the first entries of a slot another one holds, too."""
@@ -82,18 +85,25 @@ class SlotAllocator:
         """
         if not self.free_slots:
             raise OutOfSlots
-        found: Match[int] = self._held.longest(ids, len(ids) - 1) if self._cached else Match(0, (), ())
+        if not self._cached:
+            slot = heappop(self._empty)
+            self._in_use.add(slot)
+            return slot, 0
+        found = self._held.longest(ids, len(ids) - 1)
         length = found.length if found.length >= MIN_SHARED_PREFIX else 0
-        slot = next((slot for slot in found.ends if slot in self._cached), None) if length else None
-        if slot is None and self._empty:
-            self._in_use.add(self._empty[0])
+        cached = next((slot for slot in found.ends if slot in self._cached), None) if length else None
+        if cached is None and self._empty:
+            slot = heappop(self._empty)
+            self._in_use.add(slot)
             self._touch(found)
-            return heappop(self._empty), 0
-        if slot is None and length:
-            slot = next((slot for slot in found.holders if slot in self._cached), None)
-        if slot is None:
+            return slot, 0
+        if cached is None and length:
+            cached = next((slot for slot in found.holders if slot in self._cached), None)
+        if cached is None:
             slot, length = next(iter(self._cached)), 0
             self._touch(found)
+        else:
+            slot = cached
         self._cut(slot, length)
         self._cached_pages -= self._pages_of[slot]
         del self._cached[slot]

@@ -133,9 +133,11 @@ def test_a_prompt_is_looked_up_as_often_among_many_that_wait_as_among_few(monkey
     lookups: list[int] = []
     longest = PrefixTree.longest
 
-    def counted(tree: PrefixTree[Hashable], ids: list[int], end: int) -> Match[Hashable]:
+    def counted(
+        tree: PrefixTree[Hashable], ids: list[int], end: int, like: tuple[Hashable, int] | None = None
+    ) -> Match[Hashable]:
         lookups.append(end)
-        return longest(tree, ids, end)
+        return longest(tree, ids, end, like)
 
     monkeypatch.setattr(PrefixTree, "longest", counted)
     for count in (4, 40):

@@ -40,4 +40,6 @@ def test_a_lookup_finds_what_a_comparison_with_every_text_finds(
         if longest:
             assert set(match.holders) == {one for one, length in lengths.items() if length == longest}
             assert set(match.ends) <= {one for one, text in held.items() if len(text) == longest}
+        for one, length in lengths.items():
+            assert tree.longest(wanted, len(wanted), (one, length)) == match, "tokens known to be equal change nothing"
         assert {one: tree.length(one) for one in held} == {one: len(text) for one, text in held.items()}
