@@ -199,6 +199,6 @@ def test_half_precision_texts_depend_on_nothing_but_the_request(architecture: st
         together = sequences(max_tokens=40, sampling=sampling)
         decode(engine(target, drafter, options(mode, max_sequences=batch, prefill_rows=prefill)), together[::-1])
         assert outputs(together) == outputs(alone), (mode, batch, prefill)
-    resumed = resumed_after(9, alone, sequences(max_tokens=40, sampling=sampling))
+    resumed = resumed_after(9, outputs(alone), sequences(max_tokens=40, sampling=sampling))
     decode(engine(target, SuffixDrafter(), options(Mode.PAPER)), resumed)
     assert outputs(resumed) == outputs(alone)

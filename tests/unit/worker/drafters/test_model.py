@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.models import VOCAB, packed, tiny
-from tests.unit.worker.engine.harness import decode, engine, options, outputs, sequences
+from tests.unit.worker.engine.harness import decode, engine, options, outputs, plain_texts, sequences
 from worker.drafters import kv_tracker
 from worker.drafters.mixed import MixedDrafter
 from worker.drafters.model import ModelDrafter, SharedVocabulary
@@ -50,12 +50,11 @@ def test_padding_of_either_vocabulary_is_never_drafted_fed_or_emitted(
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.2)])
 def test_only_shared_ids_are_drafted_and_others_change_no_text(known: int, sampling: Sampling) -> None:
     shared = np.array([i for i in range(known) if i % 3], np.int64)
-    plain, drafted = sequences(sampling=sampling), sequences(sampling=sampling)
-    decode(engine(packed(tiny()), None, options(Mode.PLAIN)), plain)
+    drafted = sequences(sampling=sampling)
     same = packed(tiny(vocab=known) if known < VOCAB else tiny(), capacity=1024)
     drafter = Watched(ModelDrafter(same, "draft", VOCAB, shared=SharedVocabulary(shared, known)))
     decode(engine(packed(tiny()), drafter, options(Mode.PAPER, threshold=0.0)), drafted)
-    assert outputs(drafted) == outputs(plain)
+    assert outputs(drafted) == plain_texts(sampling=sampling)
     assert drafter.offered
     assert drafter.offered <= set(shared.tolist())
 
@@ -67,12 +66,11 @@ def test_a_draft_stops_at_its_context_and_the_target_continues(mixed: bool, posi
     short = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=48, n_layer=1, n_head=2, n_positions=positions))
     short.set_attn_implementation(ATTENTION_NAME)
     short.train(False)
-    plain, drafted = sequences(), sequences()
-    decode(engine(packed(tiny()), None, options(Mode.PLAIN)), plain)
+    drafted = sequences(max_tokens=14)
     network = ModelDrafter(PackedModel(short, slots=4, capacity=1024), "short", VOCAB, positions=positions)
     drafter = MixedDrafter(network, SuffixDrafter()) if mixed else network
     decode(engine(packed(tiny()), drafter, options(Mode.PAPER, threshold=0.0)), drafted)
-    assert outputs(drafted) == outputs(plain)
+    assert outputs(drafted) == plain_texts(max_tokens=14)
     assert max(len(text.ids) for text in drafted) > positions
 
 
@@ -122,7 +120,7 @@ def test_a_shared_prefix_is_fed_once_and_changes_no_draft(paged: bool, together:
         counted = Counted(PackedModel(draft, slots=4, capacity=160, cpu_kernels=False, paged=paged))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kv_tracker, "_MIN_SHARED_PREFIX", limit)
-            some = sequences(prompts, sampling=Sampling(temperature=0.7))
+            some = sequences(prompts, max_tokens=14, sampling=Sampling(temperature=0.7))
             target = padded(VOCAB, 0, None)
             size = 4 if together else 2
             results = decode(

@@ -21,6 +21,7 @@ from worker.engine.stats import StepResult
 
 OPTIONS = EngineOptions(max_sequences=4, max_context=256, prefill_rows=7, nodes=12, threshold=0.1, max_depth=5)
 FLAT_COSTS = CostModel({1: 10.0, 64: 11.0})  # trees are nearly free: they are always worth growing
+MAX_TOKENS = 9  # long enough for paths of three tokens to be accepted, and for what is resumed to go on
 PROMPTS = [[2, 3, 4, 5, 6], [7, 8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [18], [2, 3, 4, 5, 6, 7]]
 
 
@@ -31,7 +32,7 @@ def options(mode: Mode, **changes: Any) -> EngineOptions:
 
 def sequences(
     prompts: Sequence[list[int]] = PROMPTS,
-    max_tokens: int = 14,
+    max_tokens: int = MAX_TOKENS,
     sampling: Sampling | None = None,
     eos_ids: Iterable[int] = (),
     seed: int = 7,
@@ -45,7 +46,7 @@ def sequences(
 
 
 def greedy_and_sampled(
-    sampling: Sampling, prompts: Sequence[list[int]] = PROMPTS, max_tokens: int = 14
+    sampling: Sampling, prompts: Sequence[list[int]] = PROMPTS, max_tokens: int = MAX_TOKENS
 ) -> list[EngineSequence]:
     """Return a greedy and a sampled sequence per prompt, for one batch."""
     some = sequences([*prompts, *prompts], max_tokens, sampling)
@@ -71,7 +72,7 @@ def decode(running: Engine, some: Sequence[EngineSequence]) -> list[StepResult]:
 
 @cache
 def plain_texts(
-    architecture: str = "llama", max_tokens: int = 14, sampling: Sampling | None = None, *, both: bool = False
+    architecture: str = "llama", max_tokens: int = MAX_TOKENS, sampling: Sampling | None = None, *, both: bool = False
 ) -> list[list[int]]:
     """Return the ids that plain decoding emits after each of PROMPTS, or of `greedy_and_sampled` ones."""
     if both and sampling is not None:
@@ -82,12 +83,10 @@ def plain_texts(
     return outputs(some)
 
 
-def resumed_after(
-    count: int, whole: Sequence[EngineSequence], fresh: Sequence[EngineSequence]
-) -> Sequence[EngineSequence]:
-    """Return fresh sequences that already hold the first tokens of finished ones, as after a restart."""
+def resumed_after(count: int, whole: Sequence[list[int]], fresh: Sequence[EngineSequence]) -> Sequence[EngineSequence]:
+    """Return fresh sequences that already hold the first tokens of whole outputs, as after a restart."""
     for sequence, done in zip(fresh, whole, strict=True):
-        sequence.ids += done.output_ids[:count]
+        sequence.ids += done[:count]
         sequence.steps = count
     return fresh
 

@@ -10,6 +10,7 @@ import torch
 
 from tests.models import ARCHITECTURES, packed, tiny
 from tests.unit.worker.engine.harness import (
+    MAX_TOKENS,
     PROMPTS,
     decode,
     drafter,
@@ -43,7 +44,7 @@ def reference(architecture: str, max_tokens: int, eos: int | None = None) -> lis
 def test_plain_greedy_text_equals_transformers_generate(architecture: str) -> None:
     some = sequences()
     decode(engine(packed(tiny(architecture)), None, options(Mode.PLAIN)), some)
-    assert outputs(some) == reference(architecture, 14)
+    assert outputs(some) == reference(architecture, MAX_TOKENS)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -52,7 +53,7 @@ def test_greedy_tree_decoding_equals_transformers_generate(architecture: str, no
     model = tiny(architecture)
     some = sequences()
     results = decode(engine(packed(model), drafter(kind), options(Mode.PAPER, nodes=nodes)), some)
-    assert outputs(some) == reference(architecture, 14)
+    assert outputs(some) == reference(architecture, MAX_TOKENS)
     assert any(r.stats.tree_nodes for r in results), "no tree was verified, so nothing was tested"
 
 
@@ -66,7 +67,7 @@ def test_text_does_not_depend_on_draft_mode_or_batch(sampling: Sampling, kind: s
 
 
 def test_a_draft_with_the_targets_weights_is_accepted_to_full_depth() -> None:
-    some = sequences(max_tokens=25)
+    some = sequences(max_tokens=16)
     results = decode(engine(packed(tiny()), drafter("same"), options(Mode.PAPER, threshold=0, nodes=60)), some)
     accepted = [r.stats.accepted_tokens for r in results if r.stats.step]
     assert sum(accepted) / len(accepted) > 2.0
@@ -74,7 +75,7 @@ def test_a_draft_with_the_targets_weights_is_accepted_to_full_depth() -> None:
 
 def test_shared_noise_lifts_acceptance_when_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
     def accepted() -> float:
-        some = sequences(max_tokens=25, sampling=Sampling(temperature=1.0))
+        some = sequences(max_tokens=16, sampling=Sampling(temperature=1.0))
         results = decode(engine(packed(tiny()), drafter("random"), options(Mode.PAPER, threshold=0)), some)
         return sum(r.stats.accepted_tokens for r in results) / len(results)
 
@@ -84,13 +85,12 @@ def test_shared_noise_lifts_acceptance_when_sampling(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("after", [1, 13])
+@pytest.mark.parametrize("after", [1, MAX_TOKENS - 1])
 def test_a_resumed_sequence_continues_as_if_it_had_not_stopped(sampling: Sampling, after: int) -> None:
-    whole = sequences(sampling=sampling)
-    decode(engine(packed(tiny()), None, options(Mode.PLAIN)), whole)
+    whole = plain_texts(sampling=sampling)
     resumed = resumed_after(after, whole, sequences(sampling=sampling))
     decode(engine(packed(tiny()), drafter("suffix"), options(Mode.PAPER)), resumed)
-    assert outputs(resumed) == outputs(whole)
+    assert outputs(resumed) == whole
 
 
 @pytest.mark.parametrize("mode", Mode)

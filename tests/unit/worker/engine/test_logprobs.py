@@ -13,7 +13,16 @@ import pytest
 import torch
 
 from tests.models import packed, tiny
-from tests.unit.worker.engine.harness import PROMPTS, decode, drafter, engine, options, resumed_after, sequences
+from tests.unit.worker.engine.harness import (
+    PROMPTS,
+    decode,
+    drafter,
+    engine,
+    options,
+    outputs,
+    resumed_after,
+    sequences,
+)
 from worker.engine.logprobs import MIN_LOGPROB, read_rows
 from worker.engine.options import Mode
 from worker.engine.sampling.parameters import Sampling
@@ -86,7 +95,7 @@ def test_logprobs_do_not_depend_on_draft_mode_or_batch(sampling: Sampling, kind:
 @pytest.mark.parametrize("after", [1, 6])
 def test_a_resumed_sequence_gets_the_same_logprobs(after: int) -> None:
     whole, expected = plainly(SAMPLED)
-    resumed = resumed_after(after, whole, sequences(sampling=SAMPLED))
+    resumed = resumed_after(after, outputs(whole), sequences(sampling=SAMPLED))
     results = decode(engine(packed(tiny()), drafter("suffix"), options(Mode.PAPER)), resumed)
     assert alike(told(results, resumed), [entries[after:] for entries in expected])
 

@@ -73,14 +73,14 @@ def test_the_text_does_not_depend_on_drafts_and_ends_no_earlier(sampling: Sampli
 @pytest.mark.parametrize("after", [1, MIN_TOKENS - 1])
 def test_a_resumed_text_ends_no_earlier_either(after: int) -> None:
     whole = plainly(SAMPLED)
-    resumed = resumed_after(after, whole, some(SAMPLED))
+    resumed = resumed_after(after, outputs(whole), some(SAMPLED))
     decode(engine(packed(tiny()), drafter("same"), options(Mode.PAPER)), resumed)
     assert outputs(resumed) == outputs(whole)
 
 
 def test_after_min_tokens_a_token_is_drawn_as_without() -> None:
     whole = plainly(SAMPLED)
-    free = resumed_after(MIN_TOKENS, whole, some(Sampling(temperature=0.9, top_k=20, top_p=0.95)))
+    free = resumed_after(MIN_TOKENS, outputs(whole), some(Sampling(temperature=0.9, top_k=20, top_p=0.95)))
     decode(engine(packed(tiny()), None, options(Mode.PLAIN)), free)
     assert outputs(free) == outputs(whole)
 

@@ -127,7 +127,7 @@ def test_a_prompt_of_any_length_keeps_a_bounded_number_of_rows() -> None:
 def test_a_resumed_sequence_has_them_again(after: int) -> None:
     whole = asking()
     expected = run(whole)
-    resumed = list(resumed_after(after, whole, asking()))
+    resumed = list(resumed_after(after, outputs(whole), asking()))
     assert run(resumed, "same") == expected
     assert outputs(resumed) == outputs(whole)
 

@@ -180,7 +180,7 @@ def test_a_grammar_begins_after_its_tokens_wherever_a_path_completes_them() -> N
     some = bound(grammars)
     decode(constrained_engine(Mode.PAPER, "same", threshold=-1.0), some)
     assert outputs(some) == outputs(expected)
-    resumed = resumed_after(4, expected, bound(grammars))
+    resumed = resumed_after(4, outputs(expected), bound(grammars))
     decode(constrained_engine(Mode.OPT_TREE), resumed)
     assert outputs(resumed) == outputs(expected)
 

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chisquare
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
 
+from tests.goodness_of_fit import chi_square_p
 from tests.models import packed, tiny
 from tests.unit.worker.engine.harness import (
+    MAX_TOKENS,
     PROMPTS,
     decode,
     drafter,
@@ -88,13 +89,13 @@ def test_every_node_is_adjusted_by_its_own_path_as_transformers_would_step_by_st
 def test_plain_greedy_text_equals_transformers_generate_under_its_processors() -> None:
     model: Any = tiny()
     bias = ((4, 2.0), (9, -3.0))
-    some = sequences(sampling=Sampling(repetition_penalty=1.3, logit_bias=bias), max_tokens=20)
+    some = sequences(sampling=Sampling(repetition_penalty=1.3, logit_bias=bias), max_tokens=12)
     decode(engine(packed(tiny()), None, options(Mode.PLAIN)), some)
     model.generation_config.eos_token_id = None
     for sequence, prompt in zip(some, PROMPTS, strict=True):
         out = model.generate(
             torch.tensor([prompt]),
-            max_new_tokens=20,
+            max_new_tokens=12,
             do_sample=False,
             pad_token_id=0,
             repetition_penalty=1.3,
@@ -107,9 +108,9 @@ def test_plain_greedy_text_equals_transformers_generate_under_its_processors() -
 @pytest.mark.parametrize("kind", ["suffix", "same"])
 def test_adjusted_text_does_not_depend_on_draft_or_batch(sampling: Sampling, kind: str) -> None:
     chosen = replace(sampling, temperature=0.9)
-    some = greedy_and_sampled(chosen, max_tokens=12)
-    results = decode(engine(packed(tiny()), drafter(kind), options(Mode.PAPER, max_sequences=2)), some[::-1])
-    assert outputs(some) == plain_texts(sampling=chosen, max_tokens=12, both=True)
+    some = greedy_and_sampled(chosen)
+    results = decode(engine(packed(tiny()), drafter(kind), options(Mode.PAPER, max_sequences=3)), some[::-1])
+    assert outputs(some) == plain_texts(sampling=chosen, both=True)
     if kind == "same":
         assert sum(r.stats.accepted_tokens for r in results) > len(results), "drafts were not ranked as the target is"
 
@@ -118,7 +119,7 @@ def test_neighbours_in_a_batch_keep_their_own_adjustments() -> None:
     mixed = [Sampling(), ADJUSTED["all"], Sampling(0.9), replace(ADJUSTED["all"], temperature=0.9), Sampling()]
 
     def texts(max_sequences: int) -> list[list[int]]:
-        some = sequences(max_tokens=15)
+        some = sequences()
         for i, sequence in enumerate(some):
             sequence.sampling = replace(mixed[i], key=noise_key(7, i))
         decode(engine(packed(tiny()), drafter("same"), options(Mode.PAPER, max_sequences=max_sequences)), some)
@@ -130,12 +131,11 @@ def test_neighbours_in_a_batch_keep_their_own_adjustments() -> None:
 @each_temperature
 def test_an_adjusted_sequence_resumes_from_its_tokens_with_the_same_text(temperature: float) -> None:
     chosen = replace(ADJUSTED["all"], temperature=temperature)
-    whole = sequences(sampling=chosen)
-    decode(engine(packed(tiny()), None, options(Mode.PLAIN)), whole)
-    for after in (1, 13):
+    whole = plain_texts(sampling=chosen)
+    for after in (1, MAX_TOKENS - 1):
         resumed = resumed_after(after, whole, sequences(sampling=chosen))
         decode(engine(packed(tiny()), drafter("suffix"), options(Mode.PAPER)), resumed)
-        assert outputs(resumed) == outputs(whole), after
+        assert outputs(resumed) == whole, after
 
 
 @each_adjustment
@@ -166,7 +166,7 @@ def test_two_tokens_follow_the_adjusted_joint_law(sampling: Sampling, filters: S
     possible = joint * count > 1e-9
     assert counts[~possible].sum() == 0
     expected = joint[possible] / joint[possible].sum() * count
-    assert chisquare(counts[possible], expected).pvalue > 1e-3
+    assert chi_square_p(counts[possible], expected) > 1e-3
 
 
 def test_rows_that_are_drawn_at_once_give_the_text_of_lazy_draws(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +174,7 @@ def test_rows_that_are_drawn_at_once_give_the_text_of_lazy_draws(monkeypatch: py
     mixed = [Sampling(), ADJUSTED["all"], Sampling(0.9), replace(ADJUSTED["all"], temperature=0.9), Sampling(0.9)]
 
     def texts() -> list[list[int]]:
-        some = sequences(max_tokens=10)
+        some = sequences()
         for i, sequence in enumerate(some):
             sequence.sampling = replace(mixed[i], key=noise_key(7, i))
         decode(engine(packed(tiny()), drafter("same"), options(Mode.PAPER)), some)
