@@ -18,7 +18,7 @@ from storage.models import JobRow, Request
 from storage.records import Claim, FlushResult, Lease, RequestProgress
 from storage.session import Database
 from tests.models import byte_tokenizer
-from tests.unit.worker.serving.test_runner import Worker, submit, texts, words
+from tests.unit.worker.serving.test_runner import AT_END, Worker, submit, texts, words
 from worker.serving import engine_loop
 from worker.serving.requests import request_reader
 from worker.serving.requests.active_request import ActiveChoice
@@ -149,7 +149,7 @@ def test_a_database_that_rejects_everything_fails_no_request(
     submit(database, "one", "two")
     monkeypatch.setattr(writes, "flush", broken)
     with pytest.raises(ValueError, match="nothing can be written"):
-        Worker(database, "a").run()
+        Worker(database, "a", interval_s=AT_END).run()
 
 
 def test_an_event_that_cannot_be_published_stops_no_other_request(
@@ -160,7 +160,7 @@ def test_an_event_that_cannot_be_published_stops_no_other_request(
 
     submit(database, "one")
     monkeypatch.setattr(Sink, "_tokens", broken)
-    Worker(database, "a").run()
+    Worker(database, "a", interval_s=AT_END).run()
     assert statuses(database) == {0: ("completed", None)}
 
 
@@ -170,7 +170,7 @@ def test_an_error_message_may_contain_any_text(database: Database, monkeypatch: 
 
     monkeypatch.setattr(Codec, "encode_all", refuse)
     submit(database, "one")
-    Worker(database, "a").run()
+    Worker(database, "a", interval_s=AT_END).run()
     with database.read() as session:
         failed = session.scalars(select(Request)).one()
         assert (failed.error_message, failed.error_param) == ("no \ufffd half, no \ufffd", "a\ufffd")
@@ -251,7 +251,7 @@ def test_a_stopping_worker_releases_the_requests_that_it_tokenizes(
     leaving.runner.hand_back()
     assert statuses(database) == {0: ("queued", None)}
     go_on.set()
-    Worker(database, "b").run()
+    Worker(database, "b", interval_s=AT_END).run()
     assert statuses(database) == {0: ("completed", None)}
 
 

@@ -14,7 +14,7 @@ from storage import queries, writes
 from storage.models import ChoiceOutput, Partial, Request
 from storage.records import NewJob, NewRequest
 from storage.session import Database
-from tests.unit.worker.serving.test_runner import MODEL, Worker
+from tests.unit.worker.serving.test_runner import AT_END, MODEL, Worker
 
 SCORED: dict[str, Any] = {"echo": True, "logprobs": 2, "prompt_logprobs": 1, "return_token_ids": True, "n": 2}
 
@@ -73,7 +73,7 @@ def test_an_answer_of_no_tokens_is_its_prompt(database: Database) -> None:
 def test_an_answer_that_another_worker_continues_is_the_same(database: Database, turns: int) -> None:
     asked = {"prompts": ("the cat " * 12, tuple(b"a dog")), "max_tokens": 20, **SCORED}
     submit(database, job_id="undisturbed", **asked)
-    Worker(database, "a").run()
+    Worker(database, "a", interval_s=AT_END).run()
     submit(database, **asked)
     leaving = Worker(database, "b")
     for _ in range(turns):
@@ -81,7 +81,7 @@ def test_an_answer_that_another_worker_continues_is_the_same(database: Database,
     leaving.runner.hand_back()
     with database.read() as session:
         assert session.scalars(select(Request).where(Request.job_id == "batch_1")).one().status == "queued"
-    Worker(database, "c").run()
+    Worker(database, "c", interval_s=AT_END).run()
     assert answer(database) == answer(database, job_id="undisturbed")
 
 
@@ -98,7 +98,7 @@ def test_an_echo_alone_is_no_proof_that_a_request_crashes_no_worker(database: Da
 def test_a_chat_that_continues_a_message_echoes_it(database: Database) -> None:
     turns = (ChatMessage(role="user", content="hi"), ChatMessage(role="assistant", content="the "))
     submit(database, CHAT_ENDPOINT, messages=turns, continue_final_message=True, echo=True, prompt_logprobs=0)
-    Worker(database, "a").run()
+    Worker(database, "a", interval_s=AT_END).run()
     found = answer(database, CHAT_ENDPOINT)
     assert found["choices"][0]["message"]["content"].startswith("the ")
     assert len(found["prompt_logprobs"]) == found["usage"]["prompt_tokens"]
@@ -106,6 +106,6 @@ def test_a_chat_that_continues_a_message_echoes_it(database: Database) -> None:
 
 def test_nothing_of_the_prompt_is_stored_unless_asked_for(database: Database) -> None:
     submit(database, prompt="the cat ", logprobs=1)
-    Worker(database, "a").run()
+    Worker(database, "a", interval_s=AT_END).run()
     with database.read() as session:
         assert session.scalars(select(ChoiceOutput)).one().prompt is None

@@ -336,7 +336,7 @@ def test_logprobs_of_all_tokens_are_stored_across_workers(database: Database, st
     with database.read() as session:
         assert list(session.scalars(select(Partial))), "nothing was committed before the worker died"
     lapse_leases(database)
-    Worker(database, "c").run()
+    Worker(database, "c", interval_s=AT_END).run()
     with database.read() as session:
         found = {(o.job_id, o.request_index): o for o in session.scalars(select(ChoiceOutput))}
     for index in range(2):
@@ -351,7 +351,7 @@ def test_logprobs_of_all_tokens_are_stored_across_workers(database: Database, st
 
 def test_requests_that_want_no_logprobs_have_none(database: Database) -> None:
     submit(database, "one")
-    Worker(database, "a").run()
+    Worker(database, "a", interval_s=AT_END).run()
     with database.read() as session:
         assert session.scalars(select(ChoiceOutput)).one().logprobs is None
 
@@ -369,7 +369,7 @@ def test_a_slot_is_free_again_after_a_stop_string(database: Database) -> None:
 )
 def test_a_token_id_beyond_the_vocabulary_fails_its_request_by_name(database: Database, field: str, value: Any) -> None:
     submit(database, "one", **{field: value})
-    Worker(database, "a").run()
+    Worker(database, "a", interval_s=AT_END).run()
     with database.read() as session:
         failed = session.scalars(select(Request)).one()
         assert (failed.error_code, failed.error_param) == ("invalid_value", field)
@@ -379,7 +379,7 @@ def test_a_token_id_beyond_the_vocabulary_fails_its_request_by_name(database: Da
 @pytest.mark.parametrize("ignore_eos", [False, True])
 def test_a_stop_token_ends_a_text_as_an_end_of_sequence_does(database: Database, ignore_eos: bool) -> None:
     submit(database, "one", stop_token_ids=[ord("d")], ignore_eos=ignore_eos)
-    Worker(database, "a").run()
+    Worker(database, "a", interval_s=AT_END).run()
     with database.read() as session:
         output = session.scalars(select(ChoiceOutput)).one()
         assert (output.finish_reason, output.token_ids[-1]) == ("stop", ord("d"))
@@ -409,7 +409,7 @@ def test_a_released_request_is_continued_without_counting_an_attempt(database: D
         request = session.scalars(select(Request)).one()
         assert (request.status, request.attempts) == ("queued", 0)
         assert list(session.scalars(select(Partial)))
-    Worker(database, "b").run()
+    Worker(database, "b", interval_s=AT_END).run()
     assert len(texts(database)[0, 0]) == MAX_TOKENS
 
 
@@ -524,7 +524,7 @@ def test_a_request_that_fails_alone_ends_in_an_error_row_and_the_others_complete
             raise RuntimeError("out of memory")
         return words(prefix)
 
-    submit(database, "one", "two", "three!", "four", "five", n=n)
+    submit(database, "one", "two", "three!", "four", "five", n=n, max_tokens=30)
     worker = Worker(database, "a", broken)
     worker.run()
     assert set(texts(database)) == {(index, choice) for index in (0, 1, 3, 4) for choice in range(n)}

@@ -107,7 +107,7 @@ def test_plain_steps_have_as_many_sequences_as_those_with_drafts(
         session.execute(
             text("UPDATE requests SET body = json_set(body, '$.sampling.stop', json('[]')) WHERE request_index < 2")
         )
-    Worker(database, "a", max_sequences=8).run(4_000)
+    Worker(database, "a", max_sequences=8, interval_s=AT_END).run(4_000)
     batch = 3
     for is_plain, sequences in taken:
         assert sequences <= batch or not is_plain
@@ -175,7 +175,7 @@ def test_new_requests_preempt_a_speedup_check(database: Database) -> None:
 
 def test_an_engine_with_one_slot_decodes_one_variant_after_the_other(database: Database) -> None:
     submit(database, "one", "two", compare_plain=2)
-    Worker(database, "a", max_sequences=1).run(2_000)
+    Worker(database, "a", max_sequences=1, interval_s=AT_END).run(2_000)
     assert [row.same_text for row in compared(database)] == [True, True]
 
 

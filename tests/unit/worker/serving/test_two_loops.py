@@ -9,7 +9,7 @@ from sqlalchemy import func, select, text
 
 from storage.models import ChoiceOutput, DecodeStep, Request
 from storage.session import Database
-from tests.unit.worker.serving.test_runner import Worker, lapse_leases, submit, texts
+from tests.unit.worker.serving.test_runner import AT_END, Worker, lapse_leases, submit, texts
 from worker.serving import engine_loop
 
 PROMPTS = ("the cat and the dog the cat and the dog ", "two")
@@ -52,7 +52,7 @@ def test_a_stop_string_that_is_found_late_cuts_the_output_as_if_it_had_been_foun
     database: Database, stop: list[str]
 ) -> None:
     submit(database, *PROMPTS, job_id="in_time", max_tokens=60, stop=stop)
-    Worker(database, "a").run()
+    Worker(database, "a", interval_s=AT_END).run()
     submit(database, *PROMPTS, job_id="late", max_tokens=60, stop=stop)
     run_ahead(Worker(database, "b"), steps=7)
 
@@ -67,7 +67,7 @@ def test_an_engine_whose_reports_are_not_read_holds_back_and_goes_on_when_they_a
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     submit(database, *PROMPTS, job_id="read", max_tokens=100)
-    Worker(database, "a").run()
+    Worker(database, "a", interval_s=AT_END).run()
     monkeypatch.setattr(engine_loop, "MAX_UNREAD_REPORTS", 20)
     submit(database, *PROMPTS, job_id="unread", max_tokens=100)
     worker = Worker(database, "b")
@@ -117,7 +117,7 @@ def test_leases_are_not_renewed_and_nothing_is_claimed_while_the_engine_does_not
 
 def test_results_of_a_lost_lease_are_not_those_of_the_next_claim(database: Database) -> None:
     submit(database, "one", max_tokens=30)
-    Worker(database, "undisturbed").run()
+    Worker(database, "undisturbed", interval_s=AT_END).run()
     expected = texts(database)
     with database.write() as session:
         session.execute(text("DELETE FROM outputs"))
