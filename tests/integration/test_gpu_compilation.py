@@ -1,4 +1,4 @@
-"""The kernels of draws compile for a GPU, without one: Triton's interpreter accepts what its compiler refuses."""
+"""Kernels of draws and products compile for a GPU, without one: Triton's interpreter accepts what its compiler refuses."""
 
 from __future__ import annotations
 
@@ -33,10 +33,36 @@ for name in ("_adjust_rows", "_find_maxima", "_sum_masses", "_draw_rows"):
 """
 
 
+PRODUCTS = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from worker.engine.gpu.kernels import _multiply_tile as kernel
+
+tile = {"ROWS": 16, "COLUMNS": 32, "INPUTS": 64, "EVEN": True, "BIASED": False, "FP8": True}
+for capability, blocks in ((80, True), (90, False)):  # without and with instructions for FP8
+    sizes = tile | {"BLOCKS": blocks, "SPAN": 128 if blocks else 64, "GATED": blocks}
+    types = dict.fromkeys(("rows", "columns", "inputs", "share"), "i32") | {"scale": "*fp32"}
+    types["weight"] = "*u8"
+    signature = {arg: "constexpr" if arg in sizes else types.get(arg, "*bf16") for arg in kernel.arg_names}
+    constants = {(kernel.arg_names.index(arg),): sizes[arg] for arg in kernel.arg_names if arg in sizes}
+    compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32))
+    print(capability)
+"""
+
+
 def test_kernels_of_draws_compile_for_a_gpu_without_contraction() -> None:
+    assert len(printed_by(SCRIPT)) == 4
+
+
+def test_products_with_fp8_weights_compile_for_gpus_with_and_without_instructions_for_them() -> None:
+    assert printed_by(PRODUCTS) == ["80", "90"]
+
+
+def printed_by(script: str) -> list[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.split()) == 4
+    return done.stdout.split()

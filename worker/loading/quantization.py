@@ -8,7 +8,9 @@ import torch
 from transformers import PreTrainedModel
 
 from jobs.errors import SetupError
+from worker.engine.cpu.fused_layers import are_known
 from worker.engine.model.backend import kernels_for
+from worker.engine.paged.attention import gpu_kernels_for
 from worker.engine.quantization.weights import QuantizationMethod, quantization_method
 from worker.settings import WorkerSettings
 
@@ -44,7 +46,9 @@ def refuse_unpacked(model: PreTrainedModel, name: str) -> None:
         runs = kernels_for(model) is not None
         needed = "the compiled CPU kernels, which need gcc and attention heads of a multiple of 32"
     else:
-        runs, needed = False, "a CPU in this version"
+        layers = getattr(getattr(model, "model", None), "layers", None)
+        runs = gpu_kernels_for(model.device) is not None and layers is not None and are_known(layers)
+        needed = "fused layers, which are made for Llama, Mistral, Qwen2 and Qwen3"
     if not runs:
         raise SetupError(
             f"{name} with {method} weights needs {needed}; choose the model in bfloat16 and leave BASIC_QUANTIZATION "

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from worker.engine.cpu.fused_layers import LayerStack, are_known, window_of
 from worker.engine.paged.attention import PagedAttentionPlan
+from worker.engine.quantization.weights import QuantizedWeight, quantized_weights
+
+Weight = Tensor | QuantizedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,15 +22,23 @@ class _Weights:
     """The weights of one layer, stacked where they have the same input."""
 
     before: Tensor  # [width] norm before attention
-    qkv: Tensor  # [(heads + 2 kv_heads) * dim, width]
+    qkv: Weight  # [(heads + 2 kv_heads) * dim, width]
     qkv_bias: Tensor | None
     head_norms: tuple[Tensor, Tensor] | None  # [dim] norms of queries and keys
-    o: Tensor
+    o: Weight
     o_bias: Tensor | None
     after: Tensor  # [width] norm after attention
-    gate_up: Tensor  # [2 * inner, width]
-    down: Tensor  # [width, inner]
+    gate_up: Weight  # [2 * inner, width]
+    down: Weight  # [width, inner]
     window: int | None
+
+    def stored(self) -> Iterator[Tensor]:
+        """Yield the tensors that the layer keeps in memory."""
+        for part in (*(getattr(self, field.name) for field in fields(self)), *(self.head_norms or ())):
+            if isinstance(part, QuantizedWeight):
+                yield from (part.values, part.scale)
+            elif isinstance(part, Tensor):
+                yield part
 
 
 class GpuLayers(LayerStack):
@@ -50,6 +61,10 @@ class GpuLayers(LayerStack):
     def tap(self, layers: Sequence[int]) -> None:
         """Write the outputs of these layers to `plan.tapped` [n, taps, width] in every forward."""
         self._taps = list(layers)
+
+    def stored(self) -> list[Tensor]:
+        """Return the tensors that the layers keep in memory."""
+        return [self._last, *(part for layer in self._layers for part in layer.stored())]
 
     def forward(
         self,
@@ -94,13 +109,20 @@ class GpuLinear(nn.Module):
     def __init__(self, linear: nn.Linear, kernels: ModuleType) -> None:
         super().__init__()
         self._kernels = kernels
-        self.weight, self._bias = linear.weight, linear.bias
+        self._stored, self._bias = _stacked([linear]), linear.bias
+        # For models that read the shape or dtype of their weights.
+        self.weight = linear.weight.to("meta") if isinstance(self._stored, QuantizedWeight) else linear.weight
         self.out_features, self.in_features = linear.weight.shape
+
+    def stored(self) -> list[Tensor]:
+        """Return the tensors that the layer keeps in memory."""
+        weight = self._stored
+        return [weight.values, weight.scale] if isinstance(weight, QuantizedWeight) else [weight]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x @ weight.T + bias` in float32 for `x` [..., in]."""
         rows = x.reshape(-1, self.in_features).contiguous()
-        out: Tensor = self._kernels.multiply(rows, self.weight, self._bias, floats=True)
+        out: Tensor = self._kernels.multiply(rows, self._stored, self._bias, floats=True)
         return out.view(*x.shape[:-1], -1)
 
 
@@ -129,13 +151,25 @@ def _weights(layer: Any) -> _Weights:
     norms: list[Any] = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     return _Weights(
         before=layer.input_layernorm.weight.detach(),
-        qkv=torch.cat([projection.weight for projection in projections]),
+        qkv=_stacked(projections),
         qkv_bias=None if projections[0].bias is None else torch.cat([part.bias for part in projections]),
         head_norms=None if norms[0] is None else (norms[0].weight.detach(), norms[1].weight.detach()),
-        o=attention.o_proj.weight.detach(),
+        o=_stacked([attention.o_proj]),
         o_bias=None if attention.o_proj.bias is None else attention.o_proj.bias.detach(),
         after=layer.post_attention_layernorm.weight.detach(),
-        gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]),
-        down=mlp.down_proj.weight.detach(),
+        gate_up=_stacked([mlp.gate_proj, mlp.up_proj]),
+        down=_stacked([mlp.down_proj]),
         window=window_of(attention),
     )
+
+
+def _stacked(layers: Sequence[nn.Linear]) -> Weight:
+    """Return the weights of layers with the same input, one below the other; those in FP8 as they are."""
+    device = layers[0].weight.device
+    found = quantized_weights(layers)
+    if found is not None:
+        values = torch.cat([weight.values.view(torch.uint8) for weight in found]).view(found[0].values.dtype)
+        return QuantizedWeight(values.to(device), torch.cat([weight.scale for weight in found], 1).to(device))
+    if len(layers) == 1:
+        return layers[0].weight.detach()
+    return torch.cat([layer.weight for layer in layers])

@@ -14,6 +14,10 @@ from worker.engine.paged import work
 from worker.engine.paged.kv import PagedKv
 from worker.engine.paged.rows import TILE_QUERIES, PagedRows, Shape, tile_rows
 from worker.engine.paged.work import ROW_SHIFT
+from worker.engine.quantization.weights import BLOCK as SCALE_BLOCK
+from worker.engine.quantization.weights import QuantizedWeight
+
+GpuWeight = Tensor | QuantizedWeight
 
 _ENTRIES = 64  # KV entries of a chunk that are loaded at once
 _MIN_TILE = 16  # minimum rows, columns or inputs of a tensor core instruction
@@ -55,15 +59,29 @@ def _norm_rows(x, parts, weight, total, out, rows, width, eps, PARTS: tl.constex
     tl.store(out + row + at, scale * wide.to(scale.dtype), mask=inside)
 
 
+@triton.jit
+def _load_weights(at, mask, dtype: tl.constexpr, FP8: tl.constexpr):
+    """Load weights; decode FP8 (e4m3) exactly, to 2^-8 times the value.
+
+    Its bits are those of a float16 then. So every GPU gives the same bits, with or without instructions for FP8.
+    """
+    values = tl.load(at, mask=mask, other=0)
+    if FP8:
+        bits = values.to(tl.uint16)
+        values = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True).to(dtype)
+    return values
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _multiply_tile(
-    x, weight, bias, out, rows, columns, inputs, share,
-    BIASED: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr,
+    x, weight, scale, bias, out, rows, columns, inputs, share,
+    BIASED: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, FP8: tl.constexpr, BLOCKS: tl.constexpr,
+    SPAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
     """Write one tile of x @ weight.T, or of silu(x @ gate.T) * (x @ up.T), where `weight` stacks gate and up.
 
-    Each part of a split product sums over `share` inputs.
+    Each part of a split product sums over `share` inputs. FP8 weights have a `scale` for each column, or with BLOCKS
+    for each SPAN inputs of a column: [inputs / SPAN, columns].
     """
     # Tiles of the same columns run next to each other, so that their weights are read from memory once.
     row_tiles = tl.cdiv(rows, ROWS)
@@ -77,14 +95,37 @@ def _multiply_tile(
     ups = ws + columns.to(tl.int64) * inputs
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     other = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(part * share, tl.minimum((part + 1) * share, inputs), INPUTS):
-        x_mask, w_mask = real_rows[:, None], real_columns[None, :]
-        if not EVEN:
-            x_mask, w_mask = x_mask & (k[None, :] < inputs - start), w_mask & (k[:, None] < inputs - start)
-        some = tl.load(xs + start, mask=x_mask, other=0.0)
-        total = tl.dot(some, tl.load(ws + start, mask=w_mask, other=0.0), total, input_precision="ieee")
+    all_columns = columns
+    if GATED:
+        all_columns = 2 * columns
+    block_total, block_other = total, other
+    for first in range(part * share, tl.minimum((part + 1) * share, inputs), SPAN):
+        for step in tl.static_range(0, SPAN, INPUTS):
+            start = first + step
+            x_mask, w_mask = real_rows[:, None], real_columns[None, :]
+            if not EVEN:
+                x_mask, w_mask = x_mask & (k[None, :] < inputs - start), w_mask & (k[:, None] < inputs - start)
+            some = tl.load(xs + start, mask=x_mask, other=0.0)
+            weights = _load_weights(ws + start, w_mask, some.dtype, FP8)
+            total = tl.dot(some, weights, total, input_precision="ieee")
+            if GATED:
+                weights = _load_weights(ups + start, w_mask, some.dtype, FP8)
+                other = tl.dot(some, weights, other, input_precision="ieee")
+        if BLOCKS:
+            scales = scale + first // SPAN * all_columns + c
+            block_total += total * tl.load(scales, mask=real_columns, other=0.0)[None, :]
+            total = tl.zeros((ROWS, COLUMNS), tl.float32)
+            if GATED:
+                block_other += other * tl.load(scales + columns, mask=real_columns, other=0.0)[None, :]
+                other = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if BLOCKS:
+        total, other = block_total, block_other
+    elif FP8:
+        total *= tl.load(scale + c, mask=real_columns, other=0.0)[None, :]
         if GATED:
-            other = tl.dot(some, tl.load(ups + start, mask=w_mask, other=0.0), other, input_precision="ieee")
+            other *= tl.load(scale + columns + c, mask=real_columns, other=0.0)[None, :]
+    if FP8:
+        total, other = total * 256.0, other * 256.0
     if BIASED and part == 0:
         total += tl.load(bias + c, mask=real_columns, other=0.0).to(tl.float32)[None, :]
     if GATED:
@@ -310,40 +351,48 @@ def norm(x: Tensor, parts: Tensor | None, weight: Tensor, eps: float) -> tuple[T
 
 
 def multiply(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gated: bool = False, floats: bool = False
+    x: Tensor, weight: GpuWeight, bias: Tensor | None = None, *, gated: bool = False, floats: bool = False
 ) -> Tensor:
-    """Return x @ weight.T + bias for `x` [n, in] and `weight` [out, in]; float32 if `floats`.
+    """Return x @ weight.T + bias for `x` [n, in] and `weight` [out, in], which may be FP8; float32 if `floats`.
 
     With `gated` the first half of the weights is a gate: silu(x @ gate.T) * (x @ up.T) [n, out / 2].
     """
-    columns = len(weight) // 2 if gated else len(weight)
+    columns = len(_values(weight)) // 2 if gated else len(_values(weight))
     out = torch.empty(len(x), columns, dtype=torch.float32 if floats else x.dtype, device=x.device)
     _multiply(x, weight, bias, out, columns, 1, gated)
     return out
 
 
-def multiply_apart(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def multiply_apart(x: Tensor, weight: GpuWeight, bias: Tensor | None = None) -> Tensor:
     """Return float32 parts [parts, n, out] that sum to x @ weight.T + bias.
 
     Few columns make few tiles. Splitting the inputs too keeps all of a GPU busy.
     """
-    columns, inputs = weight.shape
+    columns, inputs = _values(weight).shape
     parts = _parts(columns, inputs)
     out = torch.empty(parts, len(x), columns, dtype=torch.float32, device=x.device)
     _multiply(x, weight, bias, out, columns, parts, gated=False)
     return out
 
 
+def _values(weight: GpuWeight) -> Tensor:
+    return weight.values if isinstance(weight, QuantizedWeight) else weight
+
+
 def _multiply(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, columns: int, parts: int, gated: bool
+    x: Tensor, weight: GpuWeight, bias: Tensor | None, out: Tensor, columns: int, parts: int, gated: bool
 ) -> None:
     n, inputs = x.shape
     tile = _tile(n, inputs, x.dtype, gated)
+    fp8 = isinstance(weight, QuantizedWeight)
+    blocks = isinstance(weight, QuantizedWeight) and weight.has_blocks
+    span = SCALE_BLOCK if blocks else tile["INPUTS"]
     grid = (triton.cdiv(n, tile["ROWS"]) * triton.cdiv(columns, tile["COLUMNS"]), parts)
     share = triton.cdiv(triton.cdiv(inputs, _INPUTS), parts) * _INPUTS
     _multiply_tile[grid](
-        x, weight, bias, out, n, columns, inputs, share,
-        BIASED=bias is not None, GATED=gated, EVEN=inputs % tile["INPUTS"] == 0, **tile,
+        x, _values(weight).view(torch.uint8) if fp8 else weight, weight.scale if fp8 else None, bias, out,
+        n, columns, inputs, share,
+        BIASED=bias is not None, GATED=gated, EVEN=inputs % span == 0, FP8=fp8, BLOCKS=blocks, SPAN=span, **tile,
     )  # fmt: skip
 
 

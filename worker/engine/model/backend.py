@@ -14,7 +14,7 @@ from worker.engine.cpu.fused_layers import FusedLayers, fuse
 from worker.engine.cpu.kernels import Kernels, kernels
 from worker.engine.cpu.kv import CpuKv
 from worker.engine.cpu.packed_linear import PackedLinear, pack
-from worker.engine.gpu.fused_layers import fuse_on_gpu
+from worker.engine.gpu.fused_layers import GpuLayers, GpuLinear, fuse_on_gpu
 from worker.engine.kv.dense import DenseKv
 from worker.engine.kv.store import KvStore
 from worker.engine.model.architecture import head_dim_of, kv_heads_of, ranks_of
@@ -25,6 +25,7 @@ from worker.engine.paged.kv import PagedKv
 from worker.engine.paged.shape_buckets import BucketedForward, Run
 from worker.engine.segments import Segment
 
+_FUSED = (PackedLinear, FusedLayers, GpuLayers, GpuLinear)
 _CPU_BLOCK = 16  # KV entries of a block on a CPU: small enough that the short texts of tests fill several
 
 
@@ -87,7 +88,7 @@ def stored_bytes(model: PreTrainedModel) -> dict[str, int]:
     counts: Counter[str] = Counter()
     seen: set[int] = set()
     for module in model.modules():
-        own = module.stored() if isinstance(module, PackedLinear | FusedLayers) else module.parameters(recurse=False)
+        own = module.stored() if isinstance(module, _FUSED) else module.parameters(recurse=False)
         for tensor in own:
             if tensor.data_ptr() not in seen:
                 seen.add(tensor.data_ptr())
