@@ -1,4 +1,4 @@
-"""Kernels of draws and products compile for a GPU, without one: Triton's interpreter accepts what its compiler refuses."""
+"""Kernels of draws and products compile for a GPU, without one: the interpreter accepts what the compiler refuses."""
 
 from __future__ import annotations
 
