@@ -1,8 +1,8 @@
 """Block drafter: one forward a step gives tables for all depths of a tree; its layers only look them up.
 
 The tables of a tree are base logits [depth, n] over the tokens that it can propose, and gates [depth, 2 * rank] of the
-path head (`block_network`). A node's logits are the base logits of its depth plus the path head's product. All of them
-are float32.
+path head (`block_network`). A node's logits are the base logits of its depth plus the path head's product
+(`block_paths`). All of them are float32.
 """
 
 from __future__ import annotations
@@ -11,73 +11,22 @@ from functools import cache, lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from worker.drafters.block_network import BlockNetwork, gated
-from worker.drafters.candidates import best_children
+from worker.drafters.block_network import BlockNetwork
+from worker.drafters.block_paths import CompiledPaths, PathTables, make_paths
+from worker.drafters.candidates import MAX_CHILDREN, best_children
 from worker.drafters.eagle3_network import Eagle3Network
-from worker.drafters.head import HeadDrafter, PackedHead, fixed_linear, indices_of
+from worker.drafters.head import HeadDrafter, PackedHead
 from worker.drafters.head_network import HeadNetwork
 from worker.drafters.kv_tracker import by_slot
-from worker.engine.cpu.kernels import Kernels
-from worker.engine.cpu.packed_linear import PackedLinear
+from worker.engine.host.sources import CompiledSource
 from worker.engine.kv.hidden_states import HiddenStates
 from worker.engine.quantization.weights import QuantizationMethod
 from worker.engine.segments import BoolArray, IntArray, Segment
 from worker.engine.speculation.draft_tree import Candidates, Forest
 
 _MAX_CHAIN = 16  # committed tokens in the forward of a block; more are fed before, without a mask
-
-
-class PathTables:
-    """The path head, with its products with the target's embeddings and output weights. Paths are float32."""
-
-    @torch.inference_mode()
-    def __init__(self, network: BlockNetwork, embedding: Tensor, output: Tensor, tokens: Tensor) -> None:
-        """Multiply the weights out for the `tokens` [n] that can be proposed; `output` [n, width] are theirs."""
-        weights = (getattr(network.path, name).weight.detach() for name in ("state", "token", "before", "out"))
-        state, self._token, self._before, out = (weight.to(embedding.device, torch.float32) for weight in weights)
-        self.rank = self._before.shape[1]
-        self._state: nn.Module = fixed_linear(state.to(embedding.dtype))
-        self._out: nn.Module = fixed_linear((output.float() @ out).to(embedding.dtype))  # [n, rank]
-        self._unit_eps = network.shape.eps
-        self._embedding = embedding
-        self._row = np.full(len(embedding), -1)  # in `_tokens`, by id; -1: not among the tokens
-        self._row[tokens.cpu().numpy()] = np.arange(len(tokens))
-        self._tokens = self._of_ids(tokens)  # [n, 2 * rank]
-
-    def pack(self, kernels: Kernels) -> None:
-        """Multiply with compiled kernels from now on."""
-        for name in ("_state", "_out"):
-            setattr(self, name, PackedLinear([getattr(self, name)], kernels, floats=True))
-
-    def gates(self, states: Tensor) -> Tensor:
-        """Return what the path head reads of a row's output: [..., 2 * rank] from [..., width]."""
-        gates: Tensor = self._state(states).float()
-        return gates
-
-    def advance(self, gates: Tensor, ids: IntArray, before: Tensor) -> Tensor:
-        """Return the paths [nodes, rank] that end in nodes with these tokens: see `PathHead.advance`."""
-        return gated(torch.addmm(gates + self._of_tokens(ids), before, self._before.T))
-
-    def logits(self, paths: Tensor) -> Tensor:
-        """Return what paths [nodes, rank] add to the logits [nodes, n]."""
-        added: Tensor = self._out(paths.to(self._embedding.dtype)).float()
-        return added
-
-    def _of_tokens(self, ids: IntArray) -> Tensor:
-        rows = self._row[ids]
-        known = self._tokens.index_select(0, torch.from_numpy(rows.clip(0)).to(self._tokens.device))
-        if (rows < 0).any():  # of another drafter, or forced by a grammar
-            at = torch.from_numpy(np.flatnonzero(rows < 0)).to(known.device)
-            known[at] = self._of_ids(torch.from_numpy(ids[rows < 0]).to(known.device))
-        return known
-
-    def _of_ids(self, ids: Tensor) -> Tensor:
-        embedded = self._embedding[ids].float()
-        scale = torch.rsqrt(embedded.square().mean(-1, keepdim=True) + self._unit_eps)
-        entries: Tensor = (embedded * scale) @ self._token.T
-        return entries
 
 
 class PackedBlock(PackedHead):
@@ -98,7 +47,7 @@ class PackedBlock(PackedHead):
     ) -> None:
         """Wrap a network, which is changed in place; the parameters are those of `PackedHead`."""
         self.depth = network.shape.depth
-        self.paths = PathTables(network, embedding, output, tokens)
+        self.paths = PathTables(network, embedding, output, tokens)  # looked up below the roots
         moved = network.offsets.detach().to(embedding.device, embedding.dtype)
         self.offsets = torch.cat([moved.new_zeros(1, moved.shape[1]), moved])  # [depth, width]; none for the root
         del network.path, network.offsets
@@ -125,17 +74,22 @@ class PackedBlock(PackedHead):
 
 
 class BlockDrafter(HeadDrafter):
-    """A `Drafter` that runs its network once a step."""
+    """A `Drafter` that runs its network once a step. At temperature 0 on a CPU it is a `CompiledDrafter`."""
 
     _head: PackedBlock
 
     def __init__(self, block: PackedBlock, hidden: HiddenStates, name: str) -> None:
         """Use a network with the slot numbers of the target, whose hidden states are in `hidden`."""
         super().__init__(block, hidden, name)
-        self._block_of: IntArray = np.empty(0, np.int64)  # index of each tree's tables; -1: none
-        self._base = torch.empty(0)  # [trees * depth, n]
-        self._gates = torch.empty(0)  # [trees * depth, 2 * rank]
-        self._paths = torch.empty(0)  # [parents, rank]
+        self._paths = make_paths(block.paths, min(MAX_CHILDREN, len(block.tokens)))
+
+    def source(self, forest: Forest, roots: IntArray) -> CompiledSource | None:
+        """Run the network and return where C finds what `expand` would offer; None where noise or biases decide too."""
+        sequences = forest.parameters[forest.tree[roots]]
+        if not isinstance(self._paths, CompiledPaths) or forest.sampled.any() or sequences["adjusted"].any():
+            return None
+        self._run(forest, roots)
+        return self._paths
 
     @torch.inference_mode()
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
@@ -146,9 +100,8 @@ class BlockDrafter(HeadDrafter):
         nodes = frontier[known]
         if not len(nodes):
             return Candidates(np.zeros((len(frontier), 1), np.int64), np.zeros((len(frontier), 1)))
-        ids, scores = best_children(
-            forest, nodes, self._logits(forest, nodes), self._head.tokens, self._head.vocabulary
-        )
+        logits = self._paths.logits(forest, nodes)
+        ids, scores = best_children(forest, nodes, logits, self._head.tokens, self._head.vocabulary)
         if len(nodes) == len(frontier):
             return Candidates(ids, scores)
         tokens = np.zeros((len(frontier), ids.shape[1]), ids.dtype)
@@ -164,28 +117,15 @@ class BlockDrafter(HeadDrafter):
         trees = forest.tree[roots][np.concatenate(by_slot(forest, roots))]
         sequences = [forest.sequences[tree] for tree in trees.tolist()]
         chains = self._slots.catch_up(sequences, self._feed, self._head.copy_prefix, _MAX_CHAIN)
-        self._base = torch.empty(0)  # the network may write the next logits into its memory
+        self._paths.begin(
+            torch.empty(0), torch.empty(0), trees
+        )  # the network may write into the memory of the last ones
         depth = self._head.depth
         states = self._head.with_block(self._before(chains), tuple(len(one.ids) for one in chains))
         logits, outputs = self._head.forward([_with_block(one, depth) for one in chains], states)
-        self._block_of = np.full(len(forest.sequences), -1)
-        self._block_of[trees] = np.arange(len(trees))
-        self._base, self._gates = logits.float(), self._head.paths.gates(outputs)
-
-    def _logits(self, forest: Forest, nodes: IntArray) -> Tensor:
-        """Return the logits [nodes, n] below the nodes of a layer, and keep their paths for the next one."""
-        depth, device = forest.depth[nodes], self._base.device
-        at = torch.from_numpy(self._block_of[forest.tree[nodes]] * self._head.depth + depth).to(device)
-        logits = self._base.index_select(0, at)
-        if depth[0]:
-            parents = torch.from_numpy(indices_of(forest.parent[nodes], self._parents)).to(device)
-            before, gates = self._paths.index_select(0, parents), self._gates.index_select(0, at)
-            self._paths = self._head.paths.advance(gates, forest.token[nodes], before)
-            logits += self._head.paths.logits(self._paths)
-        else:
-            self._paths = logits.new_zeros(len(nodes), self._head.paths.rank)
-        self._parents = nodes
-        return logits
+        block_of = np.full(len(forest.sequences), -1)
+        block_of[trees] = np.arange(len(trees))
+        self._paths.begin(logits.float(), self._head.paths.gates(outputs), block_of)
 
 
 def _with_block(chain: Segment, depth: int) -> Segment:

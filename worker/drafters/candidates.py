@@ -16,7 +16,7 @@ from worker.engine.segments import IntArray
 from worker.engine.speculation.draft_tree import Forest
 from worker.engine.speculation.tree_masks import TreeMasks
 
-_WIDTH = 8  # max children per node: more are rarely drawn, and cost time in every layer
+MAX_CHILDREN = 8  # of a node: more are rarely drawn, and cost time in every layer
 
 
 @torch.inference_mode()
@@ -36,7 +36,7 @@ def best_children(
         parameters = forest.parameters[trees[sampled]]
         positions = forest.lengths[trees[sampled]] + forest.depth[nodes[sampled]]
         scores[sampled] = gumbel_scores(process(scores[sampled], parameters), parameters, positions, tokens)
-    indices, probabilities = topk(scores, min(_WIDTH, scores.shape[1]))
+    indices, probabilities = topk(scores, min(MAX_CHILDREN, scores.shape[1]))
     return tokens[indices].cpu().numpy(), probabilities.cpu().numpy()
 
 

@@ -135,3 +135,10 @@ def native_sampler(device: torch.device) -> NativeSampler | None:
     folder = Path(__file__).parent
     compiled, drafts = library(folder / "native.c", *EXACT), library(folder / "drafts.c")
     return None if compiled is None or drafts is None else NativeSampler(compiled, drafts)
+
+
+@cache
+def topk_function(device: torch.device) -> int | None:
+    """Return the address of `topk_rows` of drafts.c, for other compiled code; None where it doesn't run."""
+    drafts = library(Path(__file__).with_name("drafts.c")) if device.type == "cpu" else None
+    return None if drafts is None else ctypes.cast(drafts.topk_rows, ctypes.c_void_p).value

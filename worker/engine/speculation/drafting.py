@@ -46,10 +46,11 @@ FIRST, SECOND, BOTH = 0, 1, 2  # sources of candidates of a drafter of two parts
 class CompiledDrafter(Protocol):
     """A drafter whose candidates compiled code can find: the trees of a step grow in one call."""
 
-    def source(self, forest: Forest, roots: IntArray) -> CompiledSource:
+    def source(self, forest: Forest, roots: IntArray) -> CompiledSource | None:
         """Return where this step's candidates are: called once, before trees grow below `roots`.
 
-        They are those that `expand` would offer. A network that foresees all layers runs here.
+        They are those that `expand` would offer. A network that foresees all layers runs here. None: compiled code
+        can't find those of this step, so `expand` is asked layer by layer.
         """
 
 
@@ -210,8 +211,9 @@ def grow_compiled(
     emittable = Emittable(*forest.columns.end_keys, forest.remaining)
     if not growth.begin(forest, roots, emittable, correction, budget.rules()):
         return Growth([], [], _NONE)
-    waiting = [index for index, part in enumerate(parts.compiled) if part is None]
-    growth.use([part and part.source(forest, growth.frontier) for part in parts.compiled], parts.label)
+    sources = [None if part is None else part.source(forest, growth.frontier) for part in parts.compiled]
+    waiting = [index for index, source in enumerate(sources) if source is None]
+    growth.use(sources, parts.label)
     if not waiting:
         growth.grow(forest, max_depth)
     for _ in range(max_depth if waiting else 0):

@@ -16,10 +16,11 @@ from tests.unit.worker.engine.grammar.grammars import OBJECT, WIDTH, bound_by, c
 from tests.unit.worker.engine.harness import FLAT_COSTS, decode, engine, options, outputs, resumed_after, sequences
 from worker.drafters.block import BlockDrafter
 from worker.drafters.block_network import BlockNetwork
+from worker.drafters.block_paths import CompiledPaths, PathTables, TorchPaths, make_paths
 from worker.drafters.mixed import MixedDrafter
 from worker.drafters.suffix.drafter import SuffixDrafter
 from worker.engine.engine import Engine
-from worker.engine.model.loading import output_weights
+from worker.engine.model.loading import embeddings, output_weights
 from worker.engine.options import Mode
 from worker.engine.sampling.parameters import Sampling
 from worker.engine.segments import Segment, chain
@@ -58,8 +59,38 @@ def test_a_tree_has_the_logits_that_training_saw(layers: int, cpu_kernels: bool,
     drafter._run(forest, forest.roots)
     node = forest.roots
     for depth in range(block.depth):
-        torch.testing.assert_close(drafter._logits(forest, node)[0], wanted[depth], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(drafter._paths.logits(forest, node)[0], wanted[depth], rtol=1e-3, atol=1e-3)
         node = forest.add_layer(node, Candidates(np.array([[IDS[ROOT + 1 + depth]]]), np.ones((1, 1))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_lookups_are_those_of_torch(dtype: torch.dtype) -> None:
+    model = tiny("llama")
+    net = block_network(model)
+    tables = PathTables(net, embeddings(model).to(dtype), output_weights(model)[TOKENS].to(dtype), TOKENS)
+    torch.manual_seed(1)
+    both = [TorchPaths(tables), make_paths(tables, 8)]
+    assert isinstance(both[1], CompiledPaths)
+    base, gates = torch.randn(2 * tables.depth, len(TOKENS)), torch.randn(2 * tables.depth, 2 * tables.rank)
+    forest = Forest(sequences()[:3])
+    for paths in both:
+        paths.begin(base, gates, np.array([1, -1, 0]))
+    nodes = np.array([0, 2])
+    for _ in range(tables.depth):
+        looked_up, wanted = (paths.logits(forest, nodes) for paths in both)
+        torch.testing.assert_close(looked_up, wanted, rtol=2e-2, atol=2e-2 if dtype is torch.bfloat16 else 1e-4)
+        nodes = forest.add_layer(nodes, Candidates(np.tile([4, 7, 60], (len(nodes), 1)), np.full((len(nodes), 3), 0.5)))
+        nodes = np.roll(nodes, 1)  # any order will do
+
+
+def test_compiled_growth_gets_what_a_layer_offers() -> None:
+    both = [with_block(tiny("llama")) for _ in range(2)]
+    drafter = both[0][1]
+    both[1][1].source = lambda *_: None  # type: ignore[method-assign]
+    steps = [decode(engine(*one, options(Mode.PAPER)), sequences()) for one in both]
+    compiled, layered = ([(r.stats.tree_nodes, r.stats.accepted_tokens) for r in one] for one in steps)
+    assert compiled == layered
+    assert drafter.source(Forest(sequences(sampling=Sampling(temperature=0.5))), np.arange(1)) is None
 
 
 def test_a_step_takes_one_forward_whatever_its_depth() -> None:
@@ -115,7 +146,7 @@ def test_a_path_may_hold_tokens_that_the_drafter_does_not_propose() -> None:
     tables = packed_block(model, net).paths
     ids = np.array([int(TOKENS[3]), int(TOKENS[3]) + 1])
     units = net.unit(model.get_input_embeddings()(torch.from_numpy(ids)))
-    torch.testing.assert_close(tables._of_tokens(ids), units.detach() @ tables._token.T)
+    torch.testing.assert_close(tables.read(ids), units.detach() @ tables.token.T)
 
 
 @pytest.mark.parametrize("layers", [1, 2])

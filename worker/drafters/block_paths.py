@@ -1,0 +1,178 @@
+"""The logits below the nodes of trees, from the tables of a block drafter: in C on a CPU, else in torch."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+from weakref import finalize
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from worker.drafters.block_network import BlockNetwork, gated
+from worker.drafters.head import fixed_linear, indices_of
+from worker.engine import host
+from worker.engine.cpu.compiler import library
+from worker.engine.cpu.kernels import Kernels, address, bound, members
+from worker.engine.cpu.packed_linear import PackedLinear
+from worker.engine.sampling.native import topk_function
+from worker.engine.segments import IntArray
+from worker.engine.speculation.draft_tree import Forest
+
+_SIZE, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
+
+
+class PathTables:
+    """The path head, with its products with the target's embeddings and output weights."""
+
+    @torch.inference_mode()
+    def __init__(self, network: BlockNetwork, embedding: Tensor, output: Tensor, tokens: Tensor) -> None:
+        """Multiply the weights out for the `tokens` [n] that can be proposed; `output` [n, width] are theirs."""
+        weights = (getattr(network.path, name).weight.detach() for name in ("state", "token", "before", "out"))
+        state, self.token, self.before, out = (weight.to(embedding.device, torch.float32) for weight in weights)
+        self.depth, self.rank, self.eps = network.shape.depth, network.shape.rank, network.shape.eps
+        self.state: nn.Module = fixed_linear(state.to(embedding.dtype))
+        self.out = fixed_linear((output.float() @ out).to(embedding.dtype))  # [n, rank]
+        self.embedding, self.ids = embedding, tokens
+        self.row = np.full(len(embedding), -1)  # in `tokens`, by id; -1: not among them
+        self.row[tokens.cpu().numpy()] = np.arange(len(tokens))
+        self.tokens = self._of_ids(tokens)  # [n, 2 * rank]
+
+    def pack(self, kernels: Kernels) -> None:
+        """Read rows with compiled kernels from now on."""
+        assert isinstance(self.state, nn.Linear)
+        self.state = PackedLinear([self.state], kernels, floats=True)
+
+    def gates(self, states: Tensor) -> Tensor:
+        """Return what the path head reads of a row's output: [..., 2 * rank] from [..., width]."""
+        gates: Tensor = self.state(states).float()
+        return gates
+
+    def read(self, ids: IntArray) -> Tensor:
+        """Return what the path head reads of tokens: [n, 2 * rank]."""
+        rows = self.row[ids]
+        known = self.tokens.index_select(0, torch.from_numpy(rows.clip(0)).to(self.tokens.device))
+        if (rows < 0).any():  # of another drafter, or forced by a grammar
+            at = torch.from_numpy(np.flatnonzero(rows < 0)).to(known.device)
+            known[at] = self._of_ids(torch.from_numpy(ids[rows < 0]).to(known.device))
+        return known
+
+    def _of_ids(self, ids: Tensor) -> Tensor:
+        embedded = self.embedding[ids].float()
+        scale = torch.rsqrt(embedded.square().mean(-1, keepdim=True) + self.eps)
+        entries: Tensor = (embedded * scale) @ self.token.T
+        return entries
+
+
+class Paths(Protocol):
+    """Looks logits up, layer by layer."""
+
+    def begin(self, base: Tensor, gates: Tensor, block_of: IntArray) -> None:
+        """Take the tables of a step: base logits [blocks * depth, n], gates [blocks * depth, 2 * rank].
+
+        `block_of` [trees] says which block is whose; -1: a tree has none.
+        """
+
+    def logits(self, forest: Forest, nodes: IntArray) -> Tensor:
+        """Return the logits [nodes, n] below the nodes of a layer, ascending, and keep their paths for the next one."""
+
+
+class TorchPaths:
+    """`Paths` in torch, on any device."""
+
+    def __init__(self, tables: PathTables) -> None:
+        self._tables = tables
+        self._base = self._gates = self._paths = torch.empty(0)  # paths [parents, rank]
+        self._block_of = self._parents = np.empty(0, np.int64)
+
+    def begin(self, base: Tensor, gates: Tensor, block_of: IntArray) -> None:
+        """Take the tables of a step."""
+        self._base, self._gates, self._block_of = base, gates, block_of
+
+    @torch.inference_mode()
+    def logits(self, forest: Forest, nodes: IntArray) -> Tensor:
+        """Return the logits below nodes: see `PathHead.advance` for their paths."""
+        depth, tables, device = forest.depth[nodes], self._tables, self._base.device
+        at = torch.from_numpy(self._block_of[forest.tree[nodes]] * tables.depth + depth).to(device)
+        logits = self._base.index_select(0, at)
+        if depth[0]:
+            parents = torch.from_numpy(indices_of(forest.parent[nodes], self._parents)).to(device)
+            read = self._gates.index_select(0, at) + tables.read(forest.token[nodes])
+            self._paths = gated(torch.addmm(read, self._paths.index_select(0, parents), tables.before.T))
+            logits += tables.out(self._paths.to(tables.embedding.dtype))
+        else:
+            self._paths = logits.new_zeros(len(nodes), tables.rank)
+        self._parents = nodes
+        return logits
+
+
+class _BlockLayout(ctypes.Structure):
+    """`block_t` of block.c."""
+
+    _fields_ = (
+        *members("depth columns rank width halves", _SIZE),
+        ("eps", ctypes.c_float),
+        *members("row_of_id tokens token embedding before out ids topk", _ADDRESS),
+        ("children", _SIZE),
+        *members("base gates block_of", _ADDRESS),
+        *members("rows capacity", _SIZE),
+        *members("parents paths older", _ADDRESS),
+    )
+
+
+class CompiledPaths:
+    """`Paths` in C, and a `CompiledSource` for trees at temperature 0."""
+
+    def __init__(self, compiled: ctypes.CDLL, topk: int, tables: PathTables, children: int) -> None:
+        """Offer `children` candidates of a node; `topk` is the address of `topk_rows` of drafts.c."""
+        out = tables.out.weight.detach().T.contiguous()
+        kept = (tables.tokens, tables.token.T.contiguous(), tables.embedding, tables.before.T.contiguous(), out)
+        self._columns = out.shape[1]
+        self._held = (*kept, tables.row, tables.ids.contiguous())
+        read, *others = (part.data_ptr() for part in kept)
+        self._layout = _BlockLayout(
+            tables.depth, self._columns, tables.rank, tables.embedding.shape[1], out.dtype is torch.bfloat16,
+            tables.eps, address(tables.row), read, *others, self._held[-1].data_ptr(), topk, children,
+        )  # fmt: skip
+        functions = ctypes.PyDLL(compiled._name)
+        self._logits = bound(functions.block_logits, *[_ADDRESS] * 3, _SIZE, _ADDRESS)
+        finalize(self, functions.release_block, ctypes.byref(self._layout))
+        self.function = ctypes.cast(compiled.offer_block, ctypes.c_void_p).value or 0
+        self.context, self.width = ctypes.addressof(self._layout), children
+        self._tables: tuple[object, ...] = ()
+
+    def begin(self, base: Tensor, gates: Tensor, block_of: IntArray) -> None:
+        """Take the tables of a step."""
+        base, gates = base.contiguous(), gates.contiguous()
+        self._tables = base, gates, block_of
+        self._layout.base, self._layout.gates, self._layout.block_of = (
+            base.data_ptr(),
+            gates.data_ptr(),
+            address(block_of),
+        )
+
+    def logits(self, forest: Forest, nodes: IntArray) -> Tensor:
+        """Return the logits below nodes."""
+        order = nodes.argsort(kind="stable")  # with chains that a grammar forces they may not ascend
+        ascending, logits = nodes[order], torch.empty(len(nodes), self._columns)
+        self._logits(self.context, forest.layout, address(ascending), len(nodes), logits.data_ptr())
+        if np.array_equal(ascending, nodes):
+            return logits
+        restored = torch.empty_like(logits)
+        restored[torch.from_numpy(order)] = logits
+        return restored
+
+
+def make_paths(tables: PathTables, children: int) -> Paths:
+    """Return what looks logits up on the device of the tables."""
+    topk = topk_function(tables.embedding.device)
+    compiled = _compiled() if topk is not None and tables.embedding.dtype in (torch.float32, torch.bfloat16) else None
+    return TorchPaths(tables) if compiled is None or topk is None else CompiledPaths(compiled, topk, tables, children)
+
+
+@cache
+def _compiled() -> ctypes.CDLL | None:
+    return library(Path(host.__file__).with_name("block.c"))

@@ -1,0 +1,176 @@
+/* What a block drafter offers below the nodes of a tree, from the tables of a step: the twin is `TorchPaths` of
+ * worker/drafters/block_paths.py. */
+
+#include <math.h>
+
+#include "trees.h"
+
+#define PANEL 32 /* columns that are multiplied together */
+#define ROWS 8   /* nodes that share a reading of the weights */
+
+typedef void topk_t(const float *scores, i64 *out, double *probabilities, i64 rows, i64 columns, i64 count);
+
+/* `BlockLayout` of block_paths.py */
+typedef struct {
+    /* weights */
+    i64 depth, columns, rank, width, halves; /* halves: `embedding` and `out` are bfloat16, else float */
+    float eps;
+    const i64 *row_of_id;  /* [vocabulary] row of `tokens`; -1: the token is none of them */
+    const float *tokens;   /* [columns, 2 * rank] what the path head reads of a token */
+    const float *token;    /* [width, 2 * rank] weights by which it reads others */
+    const void *embedding; /* [vocabulary, width] */
+    const float *before;   /* [rank, 2 * rank] */
+    const void *out;       /* [rank, columns] */
+    const i64 *ids;        /* [columns] */
+    topk_t *topk;
+    i64 children;
+    /* tables of a step */
+    const float *base;    /* [blocks * depth, columns] */
+    const float *gates;   /* [blocks * depth, 2 * rank] */
+    const i64 *block_of;  /* [trees]; -1: it has no tables */
+    /* paths of the newest layer, in the order of its nodes: memory of this file */
+    i64 rows, capacity;
+    i64 *parents;
+    float *paths, *older;
+} block_t;
+
+static inline float of_half(uint16_t half) {
+    union { uint32_t bits; float value; } x = {(uint32_t)half << 16};
+    return x.value;
+}
+
+/* Write what the path head reads of a token [2 * rank]. */
+static void read_token(const block_t *t, i64 id, float *entry) {
+    i64 size = 2 * t->rank, row = t->row_of_id[id];
+    if (row >= 0) {
+        memcpy(entry, t->tokens + row * size, size * sizeof *entry);
+        return;
+    }
+    float x[t->width], squares = 0.0f;
+    for (i64 i = 0; i < t->width; i++) {
+        i64 at = id * t->width + i;
+        x[i] = t->halves ? of_half(((const uint16_t *)t->embedding)[at]) : ((const float *)t->embedding)[at];
+        squares += x[i] * x[i];
+    }
+    float scale = 1.0f / sqrtf(squares / t->width + t->eps);
+    memset(entry, 0, size * sizeof *entry);
+    for (i64 i = 0; i < t->width; i++) {
+        float factor = scale * x[i];
+        for (i64 j = 0; j < size; j++) entry[j] += factor * t->token[i * size + j];
+    }
+}
+
+static i64 index_of(const block_t *t, i64 node) {
+    i64 low = 0, high = t->rows - 1;
+    while (low < high) {
+        i64 middle = (low + high) / 2;
+        if (t->parents[middle] < node) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
+/* Write the path that ends in a node: zeros for a root. */
+static void advance(const block_t *t, const nodes_t *n, i64 node, const float *gates, float *path) {
+    i64 rank = t->rank, size = 2 * rank;
+    if (!n->depth[node]) {
+        memset(path, 0, rank * sizeof *path);
+        return;
+    }
+    float x[size];
+    const float *before = t->older + index_of(t, n->parent[node]) * rank;
+    read_token(t, n->token[node], x);
+    for (i64 j = 0; j < size; j++) x[j] += gates[j];
+    for (i64 i = 0; i < rank; i++)
+        for (i64 j = 0; j < size; j++) x[j] += before[i] * t->before[i * size + j];
+    for (i64 j = 0; j < rank; j++) path[j] = x[j] / (1.0f + expf(-x[j])) * x[rank + j];
+}
+
+/* Add paths [rows, rank] times `out`, columns first to first + PANEL - 1, to `logits`. */
+#define ADD_PANEL(NAME, TYPE, READ)                                                                                    \
+    static void NAME(const block_t *t, const float *paths, i64 rows, i64 first, float *logits) {                       \
+        const TYPE *out = t->out;                                                                                      \
+        float sums[ROWS][PANEL] = {{0}};                                                                               \
+        for (i64 k = 0; k < t->rank; k++) {                                                                            \
+            float weights[PANEL];                                                                                      \
+            for (i64 j = 0; j < PANEL; j++) weights[j] = READ(out[k * t->columns + first + j]);                        \
+            for (i64 r = 0; r < rows; r++)                                                                             \
+                for (i64 j = 0; j < PANEL; j++) sums[r][j] += paths[r * t->rank + k] * weights[j];                     \
+        }                                                                                                              \
+        for (i64 r = 0; r < rows; r++)                                                                                 \
+            for (i64 j = 0; j < PANEL; j++) logits[r * t->columns + first + j] += sums[r][j];                          \
+    }
+#define AS_IT_IS(x) (x)
+ADD_PANEL(add_panel_of_halves, uint16_t, of_half)
+ADD_PANEL(add_panel_of_floats, float, AS_IT_IS)
+
+static void add_rest(const block_t *t, const float *paths, i64 rows, i64 first, float *logits) {
+    for (i64 r = 0; r < rows; r++)
+        for (i64 k = 0; k < t->rank; k++)
+            for (i64 c = first; c < t->columns; c++) {
+                i64 at = k * t->columns + c;
+                float weight = t->halves ? of_half(((const uint16_t *)t->out)[at]) : ((const float *)t->out)[at];
+                logits[r * t->columns + c] += paths[r * t->rank + k] * weight;
+            }
+}
+
+static void add_products(const block_t *t, const float *paths, i64 rows, float *logits) {
+    i64 panels = t->columns / PANEL;
+#pragma omp parallel for schedule(static) if (rows * t->columns > 8192)
+    for (i64 panel = 0; panel < panels; panel++)
+        for (i64 row = 0; row < rows; row += ROWS) {
+            i64 some = rows - row < ROWS ? rows - row : ROWS;
+            (t->halves ? add_panel_of_halves : add_panel_of_floats)(t, paths + row * t->rank, some, panel * PANEL,
+                                                                    logits + row * t->columns);
+        }
+    if (panels * PANEL < t->columns) add_rest(t, paths, rows, panels * PANEL, logits);
+}
+
+/* Write the logits [rows, columns] below the nodes of a layer, ascending, and keep their paths for the next layer. */
+void block_logits(block_t *t, const buffer_t *b, const i64 *frontier, i64 rows, float *logits) {
+    nodes_t n = nodes_of(b);
+    if (rows > t->capacity) {
+        t->capacity = 2 * rows;
+        t->parents = realloc(t->parents, t->capacity * sizeof *t->parents);
+        t->paths = realloc(t->paths, t->capacity * t->rank * sizeof *t->paths);
+        t->older = realloc(t->older, t->capacity * t->rank * sizeof *t->older);
+        if (!t->parents || !t->paths || !t->older) abort();
+    }
+    float *newest = t->older;
+    t->older = t->paths;
+    t->paths = newest;
+    int below = 0;
+    for (i64 row = 0; row < rows; row++) {
+        i64 node = frontier[row], at = t->block_of[n.tree[node]] * t->depth + n.depth[node];
+        memcpy(logits + row * t->columns, t->base + at * t->columns, t->columns * sizeof *logits);
+        advance(t, &n, node, t->gates + at * 2 * t->rank, newest + row * t->rank);
+        below |= n.depth[node] > 0;
+    }
+    if (below) add_products(t, newest, rows, logits);
+    memcpy(t->parents, frontier, rows * sizeof *frontier);
+    t->rows = rows;
+}
+
+/* An `offer_t` of growth.c, for trees at temperature 0: no children below the last depth of the tables. */
+void offer_block(void *context, const buffer_t *b, const i64 *frontier, i64 rows, i64 *tokens, double *probabilities) {
+    block_t *t = context;
+    nodes_t n = nodes_of(b);
+    i64 count = rows * t->children, known = rows;
+    if (n.depth[frontier[0]] >= t->depth) known = 0; /* all nodes of a layer have one depth */
+    memset(tokens, 0, count * sizeof *tokens);
+    memset(probabilities, 0, count * sizeof *probabilities);
+    if (!known) return;
+    float *logits = scratch_for(3, rows * t->columns * sizeof *logits);
+    block_logits(t, b, frontier, rows, logits);
+    t->topk(logits, tokens, probabilities, rows, t->columns, t->children);
+    for (i64 i = 0; i < count; i++) {
+        tokens[i] = t->ids[tokens[i]];
+        if (!(probabilities[i] > 0.0)) probabilities[i] = 0.0; /* NaN: a broken draft */
+    }
+}
+
+void release_block(block_t *t) {
+    free(t->parents);
+    free(t->paths);
+    free(t->older);
+}
