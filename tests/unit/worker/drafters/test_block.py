@@ -135,7 +135,7 @@ def test_texts_under_grammars_and_after_a_restart_are_those_of_plain_decoding() 
     decode(constrained_engine(Mode.PLAIN), plain)
     target, drafter = with_block(tiny("llama", vocab=WIDTH), torch.arange(WIDTH))
     running = Engine(target, drafter, options(Mode.PAPER), FLAT_COSTS, vocabulary=vocabulary())
-    for some in (bound_by(bound), resumed_after(5, plain, bound_by(bound))):
+    for some in (bound_by(bound), resumed_after(5, outputs(plain), bound_by(bound))):
         decode(running, some)
         assert outputs(some) == outputs(plain)
 
