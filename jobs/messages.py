@@ -285,6 +285,7 @@ class GenerationRequest(Frozen):
     reasoning: ReasoningOptions | None = _unset(None)
     tools: Tools | None = _unset(None)  # of a chat
     response: ResponseOptions | None = _unset(None)  # on /v1/responses
+    keep: dict[str, Any] | None = _unset(None)  # of the caller, returned with the output
 
     @property
     def bound(self) -> bool:

@@ -100,6 +100,8 @@ class OutputView:
     choices: tuple[ChoiceView, ...]
     answer_format: Mapping[str, Any] | None = None  # jobs.messages.AnswerFormat; None: the text is the content
     sampling_defaults: Mapping[str, Any] | None = None  # sampling parameters of the model's generation config
+    keep: Mapping[str, Any] | None = None  # values of the caller (GenerationRequest.keep)
+    body: Mapping[str, Any] | None = None  # the request, if it was asked for
 
     @property
     def prompt_tokens(self) -> int:
@@ -243,10 +245,12 @@ def outputs(
     *,
     without_result: bool = False,
     among: Collection[int] | None = None,
+    with_body: bool = False,
 ) -> Iterator[OutputView]:
     """Stream the ended requests of a job with an index above `after_index`, in order.
 
-    `without_result` selects those that ended with an error; `among` restricts the result to these indexes.
+    `without_result` selects those that ended with an error; `among` restricts the result to these indexes. `with_body`
+    reads the requests too.
     """
     statuses = ERROR_REQUEST_STATUSES if without_result else FINAL_REQUEST_STATUSES
     wanted = true() if among is None else Request.request_index.in_(among)
@@ -261,6 +265,8 @@ def outputs(
             Request.error_status_code,
             Request.answer_format,
             Request.sampling_defaults,
+            Request.body["keep"].label("keep"),
+            *([Request.body] if with_body else []),
             ChoiceOutput.choice_index,
             ChoiceOutput.text,
             ChoiceOutput.finish_reason,
@@ -400,6 +406,8 @@ def _output_view(rows: list[AnyRow]) -> OutputView:
         choices=tuple(_choice_views(row for row in rows if row.choice_index is not None)),
         answer_format=request.answer_format,
         sampling_defaults=request.sampling_defaults,
+        keep=request.keep,
+        body=getattr(request, "body", None),
     )
 
 

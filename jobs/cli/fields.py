@@ -19,14 +19,14 @@ The fields of OpenAI, vLLM, SGLang and TGI, and what bASIC does with them in sin
 An honoured field is used. A dropped field is accepted with any value and ignored. A refused field fails its request
 with the code `unsupported_parameter` and the reason below, unless its value asks for nothing: null, or one of the
 column "asks for nothing". A field of a body that is not listed is refused as unknown, to find misspelt names; so is a
-filled key of a batch line other than `custom_id`, `id`, `method`, `url` and `body`.
+filled key of a batch line other than `custom_id`, `id`, `method`, `url`, `body` and `keep`.
 
 The prompt is `messages` on `/v1/chat/completions`, `prompt` on `/v1/completions`, and `input`, `instructions` and
 `previous_response_id` on [`/v1/responses`](responses.md). A request of a job may also have `custom_id` (or `id`),
-`model` and `timeout_s`. `max_tokens` beyond what the prompt leaves of the context is reduced to that; the answer then
-ends with `finish_reason` `length`. `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty` and `max_tokens` that
-a request does not set come from the model's generation config ([reasoning.md](reasoning.md#default-sampling)), else
-they have OpenAI's defaults.
+`model`, `timeout_s`, and `keep`: an object with values of yours, which its output returns. `max_tokens` beyond what the
+prompt leaves of the context is reduced to that; the answer then ends with `finish_reason` `length`. `temperature`,
+`top_p`, `top_k`, `min_p`, `repetition_penalty` and `max_tokens` that a request does not set come from the model's
+generation config ([reasoning.md](reasoning.md#default-sampling)), else they have OpenAI's defaults.
 
 This page is generated: `basic fields --markdown > docs/fields.md`.
 """

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jobs.api.auth.authentication import Authenticator
 from jobs.api.auth.caller import Caller
 from jobs.api.dependencies import Services, find_job
-from jobs.api.routes.job_outputs import output_lines
+from jobs.api.routes.job_outputs import OutputSource
 from jobs.dashboard import job_page, jobs_page, stats_page, workers_page
 from jobs.dashboard.body_limit import DashboardBodyLimit
 from jobs.dashboard.layout import BASE, POLICY, frame, heading
@@ -124,7 +124,7 @@ def _add_download(api: FastAPI, services: Services, sessions: Sessions) -> None:
             return RedirectResponse(f"{BASE}/login", 303)
         job = await run_in_threadpool(find_job, services, job_id, caller)
         headers = {"content-disposition": f'attachment; filename="{job.id}.jsonl"'}
-        lines = output_lines(services, job, after=-1, failed=False)
+        lines = OutputSource(services, job).lines(after=-1)
         return _Download(lines, caller, api.state, headers=headers, media_type="application/x-ndjson; charset=utf-8")
 
 

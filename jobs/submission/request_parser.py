@@ -30,6 +30,7 @@ from jobs.messages import (
     SamplingParameters,
 )
 from jobs.openai.paths import endpoint_of_url
+from jobs.submission.carried import read_keep
 from jobs.submission.custom_ids import GivenId, default_id, recovered
 from jobs.submission.fields import PARAMETERS
 from jobs.submission.items import Item
@@ -66,9 +67,9 @@ MAX_TRACED_REQUESTS = 16  # the first requests of a job, which may store draft t
 MAX_TIMEOUT_S = 30 * 86_400
 COMPLETIONS_MAX_TOKENS = 16  # OpenAI's default for raw prompts; chats have no default limit
 
-_PROMPT_FIELDS = frozenset({"prompt", "messages", "model", "custom_id", "id", "timeout_s"})
+_PROMPT_FIELDS = frozenset({"prompt", "messages", "model", "custom_id", "id", "timeout_s", "keep"})
 _INPUT_FIELDS = frozenset({"input", "instructions", "previous_response_id", "prompt"})  # of /v1/responses
-_LINE_FIELDS = frozenset({"custom_id", "id", "method", "url", "body"})
+_LINE_FIELDS = frozenset({"custom_id", "id", "method", "url", "body", "keep"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,8 @@ def parse_item(item: Item, rules: Rules) -> NewRequest:
                 check_custom_id(fields[name], name)
                 break
         body = _request(fields, rules, item.index)
+        if "keep" in fields:
+            body = body.model_copy(update={"keep": read_keep(fields["keep"])})
         timeout_s = _timeout_s(fields.get("timeout_s"))
         tokens = max_total_tokens(body, rules.context_tokens)
         return NewRequest(_id_of(item), body=body.stored(), tokens=tokens, timeout_s=timeout_s)
@@ -197,9 +200,11 @@ def _given_id(custom_id: Any, name: str) -> GivenId | None:
 
 
 def check_custom_id(custom_id: Any, name: str = "custom_id") -> str:
-    """Return a valid custom_id; raise InvalidValue otherwise."""
+    """Return a valid custom_id, a whole number as text; raise InvalidValue otherwise."""
+    if type(custom_id) is int and abs(custom_id) < 10**MAX_CUSTOM_ID_CHARS:
+        custom_id = str(custom_id)
     if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= MAX_CUSTOM_ID_CHARS:
-        raise InvalidValue(f"must be a string of 1 to {MAX_CUSTOM_ID_CHARS} characters.", param=name)
+        raise InvalidValue(f"must be a string of 1 to {MAX_CUSTOM_ID_CHARS} characters, or a whole number.", param=name)
     return clean_text(custom_id, name)
 
 
@@ -225,7 +230,7 @@ def _line_fields(line: dict[str, Any], endpoint: str) -> dict[str, Any]:
     body = line.get("body")
     if not isinstance(body, dict):
         raise MissingParameter("The body must be an object with the request's parameters.", param="body")
-    names = {name: line[name] for name in ("custom_id", "id") if name in line}
+    names = {name: line[name] for name in ("custom_id", "id", "keep") if name in line}
     return body_fields(body) | names
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from typing import Any, Final
@@ -11,6 +12,7 @@ from jobs.errors import InvalidValue, MissingParameter, UnknownParameter
 MAX_METADATA_PAIRS: Final = 16
 MAX_METADATA_KEY_CHARS: Final = 64
 MAX_METADATA_VALUE_CHARS: Final = 512
+_NUL: Final = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # in JSON, not after a backslash that is escaped itself
 
 
 def refuse_unknown(fields: Mapping[str, Any], known: Collection[str], prefix: str = "") -> None:
@@ -63,6 +65,11 @@ def clean_text(text: str, param: str) -> str:
             f"Half of a surrogate pair at character {exc.start} is not valid text.", param=param
         ) from exc
     return text
+
+
+def holds_nul(json_text: str) -> bool:
+    """Return whether a string in a JSON text has the character U+0000."""
+    return _NUL.search(json_text) is not None
 
 
 def kind(value: Any) -> str:

@@ -15,7 +15,7 @@ from jobs.api.auth.stream_limits import StreamSlot
 from jobs.api.dependencies import CurrentServices, ExistingJob, cancel_job, find_job
 from jobs.api.http.body import Body
 from jobs.api.http.event_stream import event_stream
-from jobs.api.routes.job_outputs import CURSOR, followed_lines, output_lines
+from jobs.api.routes.job_outputs import CURSOR, OutputSource
 from jobs.api.schemas import serializers
 from jobs.api.schemas.openapi import ERRORS, JOB_BODY
 from jobs.api.schemas.route_responses import EVENTS, JOB, JOBS, LINES, STATISTICS
@@ -131,12 +131,14 @@ def outputs(
     cursor: Annotated[
         str, Query(pattern=CURSOR, description="With follow: start after the line with this cursor.")
     ] = "",
+    prompt: Annotated[bool, Query(description="Add the prompt of each request: a text, or its messages.")] = False,
 ) -> StreamingResponse:
     """Stream the requests that have ended as JSON lines, in the order of the job. The job may still run.
 
     With `follow`, stream lines as requests end, each with a `cursor` to resume from.
     """
-    lines = followed_lines(services, job, cursor, failed) if follow else output_lines(services, job, after, failed)
+    source = OutputSource(services, job, failed=failed, with_prompt=prompt)
+    lines = source.followed(cursor) if follow else source.lines(after)
     return StreamingResponse(lines, media_type="application/x-ndjson; charset=utf-8")
 
 

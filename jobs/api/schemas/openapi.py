@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from jobs.api.schemas.replies import ErrorReply
 from jobs.api.schemas.route_responses import examples, streamed_schemas
 from jobs.messages import CHAT_ENDPOINT, MAX_COMPARED_REQUESTS, MAX_STOP_STRINGS, Endpoint, SamplingParameters
+from jobs.submission.carried import MAX_KEPT_VALUES
 from jobs.submission.fields import PARAMETERS, Treatment, field_of
 from jobs.submission.parameters.tools import MAX_TOOLS
 from jobs.submission.request_parser import MAX_CUSTOM_ID_CHARS, MAX_TIMEOUT_S
@@ -146,7 +147,12 @@ _INPUT: Final[Json] = {
     "instructions": {"type": "string", "description": "On /v1/responses: a system message before the conversation."},
     "previous_response_id": {"type": "string", "description": "On /v1/responses: continue its conversation."},
 }
-_ID: Final[Json] = {"type": "string", "minLength": 1, "maxLength": MAX_CUSTOM_ID_CHARS}
+_ID: Final[Json] = {"type": ["string", "integer"], "minLength": 1, "maxLength": MAX_CUSTOM_ID_CHARS}
+_KEEP: Final[Json] = {
+    "type": "object",
+    "maxProperties": MAX_KEPT_VALUES,
+    "description": "Your own values, such as a label: returned with the output.",
+}
 _REQUEST: Final = _object(
     "JobRequest",
     [],
@@ -159,6 +165,7 @@ _REQUEST: Final = _object(
         **_INPUT,
         "model": _TEXT,
         "timeout_s": {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_TIMEOUT_S},
+        "keep": _KEEP,
     },
 )
 _LINE: Final = _object(
@@ -170,6 +177,7 @@ _LINE: Final = _object(
         "method": {"type": "string", "enum": ["POST"]},
         "url": _ENDPOINT,
         "body": {"type": "object"},
+        "keep": _KEEP,
     },
 )
 _REQUESTS: Final[Json] = {

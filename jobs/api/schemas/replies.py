@@ -210,6 +210,8 @@ class OutputLine(_Reply):
     custom_id: str
     index: int
     status: Literal["completed", "failed", "expired", "cancelled"]
+    keep: Json | None = None  # the values that the request carries
+    prompt: str | list[Any] | None = None  # with `prompt`: the text, or the messages
     choices: list[OutputChoice] | None = None
     usage: OutputUsage | None = None
     sampling_defaults: Json | None = None  # sampling parameters that the model's generation config gave

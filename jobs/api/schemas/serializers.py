@@ -123,6 +123,8 @@ def page(items: Sequence[Json], has_more: bool) -> Json:
 def output(view: OutputView, endpoint: str, job_id: str) -> Json:
     """Return one line of a job's outputs: the choices of a request, or its error."""
     line: Json = {"custom_id": view.custom_id, "index": view.request_index, "status": view.status}
+    line |= {} if view.keep is None else {"keep": view.keep}
+    line |= {} if view.body is None else {"prompt": _prompt(view.body)}
     if view.error_message is not None:
         status_code = view.error_status_code or 500
         line |= error_body(status_code, view.error_message, view.error_param, view.error_code)
@@ -142,6 +144,13 @@ def output(view: OutputView, endpoint: str, job_id: str) -> Json:
     ]
     defaults = {} if view.sampling_defaults is None else {"sampling_defaults": dict(view.sampling_defaults)}
     return line | {"choices": choices, "usage": usage(view), **defaults}
+
+
+def _prompt(body: Mapping[str, Any]) -> Any:
+    """Return the prompt of a stored request: a text, a list of prompts, or messages without their unset fields."""
+    if body.get("messages") is None:
+        return body.get("prompt") or body.get("prompts")
+    return [{name: value for name, value in message.items() if value not in (None, [])} for message in body["messages"]]
 
 
 def _details(choice: ChoiceView, endpoint: str) -> Json:

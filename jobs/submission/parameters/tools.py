@@ -15,7 +15,7 @@ from typing import Any, Final
 from jobs.errors import InvalidValue, MissingParameter, PromptTooLong, UnsupportedParameter
 from jobs.grammar.compiler import check
 from jobs.messages import COMPLETIONS_ENDPOINT, Endpoint, FunctionTool, GrammarSpec, ToolChoice, Tools
-from jobs.submission.values import boolean, kind, shown
+from jobs.submission.values import boolean, holds_nul, kind, shown
 
 TOOL_FIELDS: Final = ("tools", "tool_choice", "parallel_tool_calls")
 MAX_TOOLS: Final = 128
@@ -23,7 +23,6 @@ MAX_TOOL_CHARS: Final = 200_000  # of one definition as JSON
 _CACHED_CHARS: Final = 20_000
 _RAW: Final = "Raw prompts have no tools; use /v1/chat/completions."
 _NAME: Final = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-_NUL: Final = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # as JSON
 _CHOICES: Final[Mapping[str, ToolChoice]] = {"none": "none", "auto": "auto", "required": "required"}
 
 
@@ -102,7 +101,7 @@ def _tool(tool: Any, param: str) -> FunctionTool:
             "An object with name, description and parameters is required.", param=f"{param}.function"
         )
     text = json.dumps(function, ensure_ascii=False)
-    if _NUL.search(text):
+    if holds_nul(text):
         raise InvalidValue("The character U+0000 is not allowed.", param=f"{param}.function")
     if len(text) > MAX_TOOL_CHARS:
         raise InvalidValue(

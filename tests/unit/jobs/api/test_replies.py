@@ -48,7 +48,7 @@ def api(settings: JobsSettings, database: Database) -> TestClient:
 @pytest.fixture
 def job_id(api: TestClient, database: Database) -> str:
     """A job with a completed, a rejected and a cancelled request."""
-    job: str = submitted(api, "Hello", {"prompt": ""}, "Bye", metadata={"team": "a"}, logprobs=True)["id"]
+    job: str = submitted(api, {"prompt": "Hello", "keep": {"label": 7}}, {"prompt": ""}, "Bye", metadata={"team": "a"}, logprobs=True)["id"]
     answer_all(database, limit=1, logprobs=([["Paris.", -0.5]],))
     return job
 
@@ -68,10 +68,13 @@ def test_jobs_match_their_model_in_every_state(api: TestClient, job_id: str) -> 
 
 def test_output_lines_and_events_match_their_models(api: TestClient, job_id: str) -> None:
     api.post(f"/v1/jobs/{job_id}/cancel")
-    for query in ("", "?follow=true"):
+    for query in ("", "?follow=true", "?prompt=true"):
         lines = api.get(f"/v1/jobs/{job_id}/outputs{query}").text.splitlines()
         read = [OutputLine.model_validate_json(line, strict=True) for line in lines]
         assert sorted(line.status for line in read) == ["cancelled", "completed", "failed"]
+        kept = {line.status: (line.keep, line.prompt) for line in read}
+        assert kept["completed"] == ({"label": 7}, "Hello" if "prompt" in query else None)
+        assert kept["failed"] == (None, None), "a refused line has no prompt"
     events = api.get(f"/v1/jobs/{job_id}/events").text.splitlines()
     told = [PartialEvent.model_validate_json(line[6:]) for line in events if line.startswith("data: ")]
     assert {event.type for event in told} == {"tokens", "finished", "failed", "job"}

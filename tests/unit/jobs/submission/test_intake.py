@@ -111,8 +111,8 @@ def test_an_id_that_looks_like_ours_stays_with_its_request(intake: Intake) -> No
 
 
 def test_a_bad_id_never_takes_that_of_another_request(intake: Intake) -> None:
-    job_id = intake.accept({"custom_id": 7, "prompt": "x"}, {"custom_id": "7", "prompt": "y"}, {"custom_id": 7})
-    assert intake.names(job_id) == ["request-0", "7", "request-2"]
+    job_id = intake.accept({"custom_id": 7.5, "prompt": "x"}, {"custom_id": "7.5", "prompt": "y"}, {"custom_id": 7.5})
+    assert intake.names(job_id) == ["request-0", "7.5", "request-2"]
 
 
 @pytest.mark.parametrize("bad", [{"prompt": "x", "model": "gpt-9"}, {"prompt": "x", "model": 7}, 7, ["x"]])

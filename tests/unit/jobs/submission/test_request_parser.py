@@ -91,6 +91,7 @@ def test_a_default_seed_follows_from_job_and_index_so_that_a_restart_writes_the_
 def test_a_custom_id_is_kept_and_a_missing_one_is_generated_from_the_index() -> None:
     assert parsed({"custom_id": "Ünï", "prompt": "Hello"}).custom_id == "Ünï"
     assert parsed({"id": "mine", "prompt": "Hello"}).custom_id == "mine"
+    assert parsed({"custom_id": 7, "prompt": "Hello"}).custom_id == "7"
     assert parsed("Hello", index=3).custom_id == "request-3"
 
 
@@ -298,7 +299,18 @@ def test_parameters_at_their_defaults_are_left_out_of_what_is_stored() -> None:
         ({"prompt": "Hello", "messages": [{"role": "user", "content": "Hello"}]}, "messages"),
         ({}, "prompt"),
         (7, None),
-        ({"prompt": "Hello", "custom_id": 7}, "custom_id"),
+        ({"prompt": "Hello", "custom_id": 7.5}, "custom_id"),
+        ({"prompt": "Hello", "custom_id": 10**64}, "custom_id"),
+        ({"prompt": "Hello", "keep": ["label"]}, "keep"),
+        ({"prompt": "Hello", "keep": {"label": "x" * 20_000}}, "keep"),
+        ({"prompt": "Hello", "keep": {"label": "\0"}}, "keep"),
+        (
+            {
+                "prompt": "Hello",
+                "keep": dict.fromkeys("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-+.", 1),
+            },
+            "keep",
+        ),
         ({"prompt": "Hello", "custom_id": "x" * 65}, "custom_id"),
         ({"prompt": "Hello", "model": "other"}, "model"),
         ({"url": CHAT_ENDPOINT}, "body"),
