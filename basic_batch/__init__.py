@@ -5,12 +5,12 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from jobs import AsyncClient, Client, errors
+from jobs import AsyncClient, Client, Columns, DataFile, errors
 
 if TYPE_CHECKING:
     from jobs.producer import push
 
-__all__ = ["AsyncClient", "Client", "__version__", "errors", "push"]
+__all__ = ["AsyncClient", "Client", "Columns", "DataFile", "__version__", "errors", "push"]
 
 __version__ = version("basic-batch")
 

@@ -1,6 +1,6 @@
 """bASIC without the models: messages, submission, queue, API server, client and command line. Imports no torch.
 
-`Client` and `AsyncClient` are imported when they are first used, so that `import jobs` stays fast.
+The names below are imported when they are first used, so that `import jobs` stays fast.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jobs.client import AsyncClient, Client
+    from jobs.client import AsyncClient, Client, Columns, DataFile
 
     __version__: str
 
-__all__ = ["AsyncClient", "Client", "__version__"]
+__all__ = ["AsyncClient", "Client", "Columns", "DataFile", "__version__"]
+
+_OF_CLIENT = ("AsyncClient", "Client", "Columns", "DataFile")
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("AsyncClient", "Client", "client"):
+    if name in (*_OF_CLIENT, "client"):
         client = import_module("jobs.client")
         return client if name == "client" else getattr(client, name)
     if name == "__version__":

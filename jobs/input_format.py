@@ -60,7 +60,7 @@ _MAGIC: Final = (
 
 _TO_LINES: Final = "Write one object per line: jq -c '.[]' converts an array to lines, and jq -c . objects."
 _WITHOUT_HEADER: Final = (
-    "In Python, Client().submit(pandas.read_csv(…)) accepts columns named prompt, custom_id, and after parameters. "
+    "Name it .csv or .tsv, or name its columns (--prompt-column, Columns(prompt=…)), to submit its rows. "
     "If each line is a prompt, name the file .txt."
 )
 _WITHOUT_COMMAS: Final = "Remove the commas at the ends of the lines."

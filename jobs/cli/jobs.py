@@ -12,11 +12,11 @@ import typer
 from jobs.cli import lookup
 from jobs.cli.lookup import NO_JOB, find_job
 from jobs.cli.options import FAILED, AsJson, JobId, print_json
-from jobs.cli.output_files import refuse_output_file, write_outputs
+from jobs.cli.output_files import append_outputs, refuse_output_file, write_outputs
 from jobs.cli.render import choice_lines, closing_table, jobs_table, make_console, make_view, status_table
 from jobs.client import Client, Job
 from jobs.client.outcome import job_status_text
-from jobs.client.request_body import PromptFile
+from jobs.client.request_body import DataFile, PromptFile
 from jobs.client.response_format import schema_file
 from jobs.client.results import JobInfo
 from jobs.client.service_location import local_service
@@ -26,6 +26,8 @@ from jobs.json_lines import json_line
 from jobs.logs import without_secrets
 from jobs.messages import MAX_COMPARED_REQUESTS, TOOLS_TEMPERATURE, Endpoint, JobStatus
 from jobs.settings import JobsSettings
+from jobs.tables.columns import Columns
+from jobs.tables.locations import is_url
 from storage.settings import sqlite_file
 
 _REFUSED_CODES = {RequestRefused.code, *(kind.code for kind in RequestRefused.__subclasses__())}
@@ -33,12 +35,22 @@ _REFUSED_CODES = {RequestRefused.code, *(kind.code for kind in RequestRefused.__
 
 def submit(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="One request per line, JSON or text; - reads standard input.")
+        str, typer.Argument(metavar="FILE", help="Lines of JSON or text, or a table: a path, a URL, or - for stdin.")
     ],
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Show the text until the job ends.")] = False,
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Show a progress bar until the job ends.")] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Wait, then write the outputs to this file.")
+        str | None,
+        typer.Option("--output", "-o", help="Wait, then write the outputs: .jsonl, .csv or .parquet, or a URL."),
+    ] = None,
+    prompt_column: Annotated[str | None, typer.Option(help="Column of a table with the prompts.")] = None,
+    messages_column: Annotated[str | None, typer.Option(help="Column with lists of messages.")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Prompt with {column} in it, or a file of Jinja (.jinja, .j2).")
+    ] = None,
+    id_column: Annotated[str | None, typer.Option(help="Column with the custom ids.")] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Columns that the outputs return, with commas between them.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Target model.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum tokens of a completion.")] = None,
@@ -70,15 +82,25 @@ def submit(
     """Submit a job: a file with one request per line.
 
     A line is a JSON string, an object with prompt or messages, a line of an OpenAI batch file, or plain text.
-    Parameters that a line sets, such as its temperature, override the options.
+    Parameters that a line sets, such as its temperature, override the options. A table is CSV, TSV, a JSON array,
+    Parquet or Arrow; it may lie at a URL such as s3://bucket/data.parquet.
 
     Example: basic submit examples/prompts.jsonl --follow --max-tokens 128
+
+    Example: basic submit reviews.parquet --template "Translate: {text}" --keep label -o answers.parquet
 
     Example: basic submit prompts.txt --schema person.schema.json --output people.jsonl
     """
     if output is not None:
         refuse_output_file(output)
-    prompts = _read_file(file)
+    columns = Columns(
+        prompt=prompt_column,
+        messages=messages_column,
+        template=template,
+        id=id_column,
+        keep=tuple(name.strip() for names in keep or () for name in names.split(",") if name.strip()),
+    )
+    prompts = _source(file)
     form = None if schema is None else schema_file(schema)
     with lookup.connect() as client:
         job = client.submit(
@@ -86,6 +108,7 @@ def submit(
             model=model,
             endpoint=endpoint,
             idempotency_key=idempotency_key,
+            columns=columns,
             compare_plain=compare_plain,
             max_tokens=max_tokens,
             temperature=temperature,
@@ -135,21 +158,33 @@ def status(
 
 def results(
     job: JobId = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON lines to this file.")] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help="Write to this file or URL: .jsonl, .csv, .tsv or .parquet."),
+    ] = None,
+    prompt: Annotated[bool, typer.Option("--prompt", help="Add the prompts.")] = False,
     failed: Annotated[bool, typer.Option("--failed", help="Only requests without a result.")] = False,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Print outputs as requests end, until the job ends.")
+        bool, typer.Option("--follow", "-f", help="Print or append outputs as requests end, until the job ends.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print the outputs of a job so far, in the order of its requests.
+    """Print the outputs of a job so far, in the order of its requests, or write them to a file.
 
-    Example: basic results --output answers.jsonl
+    With --follow, a .jsonl file grows as requests end; the same command continues it after an interruption.
+
+    Example: basic results --output answers.parquet --prompt
     """
     if output is not None:
         refuse_output_file(output)
     with lookup.connect() as client:
-        outputs = find_job(client, job).outputs(failed=failed, follow=follow)
+        found = find_job(client, job)
+        if output is not None and follow:
+            append_outputs(
+                lambda cursor: found.outputs(failed=failed, follow=True, prompt=prompt, cursor=cursor), output
+            )
+            return
+        outputs = found.outputs(failed=failed, follow=follow, prompt=prompt)
         if output is not None:
             write_outputs(outputs, output)
             return
@@ -229,16 +264,19 @@ def list_jobs(
             typer.echo(NO_JOB)
 
 
-def _read_file(path: Path) -> PromptFile:
-    try:
-        if str(path) == "-":
-            return PromptFile(sys.stdin.buffer.read(), name="Standard input")
-        return PromptFile.read(path)
-    except OSError as exc:
-        raise typer.BadParameter(f"{path} can't be read: {exc.strerror}", param_hint="FILE") from exc
+def _source(file: str) -> PromptFile | DataFile:
+    """Return what FILE names; refuse a path that can't be read."""
+    if file == "-":
+        return PromptFile(sys.stdin.buffer.read(), name="Standard input")
+    if not is_url(file) and not Path(file).is_dir():
+        try:
+            Path(file).open("rb").close()
+        except OSError as exc:
+            raise typer.BadParameter(f"{file} can't be read: {exc.strerror}", param_hint="FILE") from exc
+    return DataFile(file)
 
 
-def _wait(job: Job, as_json: bool, output: Path | None = None) -> int:
+def _wait(job: Job, as_json: bool, output: str | None = None) -> int:
     """Show a progress bar until the job ends and return the exit status. Ctrl-C does not stop the job."""
     try:
         info = job.wait(progress=True)
@@ -250,7 +288,7 @@ def _wait(job: Job, as_json: bool, output: Path | None = None) -> int:
     return _finish(job, info, output)
 
 
-def _follow(client: Client, job: Job, as_json: bool, output: Path | None = None) -> int:
+def _follow(client: Client, job: Job, as_json: bool, output: str | None = None) -> int:
     """Show the text until the job ends and return the exit status. Ctrl-C does not stop the job."""
     try:
         _show_events(job, as_json)
@@ -274,7 +312,7 @@ def _show_events(job: Job, as_json: bool) -> None:
             view.show(event)
 
 
-def _finish(job: Job, info: JobInfo, output: Path | None) -> int:
+def _finish(job: Job, info: JobInfo, output: str | None) -> int:
     """Write the outputs, say what to do about failed requests, and return the exit status."""
     if output is not None:
         write_outputs(job.outputs(), output)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 
 import httpx
 
-from jobs.client.connection import AsyncConnection, Connection, ErrorResponse
+from jobs.client.connection import AsyncConnection, Connection, ErrorResponse, FileContent
 from jobs.client.event_filter import EventFilter
 from jobs.client.parameters import Parameters
 from jobs.client.progress_bar import ProgressCallback, progress_reporter
-from jobs.client.request_body import Prompts, build_body
+from jobs.client.request_body import ALL_COLUMNS, Prompts, build_body
 from jobs.client.response_format import ResponseFormat, adapter_of, response_format
 from jobs.client.results import JobInfo, Output, Statistics, output_rows, to_dataframe
 from jobs.client.retries import RETRIED_STATUS_CODES, Backoff, ServiceBusy
@@ -23,6 +23,7 @@ from jobs.client.service_location import default_api_key, default_api_url
 from jobs.errors import BasicError, ServiceUnavailable
 from jobs.messages import Endpoint, PartialEvent
 from jobs.settings import JobsSettings
+from jobs.tables.columns import Columns
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -74,13 +75,16 @@ class AsyncClient:
         completion_window: str | None = None,
         compare_plain: int | None = None,
         idempotency_key: str | None = None,
+        columns: Columns = ALL_COLUMNS,
         **parameters: Unpack[Parameters],
     ) -> AsyncJob:
         """Submit a job.
 
-        `prompts` is an iterable of strings or request objects, a data frame or one of its columns, or a file: its Path
-        or its bytes. A file holds JSON lines (prompts, request objects, or lines of an OpenAI batch file), or plain
-        text with one prompt per line.
+        `prompts` is an iterable of strings or request objects, a data frame, table or dataset, or a file: its Path, its
+        bytes, or a DataFile with a path or URL. A file holds JSON lines (prompts, request objects, or lines of an
+        OpenAI batch file), plain text with one prompt per line, or a table (CSV, TSV, a JSON array, Parquet, Arrow),
+        which is read and sent row by row. `columns` says which columns make the requests, and which ones the outputs
+        return.
 
         `response_format` may be a class that pydantic knows, a JSON schema, or OpenAI's object; `parsed` of an output
         then returns its value. `parameters` apply to every request that does not set its own. Parameters that neither
@@ -90,7 +94,7 @@ class AsyncClient:
 
         A submission carries an idempotency key, so that a retry after a lost response creates no second job.
         """
-        body = await self._connection.run_slow(lambda: build_body(prompts))
+        body = await self._connection.run_slow(lambda: build_body(prompts, columns))
         job = {
             "model": model,
             "endpoint": endpoint or body.endpoint,
@@ -105,8 +109,10 @@ class AsyncClient:
         headers = {"idempotency-key": idempotency_key or str(uuid.uuid4())}
         if body.lines is not None:
             headers["content-type"] = "application/x-ndjson"
-            lines, query = _with_parameters(body.lines, settings)
-            reply = await self._call("POST", "/v1/jobs", content=lines, params=_query(fields) | query, headers=headers)
+            head, query = _parameter_line(settings)
+            with body.lines as lines:
+                file = FileContent(head, lines)
+                reply = await self._call("POST", "/v1/jobs", file=file, params=_query(fields) | query, headers=headers)
         else:
             content = fields | settings | {"requests": body.requests}
             reply = await self._call("POST", "/v1/jobs", json=content, headers=headers)
@@ -167,19 +173,29 @@ class AsyncClient:
                 await self._connection.sleep(poll_s)
 
     async def outputs(
-        self, job_id: str, *, failed: bool = False, follow: bool = False, response_format: ResponseFormat | None = None
+        self,
+        job_id: str,
+        *,
+        failed: bool = False,
+        follow: bool = False,
+        prompt: bool = False,
+        cursor: str = "",
+        response_format: ResponseFormat | None = None,
     ) -> AsyncGenerator[Output]:
         """Yield the outputs of a job so far, in the order of its requests. With `failed`: only those that failed.
 
+        With `prompt`, outputs have their prompts too.
+
         With `follow`, yield outputs in the order in which requests end, until the job ends. After a lost connection
-        the client reconnects and continues where it stopped. `parsed` returns values of the type `response_format`.
+        the client reconnects and continues where it stopped. `cursor` is that of an output, to begin after it.
+        `parsed` returns values of the type `response_format`.
         """
-        position: dict[str, Any] = {"cursor": ""} if follow else {"after": -1}
+        position: dict[str, Any] = {"cursor": cursor} if follow else {"after": -1}
         adapter = adapter_of(response_format)
         backoff = self._backoff()
         while True:
             try:
-                params = position | {"failed": failed, "follow": follow}
+                params = position | {"failed": failed, "follow": follow} | ({"prompt": True} if prompt else {})
                 async with aclosing(self._lines(f"/v1/jobs/{job_id}/outputs", params)) as lines:
                     async for line in lines:
                         output = Output.model_validate_json(line).read_by(adapter)
@@ -309,9 +325,18 @@ class AsyncJob:
         """Yield events as text is generated, until the job ends."""
         return self._client.follow(self.id)
 
-    def outputs(self, *, failed: bool = False, follow: bool = False) -> AsyncGenerator[Output]:
+    def outputs(
+        self, *, failed: bool = False, follow: bool = False, prompt: bool = False, cursor: str = ""
+    ) -> AsyncGenerator[Output]:
         """Yield the outputs so far, in the order of the requests; with `follow` all, as requests end."""
-        return self._client.outputs(self.id, failed=failed, follow=follow, response_format=self.response_format)
+        return self._client.outputs(
+            self.id,
+            failed=failed,
+            follow=follow,
+            prompt=prompt,
+            cursor=cursor,
+            response_format=self.response_format,
+        )
 
     async def results(self, *, failed: bool = False) -> list[dict[str, Any]]:
         """Return the outputs so far as dicts."""
@@ -342,9 +367,9 @@ def _query(fields: Mapping[str, Any]) -> dict[str, str]:
 _MAX_QUERY_CHARS: Final = 2_000  # of the parameters of a job; longer ones precede the lines
 
 
-def _with_parameters(lines: bytes, parameters: Mapping[str, Any]) -> tuple[bytes, dict[str, str]]:
-    """Return lines and the query that hold the parameters of a job: long ones, such as schemas, as the first line."""
+def _parameter_line(parameters: Mapping[str, Any]) -> tuple[bytes, dict[str, str]]:
+    """Return the line before the others, and the query, that hold the parameters of a job: long ones in the line."""
     query = _query(parameters)
     if sum(map(len, query.values())) <= _MAX_QUERY_CHARS:
-        return lines, query
-    return json.dumps({"parameters": parameters}).encode() + b"\n" + lines, {}
+        return b"", query
+    return json.dumps({"parameters": parameters}).encode() + b"\n", {}

@@ -21,10 +21,11 @@ from jobs.client.async_client import AsyncClient
 from jobs.client.connection import BlockingConnection, run_without_loop
 from jobs.client.parameters import Parameters
 from jobs.client.progress_bar import ProgressCallback
-from jobs.client.request_body import Prompts
+from jobs.client.request_body import ALL_COLUMNS, Prompts
 from jobs.client.response_format import ResponseFormat
 from jobs.client.results import JobInfo, Output, Statistics
 from jobs.messages import Endpoint, PartialEvent
+from jobs.tables.columns import Columns
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -82,6 +83,7 @@ class Client:
         completion_window: str | None = None,
         compare_plain: int | None = None,
         idempotency_key: str | None = None,
+        columns: Columns = ALL_COLUMNS,
         **parameters: Unpack[Parameters],
     ) -> Job:
         """Submit a job; arguments as for AsyncClient.submit."""
@@ -94,6 +96,7 @@ class Client:
                 completion_window=completion_window,
                 compare_plain=compare_plain,
                 idempotency_key=idempotency_key,
+                columns=columns,
                 **parameters,
             )
         )
@@ -166,11 +169,15 @@ class Job:
         """Yield events as text is generated, until the job ends."""
         return self._client.iterate(lambda client: client.follow(self.id))
 
-    def outputs(self, *, failed: bool = False, follow: bool = False) -> Iterator[Output]:
+    def outputs(
+        self, *, failed: bool = False, follow: bool = False, prompt: bool = False, cursor: str = ""
+    ) -> Iterator[Output]:
         """Yield the outputs so far, in the order of the requests; with `follow` all, as requests end."""
         form = self.response_format
         return self._client.iterate(
-            lambda client: client.outputs(self.id, failed=failed, follow=follow, response_format=form)
+            lambda client: client.outputs(
+                self.id, failed=failed, follow=follow, prompt=prompt, cursor=cursor, response_format=form
+            )
         )
 
     def results(self, *, failed: bool = False) -> list[dict[str, Any]]:

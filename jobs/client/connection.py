@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import IO, Any, Protocol, TypeVar
 
 import httpx
 
@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 _READ_TIMEOUT_S = 60.0  # the server sends a comment every 15 s, so a stream without data for 60 s is dead
 _CONNECT_TIMEOUT_S = 5.0
+_PIECE_BYTES = 1 << 18
 
 
 class ErrorResponse(Exception):
@@ -26,6 +27,29 @@ class ErrorResponse(Exception):
 
     def __init__(self, response: httpx.Response) -> None:
         self.response = response  # its body has been read
+
+
+class FileContent:
+    """The content of a request: a head, and a file that is read in pieces, from its start for each attempt."""
+
+    def __init__(self, head: bytes, file: IO[bytes]) -> None:
+        self._head = head
+        self._file = file
+        self.size = len(head) + file.seek(0, os.SEEK_END)
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the content."""
+        self._file.seek(0)
+        if self._head:
+            yield self._head
+        while piece := self._file.read(_PIECE_BYTES):
+            yield piece
+
+    async def async_pieces(self) -> AsyncGenerator[bytes]:
+        """Yield the content; a thread reads the file."""
+        pieces = self.pieces()
+        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+            yield piece
 
 
 class Connection(Protocol):
@@ -36,7 +60,9 @@ class Connection(Protocol):
     async def close(self) -> None:
         """Close all connections."""
 
-    async def send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+    async def send(
+        self, method: str, path: str, *, file: FileContent | None = None, **arguments: Any
+    ) -> httpx.Response:
         """Send a request and return the whole response; raise httpx.TransportError if none comes."""
 
     def stream_text(self, path: str, params: Mapping[str, Any], headers: Mapping[str, str]) -> AsyncGenerator[str]:
@@ -60,8 +86,12 @@ class AsyncConnection:
         """Close all connections."""
         await self._http.aclose()
 
-    async def send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+    async def send(
+        self, method: str, path: str, *, file: FileContent | None = None, **arguments: Any
+    ) -> httpx.Response:
         """Send the request without blocking the event loop; return the whole response."""
+        if file is not None:
+            arguments = _with_content(arguments, file, file.async_pieces())
         return await self._http.request(method, path, **arguments)
 
     async def stream_text(
@@ -104,8 +134,12 @@ class BlockingConnection:
         """Close all connections."""
         self._process_http().close()
 
-    async def send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+    async def send(
+        self, method: str, path: str, *, file: FileContent | None = None, **arguments: Any
+    ) -> httpx.Response:
         """Send the request and block until the whole response is there."""
+        if file is not None:
+            arguments = _with_content(arguments, file, file.pieces())
         return self._process_http().request(method, path, **arguments)
 
     async def stream_text(
@@ -136,6 +170,11 @@ def run_without_loop(call: Coroutine[Any, Any, T]) -> T:
         return end.value  # type: ignore[no-any-return]
     call.close()
     raise RuntimeError("This call needs an event loop; make it with AsyncClient.")
+
+
+def _with_content(arguments: dict[str, Any], file: FileContent, pieces: object) -> dict[str, Any]:
+    headers = {**arguments.get("headers", {}), "content-length": str(file.size)}
+    return {**arguments, "headers": headers, "content": pieces}
 
 
 def _timeout() -> httpx.Timeout:

@@ -119,6 +119,8 @@ class Output(Reply):
     custom_id: str
     index: int
     status: RequestStatus
+    keep: dict[str, Any] | None = None  # values that the request carried
+    prompt: str | list[Any] | None = None  # if asked for: the text, or the messages
     choices: tuple[Choice, ...] = ()
     error: ErrorDetails | None = None
     sampling_defaults: dict[str, Any] | None = None  # sampling parameters that the model's generation config gave
@@ -149,23 +151,28 @@ class Output(Reply):
         return self
 
 
-_COLUMNS = (
+OUTPUT_COLUMNS = (
     *("custom_id", "index", "status", "choice", "text", "finish_reason", "completion_tokens", "error"),
     *("content", "reasoning_content", "tool_calls"),
 )
+_TAKEN = frozenset({*OUTPUT_COLUMNS, "parsed", "prompt"})
 Statistics = dict[str, Any]  # what `/v1/stats` returns; field names as in the SQL views
 
 
 def output_rows(output: Output, parsed: bool = False) -> Iterator[dict[str, Any]]:
     """Yield an output as flat rows: one per choice, or a single row with the error.
 
-    With `parsed`, a row has the value of its text too: None if the request failed, or the text can't be read.
+    With `parsed`, a row has the value of its text too: None if the request failed, or the text can't be read. Kept
+    values have columns of their own, named input_… where an output has a column of that name. Prompts are in the column
+    prompt, if they were asked for.
     """
     request = {"custom_id": output.custom_id, "index": output.index, "status": output.status.value}
+    carried = {f"input_{name}" if name in _TAKEN else name: value for name, value in (output.keep or {}).items()}
+    carried |= {} if output.prompt is None else {"prompt": output.prompt}
     error = None if output.error is None else output.error.message
     if not output.choices:
-        row = {**dict.fromkeys(_COLUMNS), **request, "choice": 0, "completion_tokens": 0, "error": error}
-        yield row | ({"parsed": None} if parsed else {})
+        row = {**dict.fromkeys(OUTPUT_COLUMNS), **request, "choice": 0, "completion_tokens": 0, "error": error}
+        yield row | ({"parsed": None} if parsed else {}) | carried
     for choice in output.choices:
         yield {
             **request,
@@ -178,6 +185,7 @@ def output_rows(output: Output, parsed: bool = False) -> Iterator[dict[str, Any]
             "reasoning_content": choice.reasoning_content,
             "tool_calls": _calls_json(choice.tool_calls),
             **({"parsed": _value_or_none(choice)} if parsed else {}),
+            **carried,
         }
 
 
@@ -199,4 +207,5 @@ def to_dataframe(rows: list[dict[str, Any]]) -> DataFrame:
         import pandas
     except ModuleNotFoundError as exc:
         raise SetupError("DataFrames need pandas; install it with: pip install 'basic-batch[pandas]'") from exc
-    return pandas.DataFrame(rows, columns=[*_COLUMNS, *(["parsed"] if rows and "parsed" in rows[0] else [])])
+    columns = dict.fromkeys((*OUTPUT_COLUMNS, *(name for row in rows for name in row)))
+    return pandas.DataFrame(rows, columns=list(columns))

@@ -88,7 +88,7 @@ def test_every_parsed_field_is_in_the_document(document: dict[str, Any]) -> None
     job = {"model", "endpoint", "metadata", "completion_window", "parameters", "compare_plain", "requests", "prompts"}
     assert schemas["JobSubmission"]["properties"].keys() == PARAMETERS | job
     given = {"input", "instructions", "previous_response_id"}
-    request = {"custom_id", "id", "prompt", "messages", "model", "timeout_s"} | given
+    request = {"custom_id", "id", "prompt", "messages", "model", "timeout_s", "keep"} | given
     assert schemas["JobRequest"]["properties"].keys() == PARAMETERS | request
     assert schemas["ChatCall"]["properties"].keys() == PARAMETERS | {"model", "messages"}
     assert schemas["CompletionCall"]["properties"].keys() == PARAMETERS | {"model", "prompt"}

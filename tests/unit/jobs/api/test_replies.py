@@ -48,7 +48,9 @@ def api(settings: JobsSettings, database: Database) -> TestClient:
 @pytest.fixture
 def job_id(api: TestClient, database: Database) -> str:
     """A job with a completed, a rejected and a cancelled request."""
-    job: str = submitted(api, {"prompt": "Hello", "keep": {"label": 7}}, {"prompt": ""}, "Bye", metadata={"team": "a"}, logprobs=True)["id"]
+    job: str = submitted(
+        api, {"prompt": "Hello", "keep": {"label": 7}}, {"prompt": ""}, "Bye", metadata={"team": "a"}, logprobs=True
+    )["id"]
     answer_all(database, limit=1, logprobs=([["Paris.", -0.5]],))
     return job
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import typer
 from sqlalchemy import select
@@ -115,7 +117,7 @@ def test_a_file_without_lines_is_refused(run: Run, content: str) -> None:
     assert json.loads(run("jobs", "--json")) == []
 
 
-@pytest.mark.parametrize("name", ["out.csv", "out.TSV", "out.parquet", "out.xlsx", "out.jsonl.gz"])
+@pytest.mark.parametrize("name", ["out.arrow", "out.xlsx", "out.jsonl.gz", "out.csv.gz"])
 def test_outputs_are_not_written_under_the_name_of_another_format(
     run: Run, prompts: str, tmp_path: Path, name: str
 ) -> None:
@@ -124,9 +126,56 @@ def test_outputs_are_not_written_under_the_name_of_another_format(
         run("submit", prompts, "--output", str(path))
     assert json.loads(run("jobs", "--json")) == []
     run("submit", prompts)
-    with pytest.raises(InvalidValue, match="dataframe"):
+    with pytest.raises(InvalidValue, match=r"A table is .csv, .tsv or .parquet"):
         run("results", "--output", str(path))
     assert not path.exists()
+
+
+REVIEWS = 'text,label,score\n"Good, really",fine,7\nBad,poor,\n'
+
+
+def test_rows_of_a_table_become_prompts_and_come_back_with_their_answers(
+    run: Run, database: Database, tmp_path: Path
+) -> None:
+    table, answers = tmp_path / "reviews.csv", tmp_path / "answers.parquet"
+    table.write_text(REVIEWS)
+    run("submit", str(table), "--template", "Translate: {text}", "--id-column", "label", "--keep", "text,score")
+    answer_all(database)
+    run("results", "-o", str(answers), "--prompt")
+    rows = pyarrow.parquet.read_table(answers).to_pylist()
+    kept = [[row[name] for name in ("custom_id", "prompt", "input_text", "score")] for row in rows]
+    assert kept == [
+        ["fine", "Translate: Good, really", "Good, really", "7"],
+        ["poor", "Translate: Bad", "Bad", None],
+    ]
+    assert [row["text"] for row in rows] == ["Paris.", "Paris."]
+    run("results", "-o", str(answers.with_suffix(".csv")))
+    with answers.with_suffix(".csv").open(newline="") as file:
+        assert [row["input_text"] for row in csv.DictReader(file)] == ["Good, really", "Bad"]
+    assert sorted(path.name for path in tmp_path.glob("answers*")) == ["answers.csv", "answers.parquet"]
+
+
+def test_standard_input_is_a_table_if_columns_are_named(run: Run) -> None:
+    job = json.loads(run("submit", "-", "--prompt-column", "text", "--json", stdin=REVIEWS))
+    assert job["request_counts"] == {"total": 2, "completed": 0, "failed": 0}
+
+
+def test_followed_outputs_are_appended_and_continue_where_they_stopped(
+    run: Run, prompts: str, database: Database, tmp_path: Path
+) -> None:
+    run("submit", prompts)
+    answer_all(database)
+    path = tmp_path / "answers.jsonl"
+    run("results", "--follow", "-o", str(path))
+    written = path.read_bytes()
+    lines = written.splitlines(keepends=True)
+    assert len(lines) == 2
+    path.write_bytes(lines[0] + lines[1][:9])  # interrupted within a line
+    run("results", "--follow", "-o", str(path))
+    assert path.read_bytes() == written
+    path.write_text('{"prompt": "mine"}\n')
+    run("results", "--follow", "-o", str(path), status=WRONG_USE)
+    assert path.read_text() == '{"prompt": "mine"}\n'
 
 
 def test_reports_and_plots_are_not_written_under_the_name_of_another_format(run: Run) -> None:

@@ -9,14 +9,33 @@ import math
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pandas
 import pytest
 
-from jobs.client.request_body import PromptFile, Prompts, build_body
+from jobs.client.request_body import ALL_COLUMNS, PromptFile, Prompts, SubmissionBody, build_body
 from jobs.errors import InvalidValue
+from jobs.tables.columns import Columns
+
+
+def lines_of(prompts: Prompts, columns: Columns = ALL_COLUMNS) -> bytes:
+    """Return the lines that are sent for prompts."""
+    with as_file(build_body(prompts, columns)) as lines:
+        return lines.read()
+
+
+def as_file(body: SubmissionBody) -> IO[bytes]:
+    assert body.lines is not None
+    body.lines.seek(0)
+    return body.lines
+
+
+def requests_in(prompts: Prompts, columns: Columns = ALL_COLUMNS) -> list[Any]:
+    """Return the requests of a table."""
+    return [json.loads(line) for line in lines_of(prompts, columns).splitlines()]
+
 
 BATCH_LINE = b'{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}\n'
 
@@ -29,10 +48,6 @@ BATCH_LINE = b'{"custom_id": "a", "method": "POST", "url": "/v1/completions", "b
         (["a", {"prompt": "b"}], ["a", {"prompt": "b"}]),
         ((name for name in "ab"), ["a", "b"]),
         (pandas.Series(["a", "b"], index=[7, 9]), ["a", "b"]),
-        (
-            pandas.DataFrame({"prompt": ["a", "b"], "seed": [1, None], "custom_id": ["x", None]}),
-            [{"prompt": "a", "seed": 1, "custom_id": "x"}, {"prompt": "b"}],
-        ),
     ],
 )
 def test_prompts_of_every_kind_become_requests(prompts: Prompts, requests: list[object]) -> None:
@@ -64,7 +79,7 @@ def test_an_invalid_prompt_is_refused_with_its_index(prompts: Prompts) -> None:
     ],
 )
 def test_a_file_is_json_lines_or_lines_of_text(content: bytes, suffix: str, lines: bytes) -> None:
-    assert build_body(PromptFile(content, suffix)).lines == lines
+    assert lines_of(PromptFile(content, suffix)) == lines
 
 
 def test_the_lines_of_a_batch_file_name_the_endpoint(tmp_path: Path) -> None:
@@ -90,24 +105,31 @@ with zipfile.ZipFile(WORKBOOK, "w") as workbook:
 @pytest.mark.parametrize(
     ("content", "name", "what"),
     [
-        (b"question,answer\nWhat is 2+2?,4\n", "a.csv", "a table"),
-        (b'"prompt"\n"Name a river."\n', "a.csv", "a table"),
+        (b"question,answer\nWhat is 2+2?,4\n", "a.csv", "has no column prompt or messages, but question, answer"),
+        (b"prompt,label\nHello,1\n", "a.csv", "the column 'label' is no parameter"),
+        (b"prompt,label\nHello\n", "a.tsv", "has no column prompt"),
+        (b"prompt,seed\nHello\n", "a.csv", "line 2: 1 cells, but the header has 2"),
+        (b'prompt,seed\n"Hello,1\n', "a.csv", "line 2: unexpected end"),
+        (b"prompt,prompt\na,b\n", "a.csv", "has the column 'prompt' twice"),
+        (b"prompt\n\xe9\n", "a.csv", "not text in UTF-8"),
+        (b"prompt\n", "a.csv", "has no rows"),
+        (b"PAR1\x15\x04", "a.csv", "is named as CSV and holds Parquet"),
+        (b"prompt\nHello\n", "a.parquet", "is named as Parquet and holds CSV"),
+        (b'{"prompt": "a"}\n', "a.arrow", "is named as Arrow and holds JSON lines"),
+        (b"[1]", "a.json", "element 0 is neither an object nor a text"),
+        (gzip.compress(b"prompt\nHello\n", mtime=0)[:-9], "a.csv.gz", "ended before"),
         (b'question,answer\n"What is 2+2?",4\n"Name a river, please",x\n', "a", "a table"),
         (b"id\tprompt\n1\thi\n2\tyo\n", "a", "a table"),
         (b",question,answer\n0,What is 2+2?,4\n", "a", "a table"),
         (b"id;prompt text\n1;hi\n2;yo\n", "a", "a table"),
-        (json.dumps(ROWS).encode(), "a.json", "one JSON array"),
         (json.dumps(ROWS).encode(), "a", "one JSON array"),
-        (json.dumps(ROWS, indent=1).encode(), "a.json", "one value on several lines"),
         (json.dumps(ROWS, indent=1).encode(), "a", "one value on several lines"),
-        (json.dumps(["a", "b"], indent=1).encode(), "a.json", "one value on several lines"),
         (b"\xef\xbb\xbf" + json.dumps(ROWS[0], indent=1).encode(), "a.jsonl", "one value on several lines"),
         ((json.dumps(ROWS[0], indent=1) + "\n").encode() * 2, "a.jsonl", "one value on several lines"),
-        (json.dumps(ROWS, indent=1).encode()[:-3], "a.json", "one value on several lines"),
-        (b'[{"prompt": "a"},\n{"prompt": "b"},\n]', "a.json", "one value on several lines"),
+        (json.dumps(ROWS, indent=1).encode()[:-3], "a.json", "not a JSON array"),
+        (b'[{"prompt": "a"},\n{"prompt": "b"},\n]', "a.json", "not a JSON array"),
         (b'{"prompt": "a"},\n{"prompt": "b"}\n', "a.jsonl", "a comma after each line"),
         (gzip.compress(b'"Hello"\n', mtime=0)[:-1], "a.jsonl.gz", "gzip data ends early"),
-        (gzip.compress(b"id,prompt\n1,hi\n2,yo\n", mtime=0), "a.csv.gz", "a table"),
         (gzip.compress(gzip.compress(b'"Hello"\n', mtime=0), mtime=0), "a.gz", "packed"),
         (bz2.compress(b'"Hello"\n'), "a", "packed"),
         (lzma.compress(b'"Hello"\n'), "a", "packed"),
@@ -138,10 +160,9 @@ def test_a_file_of_another_format_is_refused_by_name(tmp_path: Path, content: by
 def test_a_gzip_file_is_read_as_what_it_holds(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(gzip.compress(BATCH_LINE))
-    body = build_body(path)
-    assert (body.lines, body.endpoint) == (BATCH_LINE, "/v1/completions")
+    assert (lines_of(path), build_body(path).endpoint) == (BATCH_LINE, "/v1/completions")
     path.with_name("b.txt.gz").write_bytes(gzip.compress(b'"Quoted"'))
-    assert build_body(path.with_name("b.txt.gz")).lines == b'"\\"Quoted\\""\n'
+    assert lines_of(path.with_name("b.txt.gz")) == b'"\\"Quoted\\""\n'
 
 
 def test_a_line_without_a_url_is_of_the_endpoint_of_its_body() -> None:
@@ -160,7 +181,7 @@ def test_an_open_file_is_read_as_a_file(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b'"Hello"\n')
     with path.open() as text, path.open("rb") as binary:
-        assert build_body(text).lines == build_body(binary).lines == b'"Hello"\n'
+        assert lines_of(text) == lines_of(binary) == b'"Hello"\n'
 
 
 def test_the_name_of_an_existing_file_is_refused_as_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,19 +197,19 @@ def test_ids_of_a_data_frame_become_text_and_whole_numbers_stay_whole() -> None:
     table = pandas.DataFrame(
         {"prompt": ["a", "b"], "custom_id": [7, 8], "max_tokens": [3, None], "temperature": [0.5, 1.0]}
     )
-    assert json.dumps(build_body(table).requests) == json.dumps(
+    assert json.dumps(requests_in(table)) == json.dumps(
         [
-            {"prompt": "a", "custom_id": "7", "max_tokens": 3, "temperature": 0.5},
-            {"prompt": "b", "custom_id": "8", "temperature": 1},
+            {"prompt": "a", "max_tokens": 3, "temperature": 0.5, "custom_id": "7"},
+            {"prompt": "b", "temperature": 1, "custom_id": "8"},
         ]
     )
     with_a_gap = pandas.DataFrame({"prompt": ["a", "b"], "custom_id": [7, None]})
-    assert build_body(with_a_gap).requests == [{"prompt": "a", "custom_id": "7"}, {"prompt": "b"}]
+    assert requests_in(with_a_gap) == [{"prompt": "a", "custom_id": "7"}, {"prompt": "b"}]
 
 
 def test_cells_that_are_arrays_become_lists() -> None:
     table = pandas.DataFrame({"messages": [np.array([{"role": "user", "content": "a"}])], "seed": [np.int64(3)]})
-    assert build_body(table).requests == [{"messages": [{"role": "user", "content": "a"}], "seed": 3}]
+    assert requests_in(table) == [{"messages": [{"role": "user", "content": "a"}], "seed": 3}]
 
 
 def test_a_data_frame_without_prompts_is_refused_with_its_columns() -> None:
@@ -198,9 +219,9 @@ def test_a_data_frame_without_prompts_is_refused_with_its_columns() -> None:
 
 @pytest.mark.parametrize("way", ["to_dicts", "to_pylist"])
 def test_data_frames_of_other_packages_are_read_too(way: str) -> None:
-    table = SimpleNamespace(columns=["custom_id", "prompt"], to_dict=None)
+    table = SimpleNamespace(columns=["custom_id", "prompt"])
     setattr(table, way, lambda: [{"custom_id": 7, "prompt": "a"}])
-    assert build_body(table).requests == [{"custom_id": "7", "prompt": "a"}]
+    assert requests_in(table) == [{"prompt": "a", "custom_id": "7"}]
 
 
 @pytest.mark.parametrize(
