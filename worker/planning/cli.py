@@ -31,6 +31,9 @@ def plan(
     device: Annotated[str, typer.Option(help="h100, h200 or a100.")] = "h100",
     memory_gib: Annotated[float | None, typer.Option(min=1, help="GiB per GPU. Default: the data sheet's.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    quantization: Annotated[
+        str, typer.Option(help="auto: weights as the checkpoint has them; fp8: rounded to FP8 at load.")
+    ] = "auto",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a usual prompt.")] = 300,
     output_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a usual answer.")] = 1000,
     context: Annotated[
@@ -54,11 +57,12 @@ def plan(
 
     _one_of(device, list(DEVICES), "--device")
     _one_of(dtype, list(DTYPE_BYTES), "--dtype")
+    _one_of(quantization, ["auto", "fp8"], "--quantization")
     with readable_errors():
         request = PlanRequest(
             target=shape_of(target),
             draft=None if draft == "none" else shape_of(draft),
-            machine=Machine(DEVICES[device].with_memory(memory_gib), dtype),
+            machine=Machine(DEVICES[device].with_memory(memory_gib), dtype, fp8=quantization == "fp8"),
             gpus=gpus,
             sequences=sequences,
             context=context,
@@ -90,6 +94,7 @@ def _as_json(request: PlanRequest, choices: list[Placement], chosen: Placement |
         "draft": None if request.draft is None else asdict(request.draft) | {"parameters": request.draft.parameters},
         "device": asdict(request.machine.device),
         "dtype": request.machine.dtype,
+        "fp8": _has_fp8(request),
         "gpus": request.gpus,
         "acceptance": request.acceptance,
         "prompt_tokens": request.prompt_tokens,
@@ -123,6 +128,8 @@ def _show(request: PlanRequest, choices: list[Placement], chosen: Placement | No
         f"Predicted from data sheets and the efficiency of the kernels on one H100{assumption}; steps of several "
         "GPUs were never measured. Formulas and sources: docs/scale.md"
     )
+    if _has_fp8(request):
+        console.print("The bytes of FP8 weights are counted; no step with them was measured.")
     console.print(f"Best: {chosen.name}. Start it with:")
     print(f"  {command(request, chosen)}")
 
@@ -130,7 +137,8 @@ def _show(request: PlanRequest, choices: list[Placement], chosen: Placement | No
 def _table(request: PlanRequest, choices: list[Placement], chosen: Placement | None) -> Table:
     device = request.machine.device
     names = request.target.name + (f" with {request.draft.name}" if request.draft else "")
-    table = Table(title=f"{names}, {request.machine.dtype}, on {request.gpus} x {device.name}")
+    dtype = f"{request.machine.dtype}{' with FP8 weights' if _has_fp8(request) else ''}"
+    table = Table(title=f"{names}, {dtype}, on {request.gpus} x {device.name}")
     table.add_column("placement")
     for title in ("weights/GPU", "KV tokens/replica", "sequences", "context", "step ms", "tokens/s", "with draft"):
         table.add_column(title, justify="right")
@@ -153,6 +161,10 @@ def _table(request: PlanRequest, choices: list[Placement], chosen: Placement | N
             with_draft,
         )
     return table
+
+
+def _has_fp8(request: PlanRequest) -> bool:
+    return request.machine.fp8 or request.target.has_fp8_weights
 
 
 def _fallback(request: PlanRequest) -> str:

@@ -5,7 +5,7 @@ The prediction compares placements before there is a machine. The worker's own c
 
 Formulas for one rank of a replica of n ranks, and a step of R rows of B sequences with C tokens of context each:
 
-    weights  = parameters read * size / memory rate
+    weights  = bytes of the parameters read / memory rate
     products = 2 * parameters read * R / (compute rate * width / (width + half width))
     context  = max(B * C * KV bytes per token / memory rate, 4 * layers * heads/n * head_dim * C * R / compute rate)
     device   = max(weights, products) + context
@@ -17,8 +17,9 @@ Formulas for one rank of a replica of n ranks, and a step of R rows of B sequenc
     host     = constant + B * constant: the engine's thread, while the device waits
     step     = max(device + ramps + traffic + draws, launches) + host
 
-A step reads every weight and every KV entry once. A matrix product is a multiply and an add per weight; attention
-scores and values are two more products over the context. Each part of `device` is a roofline (Williams, Waterman,
+A step reads every weight and every KV entry once; FP8 weights are a byte each and multiply in the dtype of the model.
+A matrix product is a multiply and an add per weight; attention scores and values are two more products over the
+context. Each part of `device` is a roofline (Williams, Waterman,
 Patterson 2009). Narrow products leave tensor cores idle: a model of `half width` achieves half the rate of a wide one.
 `ring` is the time of an all-reduce (Patarasuk, Yuan 2009; the factor of nccl-tests' PERFORMANCE.md); a layer has two
 (Megatron-LM, Shoeybi et al. 2019) and the embedding one. Launches run ahead of the device, so the slower of the two
@@ -53,15 +54,28 @@ DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Device and dtype of a replica."""
+    """Device of a replica, and how it holds weights."""
 
     device: Device
     dtype: str
+    fp8: bool = False  # linear layers have FP8 weights, with a float32 scale for each column
 
     @property
     def dtype_bytes(self) -> int:
-        """Bytes per number."""
+        """Bytes per number of what is not FP8."""
         return DTYPE_BYTES[self.dtype]
+
+    def weights_bytes(self, shape: ModelShape, ranks: int) -> int:
+        """Return the bytes of a model's weights on each of `ranks` ranks; FP8 weights are on one."""
+        return shape.rank_parameters(ranks) * self.dtype_bytes - self._saved_bytes(shape)
+
+    def read_bytes(self, shape: ModelShape, ranks: int) -> int:
+        """Return the bytes of weights that a step reads on each of `ranks` ranks."""
+        return shape.read_parameters(ranks) * self.dtype_bytes - self._saved_bytes(shape)
+
+    def _saved_bytes(self, shape: ModelShape) -> int:
+        fp8 = self.fp8 or shape.has_fp8_weights
+        return shape.fp8_parameters * (self.dtype_bytes - 1) - shape.fp8_columns * 4 if fp8 else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +117,7 @@ def step(shape: ModelShape, machine: Machine, ranks: int, sequences: int, rows: 
     traffic_s = (2 * shape.layers + 1) * _all_reduce_s(rows * shape.width * size, device, ranks)
     traffic_s += _all_gather_s(rows * shape.vocabulary * size, device, ranks)
     return Step(
-        weights_ms=1e3 * read * size / bytes_per_s,
+        weights_ms=1e3 * machine.read_bytes(shape, ranks) / bytes_per_s,
         products_ms=1e3 * 2 * read * rows / (flops * shape.width / (shape.width + HALF_WIDTH)),
         context_ms=1e3 * max(kv_bytes / bytes_per_s, attention_flops / flops),
         traffic_ms=1e3 * traffic_s,

@@ -108,6 +108,8 @@ def command(request: PlanRequest, chosen: Placement) -> str:
         variables.append(f"BASIC_KV_TOKENS={request.kv_tokens}")
     if chosen.draft_ranks > 1:
         variables.append("BASIC_DRAFT_RANKS=all")
+    if request.machine.fp8:
+        variables.append("BASIC_QUANTIZATION=fp8")
     words = ["basic worker", f"--replicas {chosen.replicas}", f"--tp {chosen.ranks}", f"--target {request.target.name}"]
     words.append(f"--draft {request.draft.name}" if request.draft else "--draft suffix")
     return " ".join([*variables, *words, f"--dtype {request.machine.dtype}"])
@@ -124,17 +126,18 @@ def _layouts(request: PlanRequest) -> Iterator[tuple[int, int]]:
 
 
 def _placement(request: PlanRequest, ranks: int, draft_ranks: int) -> Placement:
-    size = request.machine.dtype_bytes
-    draft_bytes = request.draft.rank_parameters(draft_ranks) * size if request.draft else 0
+    draft_bytes = request.machine.weights_bytes(request.draft, draft_ranks) if request.draft else 0
     placement = Placement(
         replicas=request.gpus // ranks,
         ranks=ranks,
         draft_ranks=draft_ranks,
-        weights_bytes=request.target.rank_parameters(ranks) * size + draft_bytes,
+        weights_bytes=request.machine.weights_bytes(request.target, ranks) + draft_bytes,
         exact=ranks == 1 or request.machine.dtype == "float32",
     )
     if not request.target.splits(ranks):
         return replace(placement, refusal=split_refusal(request.target, ranks))
+    if ranks > 1 and (request.machine.fp8 or request.target.has_fp8_weights):
+        return replace(placement, refusal="FP8 weights are held whole by one GPU")
     free = request.machine.device.memory_bytes - _RESERVED_BYTES - placement.weights_bytes
     if free <= 0:
         return replace(

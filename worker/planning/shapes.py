@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 
 from worker.engine.errors import ModelRefused
+from worker.engine.quantization.checkpoints import is_fp8
+from worker.engine.quantization.weights import QuantizationMethod, quantizable
 
 _PACKAGED = Path(__file__).with_name("configs")  # NAME.json: packaged configurations
 
@@ -36,6 +38,9 @@ class ModelShape:
     split_parameters: int  # each rank of a tensor parallel replica holds a share of them
     whole_parameters: int  # every rank holds all of them
     embedding_parameters: int  # of the above; 0 if tied to the output. A step reads only the rows that it looks up
+    fp8_parameters: int = 0  # of the above: those that BASIC_QUANTIZATION=fp8 rounds
+    fp8_columns: int = 0  # of their layers; each has a scale
+    has_fp8_weights: bool = False  # the checkpoint has FP8 weights
 
     @property
     def parameters(self) -> int:
@@ -93,6 +98,7 @@ def shape_from_config(name: str, config: PretrainedConfig) -> ModelShape:
         shared = "colwise" in style or ("rowwise" in style and kind != "bias")
         split, whole = split + shared * values.numel(), whole + (not shared) * values.numel()
     text = config.get_text_config()
+    rounded = list(quantizable(model, QuantizationMethod.FP8))
     heads = int(text.num_attention_heads)
     embedding = 0 if text.tie_word_embeddings else model.get_input_embeddings().weight.numel()
     return ModelShape(
@@ -107,6 +113,9 @@ def shape_from_config(name: str, config: PretrainedConfig) -> ModelShape:
         split_parameters=split,
         whole_parameters=whole,
         embedding_parameters=embedding,
+        fp8_parameters=sum(layer.weight.numel() for layer in rounded),
+        fp8_columns=sum(layer.out_features for layer in rounded),
+        has_fp8_weights=is_fp8(getattr(config, "quantization_config", None) or {}),
     )
 
 

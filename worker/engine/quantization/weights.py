@@ -73,10 +73,16 @@ def quantize(model: nn.Module, kind: QuantizationMethod) -> None:
     Embeddings, norms and routers keep their dtype; so does the output layer with FP8, whose steps are too coarse for
     logits. An output layer that shares the embeddings' weights gets weights of its own.
     """
-    for name, layer in list(_linear_layers(model)):
-        if name.rpartition(".")[2] in _ROUTERS or (kind is QuantizationMethod.FP8 and name == "lm_head"):
-            continue
+    for layer in list(quantizable(model, kind)):
         attach(layer, quantized(layer.weight, kind))
+
+
+def quantizable(model: nn.Module, kind: QuantizationMethod) -> Iterator[nn.Linear]:
+    """Yield the linear layers of a model that `quantize` rounds."""
+    for name, layer in _linear_layers(model):
+        output = kind is QuantizationMethod.FP8 and name == "lm_head"
+        if not output and name.rpartition(".")[2] not in _ROUTERS:
+            yield layer
 
 
 def attach(layer: nn.Linear, weight: QuantizedWeight) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from typer.testing import CliRunner
@@ -18,6 +20,7 @@ from worker.engine.errors import ModelRefused
 from worker.engine.model.architecture import kv_bytes_per_token
 from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.packed_model import PackedModel
+from worker.engine.quantization.weights import QuantizationMethod, quantize, quantized_weights
 from worker.engine.segments import chain
 from worker.planning.devices import DEVICES, GIB, KERNELS_PER_LAYER
 from worker.planning.forecast import Machine, speculate, step
@@ -50,6 +53,30 @@ def test_a_shape_has_the_parameters_of_the_loaded_model(architecture: str) -> No
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     assert shape.kv_entries(1) * model.dtype.itemsize == kv_bytes_per_token(model)
     assert shape.kv_entries(2) * 2 == shape.kv_entries(1)
+
+
+def test_fp8_weights_take_the_bytes_that_are_counted_once_they_are_loaded() -> None:
+    model = tiny("llama").to(torch.bfloat16)  # type: ignore[arg-type]
+    shape = shape_from_config("tiny", model.config)
+    quantize(model, QuantizationMethod.FP8)
+    linear = [layer for layer in model.modules() if type(layer) is nn.Linear]
+    weights = [found[0] for layer in linear if (found := quantized_weights([layer]))]
+    rest = sum(p.nbytes for p in model.parameters()) - sum(2 * weight.values.numel() for weight in weights)
+    stored = sum(weight.values.nbytes + weight.scale.nbytes for weight in weights)
+    assert Machine(DEVICES["h100"], "bfloat16", fp8=True).weights_bytes(shape, 1) == rest + stored
+
+
+def test_fp8_weights_leave_more_memory_to_kv_on_one_gpu_and_are_not_split(plan_request: PlanRequest) -> None:
+    fp8 = replace(plan_request, machine=replace(H100, fp8=True), sequences=0)
+    chosen, before = pick(placements(fp8)), placements(replace(plan_request, sequences=0))[0]
+    assert chosen is not None
+    assert (chosen.ranks, chosen.exact) == (1, True)
+    assert chosen.kv_tokens > 3 * before.kv_tokens
+    assert chosen.best_tokens_per_s > before.best_tokens_per_s
+    assert "BASIC_QUANTIZATION=fp8 basic worker --replicas 8 --tp 1" in command(fp8, chosen)
+    assert {choice.refusal for choice in placements(fp8) if choice.ranks in (2, 4)} == {
+        "FP8 weights are held whole by one GPU"
+    }
 
 
 def test_the_production_pair_has_its_published_size(target: ModelShape, draft: ModelShape) -> None:
