@@ -26,6 +26,12 @@ class WorkerSettings(JobsSettings):
         description="Draft: a directory, a hub id, or `suffix` (or `none`) to draft from repetitions of the text only; "
         "empty: the draft shipped with the target, if there is one.",
     )
+    draft_learning_threads: int = Field(
+        0,
+        ge=0,
+        description="CPU threads, at the lowest priority, that train the draft on the texts of running jobs; 0: the "
+        "draft does not learn.",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="dtype of the models; auto: bfloat16 if the hardware computes in it, else float32.",

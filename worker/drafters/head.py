@@ -6,6 +6,7 @@ So every accepted token is read again in the next step, with the target's states
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import Any, Protocol
 
@@ -17,11 +18,11 @@ from worker.drafters.candidates import best_children
 from worker.drafters.eagle3_network import Eagle3Network
 from worker.drafters.head_network import HeadNetwork
 from worker.drafters.kv_tracker import DraftSlots, by_slot
-from worker.engine.cpu.fused_layers import FusedNorm, fuse
+from worker.engine.cpu.fused_layers import FusedNorm, LayerStack, fuse
 from worker.engine.cpu.fused_model import CpuNetwork, rotary_table
 from worker.engine.cpu.kernels import Kernels
-from worker.engine.cpu.packed_linear import pack
-from worker.engine.gpu.fused_layers import fuse_on_gpu
+from worker.engine.cpu.packed_linear import PackedLinear, pack
+from worker.engine.gpu.fused_layers import GpuLayers, fuse_on_gpu
 from worker.engine.kv.hidden_states import HiddenStates
 from worker.engine.model.attention import ATTENTION_NAME, AttentionPlan
 from worker.engine.model.backend import make_backend
@@ -50,6 +51,16 @@ class HeadModel(Protocol):
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the keys and values of the first `length` tokens of one slot to another."""
+
+
+class Learner(Protocol):
+    """Trains a head on the texts of its target while both decode."""
+
+    def refresh(self) -> None:
+        """Let the head draft with the latest weights. Called once a step, before its forwards."""
+
+    def take(self, ids: list[int], num_prompt: int, states: Tensor) -> None:
+        """Learn from a finished text; `states` [n - 1, size] are the target's after each token but the last."""
 
 
 class PackedHead:
@@ -149,6 +160,36 @@ class PackedHead:
         """Copy the keys and values of the first `length` tokens of one slot to another."""
         self._backend.kv.copy_prefix(source, target, length)
 
+    @torch.inference_mode()
+    def embedded(self, ids: Seq[int]) -> Tensor:
+        """Return the embeddings [n, width] of tokens."""
+        return self._embedding[torch.tensor(ids, device=self._embedding.device)]
+
+    @torch.inference_mode()
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Overwrite the weights with those of a `HeadNetwork` of the same shape; call it between two forwards.
+
+        KV entries stay: they are those of the weights before, which may cost acceptance until their texts end.
+        """
+        ours, like = self._network, self._embedding
+        assert isinstance(ours, HeadNetwork), "published heads can't be replaced"
+        with torch.device("meta"):
+            theirs = HeadNetwork(ours.shape)
+        placed = {name: weight.to(like.device, like.dtype) for name, weight in weights.items()}
+        theirs.load_state_dict(placed, assign=True)
+        theirs.requires_grad_(False)
+        for name in ("fuse", "join"):
+            _overwrite(getattr(ours, name), getattr(theirs, name))
+        first = ours.model.layers[0]
+        if isinstance(first, LayerStack):
+            first.load(theirs.model.layers)
+        else:
+            ours.model.layers.load_state_dict(theirs.model.layers.state_dict())
+        if isinstance(first, GpuLayers):
+            first.load_last(theirs.model.norm)
+        else:
+            _overwrite(ours.model.norm, theirs.model.norm)
+
     def _run_paged(self, rows: PagedRows, plan: PagedAttentionPlan) -> tuple[Tensor, Tensor]:
         return self._run(rows.ids, rows.positions, rows.kept, self._input_states[: len(rows.ids)], plan)
 
@@ -166,9 +207,13 @@ class PackedHead:
 class HeadDrafter:
     """A `Drafter` that runs a head over each layer of the trees."""
 
-    def __init__(self, head: HeadModel, hidden: HiddenStates, name: str) -> None:
-        """Use a head with the slot numbers of the target, whose hidden states are in `hidden`."""
+    def __init__(self, head: HeadModel, hidden: HiddenStates, name: str, learner: Learner | None = None) -> None:
+        """Use a head with the slot numbers of the target, whose hidden states are in `hidden`.
+
+        A `learner` trains the head on the texts that finish.
+        """
         self.name = name
+        self.learner = learner
         self.forward_free = None  # every draft takes a forward
         self._head = head
         self._hidden = hidden
@@ -187,6 +232,8 @@ class HeadDrafter:
             ]
             states = self._states[torch.from_numpy(indices_of(forest.parent[nodes], self._parents))]
         else:
+            if self.learner is not None:
+                self.learner.refresh()
             roots = [_sequence(forest, frontier[some]) for some in by_tree]
             segments = self._slots.catch_up(roots, self._feed, self._head.copy_prefix)
             states = self._before(segments)
@@ -206,7 +253,10 @@ class HeadDrafter:
         self._slots.of(forest.sequences[tree]).nodes.clear()
 
     def drop(self, sequence: Sequence) -> None:
-        """Forget a sequence."""
+        """Forget a sequence; learn from it if it is finished."""
+        if self.learner is not None and sequence.finished and sequence.cached:
+            ids = sequence.ids[: sequence.cached + 1]
+            self.learner.take(ids, sequence.num_prompt, self._hidden.read(sequence.slot, 0, len(ids) - 1))
         self._slots.drop(sequence)
 
     def _feed(self, segment: Segment) -> None:
@@ -234,6 +284,13 @@ def indices_of(nodes: IntArray, among: IntArray) -> IntArray:
     order = np.argsort(among)
     indices: IntArray = order[np.searchsorted(among, nodes, sorter=order)]
     return indices
+
+
+def _overwrite(module: nn.Module, other: nn.Module) -> None:
+    if isinstance(module, FusedNorm | PackedLinear):
+        module.load(other)  # type: ignore[arg-type]  # a linear layer for a linear layer, a norm for a norm
+    else:
+        module.load_state_dict(other.state_dict())
 
 
 def fixed_linear(weight: Tensor) -> nn.Linear:

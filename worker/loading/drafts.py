@@ -22,6 +22,7 @@ from worker.drafters.block import head_drafter, pack_head
 from worker.drafters.block_network import BlockNetwork
 from worker.drafters.eagle3_file import TargetShape, is_eagle3, read_eagle3
 from worker.drafters.eagle3_network import Eagle3Network
+from worker.drafters.head import HeadDrafter
 from worker.drafters.head_file import is_head, is_own_head, read_head, target_identity
 from worker.drafters.head_network import HeadNetwork
 from worker.drafters.mixed import MixedDrafter
@@ -37,6 +38,7 @@ from worker.engine.model.offload import input_device
 from worker.engine.model.packed_model import PackedModel
 from worker.engine.quantization.weights import QuantizationMethod
 from worker.engine.speculation.drafting import Drafter
+from worker.learning.head_learner import HeadLearner
 from worker.loading.model_store import pull, resolve
 from worker.loading.quantization import chosen_quantization, refuse_unpacked
 from worker.loading.tensor_parallel import DRAFT, RankGroup, draft_tp_size
@@ -58,6 +60,7 @@ class DrafterFactory:
     token_bytes: int  # bytes of memory per token of a sequence
     # Takes the target's hidden states, slots, tokens per slot, and tokens of all slots (None: slots * tokens per slot).
     make: Callable[[HiddenStates | None, int, int, int | None], MakeDrafter]
+    learns: bool = False  # from the texts of jobs
 
 
 def load_draft(
@@ -75,9 +78,10 @@ def load_draft(
         folder = folder_of(path)
         assert folder is not None, "a head is a directory or a downloaded hub id"
         loaded = _own_head if is_own_head(folder) else _eagle3_head
-        return _with_head(
-            loaded(folder, settings, model, tokenizer), model, chosen_quantization(settings, model.device)
-        )
+        head = loaded(folder, settings, model, tokenizer)
+        if settings.draft_learning_threads and type(head.network) is HeadNetwork:
+            return _with_head(head, model, learning_threads=settings.draft_learning_threads)
+        return _with_head(head, model, chosen_quantization(settings, model.device))
     refuse_unsupported_draft(path)
     return _with_model(path, settings, model, tokenizer, ranks)
 
@@ -103,6 +107,13 @@ def shipped_draft(target: str) -> Path | None:
     """Return the folder of the draft that ships with bASIC for a packaged target."""
     folder = _SHIPPED / target
     return folder if "/" not in target and folder.is_dir() else None
+
+
+def learner_of(drafter: Drafter) -> HeadLearner | None:
+    """Return what trains a drafter while it drafts; None if it does not learn."""
+    network = drafter.network if isinstance(drafter, MixedDrafter) else drafter
+    learner = network.learner if isinstance(network, HeadDrafter) else None
+    return learner if isinstance(learner, HeadLearner) else None
 
 
 def shared_vocabulary(
@@ -177,7 +188,10 @@ def _eagle3_head(folder: Path, settings: WorkerSettings, model: PreTrainedModel,
     return _LoadedHead(model_name(settings.draft), head.network, tokens, output, embedding)
 
 
-def _with_head(head: _LoadedHead, model: PreTrainedModel, quantization: QuantizationMethod | None) -> DrafterFactory:
+def _with_head(
+    head: _LoadedHead, model: PreTrainedModel, quantization: QuantizationMethod | None = None, learning_threads: int = 0
+) -> DrafterFactory:
+    """Return the factory of a head; with `learning_threads` it learns, so its weights stay as they are."""
     shape = head.network.shape
 
     def make(hidden: HiddenStates | None, slots: int, capacity: int, _: int | None) -> MakeDrafter:
@@ -193,10 +207,15 @@ def _with_head(head: _LoadedHead, model: PreTrainedModel, quantization: Quantiza
             quantization=quantization,
         )
         packed.prepare()
-        return lambda: MixedDrafter(head_drafter(packed, hidden, head.name), SuffixDrafter())
+        if not learning_threads:
+            return lambda: MixedDrafter(head_drafter(packed, hidden, head.name), SuffixDrafter())
+        assert isinstance(head.network, HeadNetwork), "other heads don't learn"
+        learner = HeadLearner(packed, head.network, head.output, threads=learning_threads)
+        return lambda: MixedDrafter(HeadDrafter(packed, hidden, head.name, learner), SuffixDrafter())
 
     entry_numbers = 2 * shape.layers * shape.kv_heads * shape.head_dim + len(shape.taps) * _width(model)
-    return DrafterFactory(head.name, shape.taps, entry_numbers * model.dtype.itemsize, make)
+    token_bytes = entry_numbers * model.dtype.itemsize
+    return DrafterFactory(head.name, shape.taps, token_bytes, make, learns=learning_threads > 0)
 
 
 def _width(model: PreTrainedModel) -> int:

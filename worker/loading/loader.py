@@ -126,7 +126,9 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
     config = model.config.get_text_config()
     draft = load_draft(settings, model, tokenizer, ranks)
     if draft.name:
-        on_message(f"Drafting with {draft.name}")
+        on_message(f"Drafting with {draft.name}{', which learns from all texts' if draft.learns else ''}")
+    if settings.draft_learning_threads and not draft.learns:
+        on_message("BASIC_DRAFT_LEARNING_THREADS has no effect: only a head of `basic draft train` learns")
     fuse_layers(model)
     if quantized is not None:
         on_message(weights_sentence(stored_bytes(model)))

@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from worker.drafters.head_network import HeadNetwork
+from worker.drafters.head_unroll import unroll
 from worker.training.features import Example
-from worker.training.head_unroll import unroll
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,10 @@ class FusedNorm(nn.Module):
         self.eps = float(norm.variance_epsilon)
         self._kernels = kernels
 
+    def load(self, norm: Any) -> None:
+        """Overwrite the weight with that of another norm."""
+        self.weight.data.copy_(norm.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the normed rows of `x` [..., width]."""
         return self._kernels.rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.eps).view(x.shape)
@@ -37,6 +41,10 @@ class LayerStack(nn.Module):
 
     def tap(self, layers: Sequence[int]) -> None:
         """Write the outputs of these layers to `plan.tapped` [n, taps, width] in every forward."""
+        raise NotImplementedError
+
+    def load(self, layers: nn.ModuleList) -> None:
+        """Overwrite the weights with those of transformers layers of the same class, shape and dtype."""
         raise NotImplementedError
 
 
@@ -63,6 +71,11 @@ class FusedLayers(LayerStack):
             layer.tap = -1
         for index, number in enumerate(layers):
             self.layers[number].tap = index
+
+    def load(self, layers: nn.ModuleList) -> None:
+        """Overwrite the weights with those of transformers layers of the same class, shape and dtype."""
+        for packed, layer in zip(self._packed, layers, strict=True):
+            packed.load(layer)
 
     def scratch_sizes(self, *others: PackedLinear) -> tuple[int, int, int, int, int]:
         """Return the elements per row of the buffers of `Scratch`, in its order; `others` are multiplied, too."""
@@ -121,11 +134,17 @@ class _Packed:
         self.o = PackedLinear([attention.o_proj], kernels)
         self._gate_up = PackedLinear([mlp.gate_proj, mlp.up_proj], kernels, gated=True)
         self._down = PackedLinear([mlp.down_proj], kernels)
-        names = ("input_layernorm", "post_attention_layernorm")
-        norms = [getattr(layer, name) for name in names] + [
-            getattr(attention, name, None) for name in ("q_norm", "k_norm")
-        ]
-        self._norms: list[Tensor | None] = [None if norm is None else norm.weight.detach() for norm in norms]
+        self._norms: list[Tensor | None] = _norm_weights(layer)
+
+    def load(self, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.qkv.load(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.o.load(attention.o_proj)
+        self._gate_up.load(mlp.gate_proj, mlp.up_proj)
+        self._down.load(mlp.down_proj)
+        for held, weight in zip(self._norms, _norm_weights(layer), strict=True):
+            if held is not None and weight is not None:
+                held.copy_(weight)
 
     @property
     def linears(self) -> tuple[PackedLinear, ...]:
@@ -145,6 +164,14 @@ class _Packed:
             windows.index(self.window),
             -1,
         )
+
+
+def _norm_weights(layer: Any) -> list[Tensor | None]:
+    """Return the weights of a layer's norms in the order of `LayerWeights`; None for those that it does not have."""
+    names = ("input_layernorm", "post_attention_layernorm")
+    norms = [getattr(layer, name) for name in names]
+    norms += [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
+    return [None if norm is None else norm.weight.detach() for norm in norms]
 
 
 def fuse(model: nn.Module, kernels: Kernels) -> bool:

@@ -168,11 +168,14 @@ class Kernels:
             address,
         )
 
-    def pack(self, weight: Tensor, second: Tensor | None = None) -> Tensor:
-        """Pack `weight` [columns, inputs] for `multiply`; with `second`, alternate half panels of both."""
+    def pack(self, weight: Tensor, second: Tensor | None = None, into: Tensor | None = None) -> Tensor:
+        """Pack `weight` [columns, inputs] for `multiply`; with `second`, alternate half panels of both.
+
+        `into` is a packed weight of the same shape and dtype, which is overwritten.
+        """
         parts = [part.contiguous() for part in (weight, second) if part is not None]
         columns, inputs, kind = sum(map(len, parts)), weight.shape[1], WeightKind.of(weight.dtype)
-        packed = self._weights.empty(self._packed_size(columns, inputs, kind), weight.dtype)
+        packed = self._weights.empty(self._packed_size(columns, inputs, kind), weight.dtype) if into is None else into
         first, other = [*(part.data_ptr() for part in parts), None][:2]
         self._pack(first, other, packed.data_ptr(), columns, inputs, kind)
         return packed

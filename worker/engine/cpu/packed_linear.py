@@ -31,7 +31,7 @@ class PackedLinear(nn.Module):
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         assert len(biases) in (0, len(layers)), "all of the stacked layers have a bias, or none"
         self.out_features, self.in_features = sum(layer.out_features for layer in layers), layers[0].in_features
-        self._kernels = kernels
+        self._kernels, self._gated = kernels, gated
         self._bias = torch.cat(biases) if biases else None
         quantized = quantized_weights(layers)
         weights = [weight.values for weight in quantized] if quantized else [layer.weight.detach() for layer in layers]
@@ -50,6 +50,15 @@ class PackedLinear(nn.Module):
             kind=WeightKind.of(self._weight.dtype),
             blocks=quantized is not None and quantized[0].has_blocks,
         )
+
+    def load(self, *layers: nn.Linear) -> None:
+        """Overwrite the packed weight with that of layers of the same shapes and dtype; biases stay."""
+        assert self._scale is None, "quantised weights can't be replaced"
+        weights = [layer.weight.detach() for layer in layers]
+        if self._gated:
+            self._kernels.pack(weights[0], weights[1], into=self._weight)
+        else:
+            self._kernels.pack(torch.cat(weights), into=self._weight)
 
     def stored(self) -> list[Tensor]:
         """Return the tensors that the layer keeps in memory."""

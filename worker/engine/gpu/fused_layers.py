@@ -40,6 +40,10 @@ class _Weights:
             elif isinstance(part, Tensor):
                 yield part
 
+    def load(self, others: _Weights) -> None:
+        for held, weight in zip(self.stored(), others.stored(), strict=True):
+            held.copy_(weight)
+
 
 class GpuLayers(LayerStack):
     """All decoder layers of a model as one module, which replaces the list of layers."""
@@ -65,6 +69,15 @@ class GpuLayers(LayerStack):
     def stored(self) -> list[Tensor]:
         """Return the tensors that the layers keep in memory."""
         return [self._last, *(part for layer in self._layers for part in layer.stored())]
+
+    def load(self, layers: nn.ModuleList) -> None:
+        """Overwrite the weights with those of transformers layers; captured graphs read them from now on."""
+        for held, layer in zip(self._layers, layers, strict=True):
+            held.load(_weights(layer))
+
+    def load_last(self, norm: Any) -> None:
+        """Overwrite the weight of the last norm."""
+        self._last.copy_(norm.weight)
 
     def forward(
         self,

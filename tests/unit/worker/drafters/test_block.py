@@ -17,6 +17,7 @@ from tests.unit.worker.engine.harness import FLAT_COSTS, decode, engine, options
 from worker.drafters.block import BlockDrafter
 from worker.drafters.block_network import BlockNetwork
 from worker.drafters.block_paths import CompiledPaths, PathTables, TorchPaths, make_paths
+from worker.drafters.head_unroll import unroll
 from worker.drafters.mixed import MixedDrafter
 from worker.drafters.suffix.drafter import SuffixDrafter
 from worker.engine.engine import Engine
@@ -26,7 +27,6 @@ from worker.engine.sampling.parameters import Sampling
 from worker.engine.segments import Segment, chain
 from worker.engine.speculation.draft_tree import Candidates, Forest
 from worker.training.block_loss import unroll_blocks
-from worker.training.head_unroll import unroll
 
 IDS = [5, 9, 2, 7, 7, 30, 41, 8, 12, 3]
 ROOT = 5  # position of the newest committed token; those behind it are a path below it

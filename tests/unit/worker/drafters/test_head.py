@@ -10,12 +10,12 @@ from tests.heads import TOKENS, network, packed_head, paged_answers, tapped, wit
 from tests.models import ARCHITECTURES, VOCAB, packed, tiny
 from tests.unit.worker.engine.harness import decode, engine, options, outputs, sequences
 from worker.drafters.head import HeadDrafter
+from worker.drafters.head_unroll import unroll
 from worker.drafters.mixed import MixedDrafter
 from worker.drafters.suffix.drafter import SuffixDrafter
 from worker.engine.options import Mode
 from worker.engine.sampling.parameters import Sampling
 from worker.engine.segments import Segment, chain
-from worker.training.head_unroll import unroll
 
 IDS = [5, 9, 2, 7, 7, 30, 41, 8, 12, 3]
 

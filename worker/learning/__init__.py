@@ -1,0 +1,1 @@
+"""A draft that learns while jobs run: another process trains the head on their texts."""
