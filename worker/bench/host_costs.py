@@ -34,6 +34,8 @@ from worker.drafters.suffix.drafter import SuffixDrafter
 from worker.engine import engine as engine_module
 from worker.engine.batch import Batch
 from worker.engine.engine import Engine
+from worker.engine.host.growth import bigram_source
+from worker.engine.host.sources import CompiledSource
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.paged.attention import PagedAttentionPlan, paged_plan
 from worker.engine.paged.cuda_graphs import Captured
@@ -63,7 +65,7 @@ _CANDIDATES, _PROBABILITIES = np.array([1, 2]), np.array([0.6, 0.2])
 _DISTANCES = np.random.default_rng(0).choice([1, 2, 3], 997, p=[0.6, 0.2, 0.2])
 
 T = TypeVar("T")
-MODES = ("plain", "trees", "opt-tree")
+MODES = ("plain", "trees", "layers", "opt-tree")
 
 
 class NullTarget:
@@ -154,6 +156,19 @@ class NullDrafter:
         """Forget nothing."""
 
 
+class CompiledNullDrafter(NullDrafter):
+    """The same, whose candidates compiled code finds: the trees of a step grow in one call."""
+
+    def __init__(self) -> None:
+        tokens = (np.arange(VOCABULARY)[:, None] + _CANDIDATES) % VOCABULARY
+        self._source = bigram_source(tokens, np.broadcast_to(_PROBABILITIES, tokens.shape))
+
+    def source(self, forest: Forest, roots: IntArray) -> CompiledSource:
+        """Return the table of candidates."""
+        assert self._source is not None, "there is no C compiler"
+        return self._source
+
+
 @dataclass(frozen=True, slots=True)
 class HostCosts:
     """CPU time of the engine's thread in one kind of step, in ms a step."""
@@ -233,7 +248,8 @@ def measure(sequences: int, mode: str, steps: int, temperature: float = 0.0) -> 
     target = NullTarget(sequences, options.slot_tokens)
     drafters: dict[str, Callable[[], Drafter | None]] = {
         "plain": lambda: None,
-        "trees": NullDrafter,
+        "trees": CompiledNullDrafter,
+        "layers": NullDrafter,
         "opt-tree": SuffixDrafter,
     }
     engine = ResilientEngine(lambda: Engine(target, drafters[mode](), options, CostModel(_STEP_MS), clock=target.clock))
@@ -269,7 +285,7 @@ def _options(sequences: int, mode: str) -> EngineOptions:
     given: dict[str, Any] = {"max_sequences": sequences, "max_context": _CONTEXT, "kv_tokens": kv_tokens}
     given["page_tokens"] = _BLOCK
     given["prefill_rows"] = 8192
-    if mode == "trees":
+    if mode in ("trees", "layers"):
         # Every tree has as many nodes; in opt-tree mode the batch has a limit for all trees together.
         return EngineOptions(Mode.PAPER, **given, nodes=_TREE_NODES, calibrated=True)
     return EngineOptions(Mode(mode), **given)
@@ -288,7 +304,11 @@ def _sequences(count: int, temperature: float) -> list[EngineSequence]:
 def main(
     sequences: Annotated[str, typer.Option(help="Sequences decoded together, comma-separated.")] = "64,256",
     mode: Annotated[
-        str, typer.Option(help="plain; trees: 8 nodes for each sequence; opt-tree: suffix drafts. Comma-separated.")
+        str,
+        typer.Option(
+            help="plain; trees: 8 nodes for each sequence; layers: the same, from a drafter in Python; "
+            "opt-tree: suffix drafts. Comma-separated."
+        ),
     ] = "plain,trees,opt-tree",
     steps: Annotated[int, typer.Option(min=1, help="Steps per line.")] = 120,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of every sequence.")] = 0.0,

@@ -75,14 +75,12 @@ class Batch:
         The former are those of the nodes of `forest`: the first trees belong to the decoding sequences, and those of
         sequences whose prefill completes are roots alone. The latter are those of the chunks' scored positions.
         """
-        trees, nodes = forest.segments(len(self.decoding))
-        rows = np.zeros(forest.size, np.int64)
-        rows[nodes] = np.arange(len(nodes))
+        trees, rows = forest.segments(len(self.decoding))
         if not self.chunks:
             return trees, rows, rows[:0]
         scored = np.array([len(chunk.scored) for chunk in self.chunks], np.int64)
         completes = np.array([chunk.completes for chunk in self.chunks], np.bool_)
-        kept_before = len(nodes) + (scored + completes).cumsum() - (scored + completes)
+        kept_before = trees.num_rows + (scored + completes).cumsum() - (scored + completes)
         completed = np.arange(len(self.decoding), len(forest.sequences))  # roots; each is the last row of its chunk
         rows[completed] = (kept_before + scored)[completes]
         chunks = Segments.of([chunk.segment() for chunk in self.chunks])

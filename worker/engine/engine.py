@@ -147,9 +147,10 @@ class Engine:
         logits = self._target.forward(segments)
         accepted = walk(plan.selected, logits, rows)
         stuck = _grammar_failures(plan.selected, accepted)
-        undrawn = [tree for tree in np.flatnonzero(accepted.bonus < 0).tolist() if tree not in stuck]
-        if undrawn:
-            raise NanLogits([plan.selected.sequences[tree] for tree in undrawn])
+        if min(accepted.drawn.tolist(), default=0) < 0:
+            undrawn = [tree for tree in np.flatnonzero(accepted.bonus < 0).tolist() if tree not in stuck]
+            if undrawn:
+                raise NanLogits([plan.selected.sequences[tree] for tree in undrawn])
         timer.verified()
         score_prompts(batch.chunks, logits, prompt_rows)
         self._count_recomputed(batch)
@@ -180,7 +181,7 @@ class Engine:
     def _grow_trees(self, selected: Forest) -> None:
         """Take KV memory for the draft nodes of the step."""
         if selected.size > len(selected.sequences):
-            tree_nodes, _ = selected.sizes()
+            tree_nodes, _, _ = selected.summary()
             self._truncate(self._scheduler.grow_trees(selected.sequences, tree_nodes.tolist()))
 
     def _count_recomputed(self, batch: Batch) -> None:
@@ -218,8 +219,8 @@ class Engine:
         plain_step_ms = self._planner.learn(batch, plan, accepted, len(emitted.tokens), times)
         selected, sequences = plan.selected, plan.selected.sequences
         steps = np.array([s.steps for s in sequences], np.int64)
-        traced = steps < selected.columns.traced_steps
-        tree_nodes, tree_depths = selected.sizes()
+        traced = np.flatnonzero(steps < selected.columns.traced_steps).tolist() if selected.columns.any_traced else ()
+        tree_nodes, tree_depths, expected = selected.summary()
         reached_counts, reached = selected.drawn_ranks(accepted.counts, accepted.visited, emitted.counts)
         results = StepBatch(
             numbers=selected.columns.numbers,
@@ -230,10 +231,10 @@ class Engine:
             preemptions=self._since_last_token(sequences, "new_preemptions"),
             recomputed_tokens=self._since_last_token(sequences, "recomputed_tokens"),
             tree_nodes=tree_nodes,
-            forced_nodes=np.bincount(selected.tree[selected.forced], minlength=len(sequences)),
+            forced_nodes=selected.forced_nodes(),
             tree_depths=tree_depths,
             accepted_tokens=np.minimum(accepted.counts, emitted.counts),
-            expected_accepted=selected.expected(),
+            expected_accepted=expected,
             step_ms=step_ms + np.array([s.prefill_ms for s in sequences], np.float64),
             reached_counts=reached_counts,
             reached=reached,
@@ -242,7 +243,7 @@ class Engine:
             plain_step_ms=plain_step_ms,
             drafter=plan.strategy.drafter.name if plan.strategy else None,
             decision=plan.decision,
-            trees={tree: _traced_tree(selected, tree, accepted) for tree in np.flatnonzero(traced).tolist()},
+            trees={tree: _traced_tree(selected, tree, accepted) for tree in traced},
             logprobs=logprobs,
             prompt_logprobs=_read_prompts(batch),
         )

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -209,12 +210,16 @@ def bound(function: Any, *arguments: Any, result: Any = None) -> Callable[..., A
 
 
 def address(array: NDArray[Any]) -> int:
-    """Return the address of a contiguous array's data, four times as fast as `array.ctypes.data`."""
-    try:
-        return ctypes.addressof(_NO_BYTES.from_buffer(array))  # type: ignore[arg-type]  # arrays are buffers
-    except (BufferError, TypeError, ValueError):  # read-only
-        assert array.flags.c_contiguous, "C reads contiguous arrays"
-        return array.ctypes.data
+    """Return the address of a contiguous array's data, ten times as fast as `array.ctypes.data`: a step asks often."""
+    assert array.flags.c_contiguous, "C reads contiguous arrays"
+    return _pointer_at(id(array) + _DATA).value if _DATA else array.ctypes.data  # type: ignore[return-value]
 
 
-_NO_BYTES = ctypes.c_char * 0  # an empty array has an address, too
+def _offset_of_data() -> int:
+    """Return where an array object keeps the address of its data: behind the head of all objects. 0: not there."""
+    offset, probe = object.__basicsize__, np.arange(3)
+    return offset if ctypes.c_void_p.from_address(id(probe) + offset).value == probe.ctypes.data else 0
+
+
+_pointer_at = ctypes.c_void_p.from_address
+_DATA = _offset_of_data()

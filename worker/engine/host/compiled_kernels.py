@@ -15,6 +15,7 @@ from worker.engine.segments import BoolArray, IntArray, KvMoves, Segments
 if TYPE_CHECKING:
     from worker.engine.speculation.draft_tree import Candidates
 
+_FEW_NODES = 64  # of a step, whose rows need no exact count of what they see
 _SIZE, _ADDRESS, _REAL = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
 _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "add_layer": ([_ADDRESS, _ADDRESS, _SIZE, _SIZE, _ADDRESS, _ADDRESS, _REAL], _SIZE),
@@ -22,7 +23,7 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "ranking": ([_ADDRESS] * 3, None),
     "best": ([_ADDRESS, _SIZE, _ADDRESS], None),
     "expected": ([_ADDRESS] * 3, None),
-    "sizes": ([_ADDRESS] * 3, None),
+    "summary": ([_ADDRESS] * 4, None),
     "prune": ([_ADDRESS] * 3, _SIZE),
     "tree_rows": ([_ADDRESS, _SIZE, *[_ADDRESS] * 4], None),
     "matching_children": ([_ADDRESS] * 3, None),
@@ -30,6 +31,9 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "moves": ([_ADDRESS] * 7, None),
     "drawn_ranks": ([_ADDRESS] * 5, _SIZE),
     "corrected": ([*[_ADDRESS] * 4, _SIZE, _SIZE, _ADDRESS, _ADDRESS, _REAL, _ADDRESS], None),
+    "plant": ([_ADDRESS, _ADDRESS, _REAL], None),
+    "drawn_at": ([_ADDRESS] * 4 + [_SIZE, _ADDRESS, _SIZE, _ADDRESS], None),
+    "decay": ([_ADDRESS, _REAL, _REAL], None),
     "count_accepted": ([*[_ADDRESS] * 4, _SIZE, _SIZE, *[_ADDRESS] * 4], None),
 }
 
@@ -44,6 +48,10 @@ class CompiledKernels:
             name: bound(getattr(compiled, name), *arguments, result=result)
             for name, (arguments, result) in _FUNCTIONS.items()
         }
+
+    def plant(self, nodes: Nodes, tokens: IntArray, value: float) -> None:
+        """Write the roots."""
+        self._c["plant"](nodes.layout, address(tokens), value)
 
     def add_layer(self, nodes: Nodes, frontier: IntArray, offered: Candidates, min_value: float) -> None:
         """Add the candidates with a value above `min_value` below the frontier."""
@@ -77,11 +85,13 @@ class CompiledKernels:
         self._c["expected"](nodes.layout, None if kept is None else address(kept), address(sums))
         return sums
 
-    def sizes(self, nodes: Nodes) -> tuple[IntArray, IntArray]:
-        """Return the draft nodes and the depth of each tree."""
-        counts, depths = np.empty(nodes.trees, np.int64), np.empty(nodes.trees, np.int64)
-        self._c["sizes"](nodes.layout, address(counts), address(depths))
-        return counts, depths
+    def summary(self, nodes: Nodes) -> tuple[IntArray, IntArray, FloatArray]:
+        """Return the draft nodes, the depth and the sum of the values of each tree."""
+        trees = nodes.trees
+        out = np.empty((3, trees), np.int64)
+        at = address(out)
+        self._c["summary"](nodes.layout, at, at + 8 * trees, at + 16 * trees)
+        return out[0], out[1], out[2].view(np.float64)
 
     def prune(self, nodes: Nodes, kept: BoolArray, target: Nodes) -> None:
         """Copy the kept nodes to `target`."""
@@ -90,16 +100,17 @@ class CompiledKernels:
         target.resize(size)
 
     def tree_rows(self, nodes: Nodes, trees: int, slots: IntArray, lengths: IntArray) -> tuple[Segments, IntArray]:
-        """Return the rows of the first trees in order of their slots, and the node of each row."""
-        size, seen = nodes.size, nodes.size * (int(nodes.depth.max(initial=0)) + 1)
-        out = np.empty(3 * trees + 5 * size + seen, np.int64)
-        totals = np.empty(2, np.int64)
-        given = (address(slots), address(lengths), address(out), address(totals))
+        """Return the rows of the first trees in order of their slots, and the row of each node."""
+        size = nodes.size
+        depth = size if size <= _FEW_NODES else int(nodes.depth.max(initial=0))  # at most
+        seen = size * (depth + 1)
+        out = np.empty(3 * trees + 5 * size + seen + 2, np.int64)
+        given = (address(slots), address(lengths), address(out), address(out) + 8 * (len(out) - 2))
         self._c["tree_rows"](nodes.layout, trees, *given)
-        rows, entries = totals.tolist()
+        rows, entries = out[-2:].tolist()
         order, prefixes, counts = out[: 3 * trees].reshape(3, trees)
-        columns = out[3 * trees : 3 * trees + 5 * size].reshape(5, size)[:, :rows]
-        row_nodes, tokens, positions, kept, seen_counts = columns
+        places, *columns = out[3 * trees : 3 * trees + 5 * size].reshape(5, size)
+        tokens, positions, kept, seen_counts = (column[:rows] for column in columns) if rows < size else columns
         segments = Segments(
             slots=slots[order],
             prefixes=prefixes,
@@ -111,9 +122,9 @@ class CompiledKernels:
             kept=kept,
             kept_counts=counts,
             visible_counts=seen_counts,
-            visible=out[len(out) - seen :][:entries],
+            visible=out[3 * trees + 5 * size :][:entries],
         )
-        return segments, row_nodes
+        return segments, places
 
     def matching_children(self, nodes: Nodes, drawn: IntArray) -> IntArray:
         """Return the child of each node that has the token drawn there; -1: none."""
@@ -165,6 +176,19 @@ class CompiledKernels:
             address(out),
         )
         return out
+
+    def drawn_at(
+        self, nodes: Nodes, kept: IntArray, visited: IntArray, tokens: IntArray, frontier: IntArray
+    ) -> IntArray:
+        """Return the token drawn at each node of the frontier; -1: none was."""
+        out = np.empty(len(frontier), np.int64)
+        given = (address(kept), address(visited), address(tokens), len(visited))
+        self._c["drawn_at"](nodes.layout, *given, address(frontier), len(frontier), address(out))
+        return out
+
+    def decay(self, bins: Bins, weight: float, prior: float) -> None:
+        """Decay all counts towards the prior."""
+        self._c["decay"](bins.layout, weight, prior)
 
     def count_accepted(
         self, nodes: Nodes, frontier: IntArray, offered: Candidates, sampled: BoolArray, bins: Bins, drawn: IntArray

@@ -417,3 +417,12 @@ i64 cut(const growth_t *g, const buffer_t *b, const buffer_t *target, i64 *kept_
         if (kept[i]) kept_nodes[at++] = i;
     return copy_kept(b, kept, target);
 }
+
+/* Label all that was offered with the tokens that the target drew, then decay the counts: see `find_drawn`. */
+void learn(const growth_t *g, const bins_t *bins, const u8 *sampled, const buffer_t *b, const i64 *kept,
+           const i64 *visited, const i64 *tokens, i64 count, double weight, double prior) {
+    i64 *drawn = scratch_for(2, g->first * sizeof *drawn);
+    find_drawn(b, kept, visited, tokens, count, g->frontier, g->first, drawn);
+    count_draws(b, bins, sampled, g->frontier, g->first, g->width, g->tokens, g->probabilities, g->sources, drawn);
+    decay_counts(bins, weight, prior);
+}

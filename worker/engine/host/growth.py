@@ -68,6 +68,14 @@ class Correction:
 
 
 @dataclass(frozen=True, slots=True)
+class Decay:
+    """How counts of acceptance are forgotten, once a step."""
+
+    weight: float  # of the counts so far
+    prior: float  # what they decay to
+
+
+@dataclass(frozen=True, slots=True)
 class FixedRules:
     """The rules of `FixedBudget`."""
 
@@ -103,6 +111,7 @@ class CompiledGrowth:
         functions = ctypes.PyDLL(compiled._name)
         self._grow = bound(functions.grow, _ADDRESS, _ADDRESS, _SIZE, result=_SIZE)
         self._begin = bound(functions.begin_growth, _ADDRESS, _ADDRESS, result=_SIZE)
+        self._learn = bound(functions.learn, *[_ADDRESS] * 7, _SIZE, _REAL, _REAL)
         self._cut = bound(functions.cut, *[_ADDRESS] * 4, result=_SIZE)
         self._layout = GrowthLayout()
         self._pointer = ctypes.addressof(self._layout)
@@ -197,7 +206,7 @@ class CompiledGrowth:
     def frontier(self) -> IntArray:
         """The nodes that the next layer expands; a copy."""
         first = self._layout.first
-        return self._frontier[first : first + self._layout.rows].copy()
+        return self._frontier[first : first + self._layout.rows].copy()  # the memory may be replaced while it grows
 
     def grow(self, nodes: Nodes, layers: int) -> int:
         """Grow by up to `layers` layers; return the number of nodes to expand next."""
@@ -225,6 +234,18 @@ class CompiledGrowth:
         """
         n = self._layout.first
         return self._frontier[:n], self._tokens[:n], self._probabilities[:n], self._labels[:n]
+
+    def learn(
+        self, nodes: Nodes, bins: Bins, sampled: BoolArray, drawn: tuple[IntArray, IntArray, IntArray], decay: Decay
+    ) -> None:
+        """Count what was offered in this step as accepted or not, then decay the counts.
+
+        `drawn` are the first three arguments of `TreeKernels.drawn_at`: the nodes of `nodes` that were verified, those
+        of them that were visited, and the tokens drawn there.
+        """
+        kept, visited, tokens = drawn
+        at = (address(kept), address(visited), address(tokens), len(visited))
+        self._learn(self._pointer, bins.layout, address(sampled), nodes.layout, *at, decay.weight, decay.prior)
 
     def cut(self, nodes: Nodes, target: Nodes) -> IntArray:
         """Copy the nodes that are worth their rows to `target`, which has memory for all; return which they are."""

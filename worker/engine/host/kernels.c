@@ -56,9 +56,10 @@ void expected(const buffer_t *b, const u8 *kept, double *sums) {
     sum_values(b, kept, sums);
 }
 
-/* Write the draft nodes and the depth of each tree. */
-void sizes(const buffer_t *b, i64 *counts, i64 *depths) {
+/* Write the draft nodes, the depth and the sum of the values of each tree. */
+void summary(const buffer_t *b, i64 *counts, i64 *depths, double *sums) {
     nodes_t n = nodes_of(b);
+    sum_values(b, NULL, sums);
     memset(counts, 0, n.trees * sizeof *counts);
     memset(depths, 0, n.trees * sizeof *depths);
     for (i64 i = n.trees; i < n.size; i++) {
@@ -85,15 +86,16 @@ static int by_slot(const void *a, const void *b) {
 
 /* Lay out the rows of the first `count` trees in order of their slots.
  *
- * Write per tree: its number, its prefix, its rows; per row: its node, token, position, number (`kept`), and how many
- * entries it sees behind the prefix; then these entries, row after row. Return {rows, entries}.
+ * Write per tree: its number, its prefix, its rows; the row of each node; per row: its token, position, number (`kept`),
+ * and how many entries it sees behind the prefix; then these entries, row after row. Return {rows, entries}.
  * A root alone is a chain, and sees nothing but its prefix. */
 void tree_rows(const buffer_t *b, i64 count, const i64 *slots, const i64 *lengths, i64 *out, i64 *totals) {
     nodes_t n = nodes_of(b);
     slot_t *sorted = scratch(count * sizeof *sorted + 2 * (n.trees + n.size) * sizeof(i64));
-    i64 *counts = (i64 *)(sorted + count), *next = counts + n.trees, *row_of = next + n.trees, *starts = row_of + n.size;
-    i64 *order = out, *prefixes = order + count, *rows = prefixes + count, *row_nodes = rows + count;
-    i64 *tokens = row_nodes + n.size, *positions = tokens + n.size, *kept = positions + n.size;
+    i64 *counts = (i64 *)(sorted + count), *next = counts + n.trees, *row_nodes = next + n.trees;
+    i64 *starts = row_nodes + n.size;
+    i64 *order = out, *prefixes = order + count, *rows = prefixes + count, *places = rows + count;
+    i64 *tokens = places + n.size, *positions = tokens + n.size, *kept = positions + n.size;
     i64 *seen_counts = kept + n.size, *seen = seen_counts + n.size;
     for (i64 tree = 0; tree < count; tree++) {
         slot_t entry = {slots[tree], tree};
@@ -111,12 +113,12 @@ void tree_rows(const buffer_t *b, i64 count, const i64 *slots, const i64 *length
         next[tree] = total;
         total += counts[tree];
     }
-    for (i64 i = 0; i < n.size; i++)
-        if (n.tree[i] < count) {
-            i64 row = next[n.tree[i]]++;
-            row_of[i] = row;
-            row_nodes[row] = i;
-        }
+    for (i64 i = 0; i < n.size; i++) {
+        places[i] = 0;
+        if (n.tree[i] >= count) continue;
+        places[i] = next[n.tree[i]]++;
+        row_nodes[places[i]] = i;
+    }
     i64 row = 0, at = 0;
     for (i64 i = 0; i < count; i++)
         for (i64 place = 0; place < rows[i]; place++, row++) {
@@ -126,7 +128,7 @@ void tree_rows(const buffer_t *b, i64 count, const i64 *slots, const i64 *length
             kept[row] = row;
             seen_counts[row] = sees;
             starts[row] = at;
-            if (sees > 1) memcpy(seen + at, seen + starts[row_of[n.parent[node]]], (sees - 1) * sizeof *seen);
+            if (sees > 1) memcpy(seen + at, seen + starts[places[n.parent[node]]], (sees - 1) * sizeof *seen);
             if (sees) seen[at + sees - 1] = place;
             at += sees;
         }
@@ -231,20 +233,28 @@ void corrected(const buffer_t *b, const bins_t *bins, const u8 *sampled, const i
         }
 }
 
-/* Add the candidates of the rows whose `drawn` token [rows] is known to their bins. */
+/* Write the roots: their tokens [trees] and their common value. */
+void plant(const buffer_t *b, const i64 *tokens, double value) {
+    nodes_t n = nodes_of(b);
+    for (i64 i = 0; i < n.trees; i++) {
+        n.tree[i] = i;
+        n.parent[i] = -1;
+        n.token[i] = tokens[i];
+        n.depth[i] = n.forced[i] = 0;
+        n.value[i] = value;
+    }
+}
+
+void drawn_at(const buffer_t *b, const i64 *kept, const i64 *visited, const i64 *tokens, i64 count, const i64 *frontier,
+              i64 rows, i64 *out) {
+    find_drawn(b, kept, visited, tokens, count, frontier, rows, out);
+}
+
 void count_accepted(const buffer_t *b, const bins_t *bins, const u8 *sampled, const i64 *frontier, i64 rows, i64 width,
                     const i64 *tokens, const double *probabilities, const i64 *source, const i64 *drawn) {
-    nodes_t n = nodes_of(b);
-    double *sums = scratch(2 * bins->count * sizeof *sums);
-    memset(sums, 0, 2 * bins->count * sizeof *sums);
-    for (i64 row = 0; row < rows; row++)
-        for (i64 i = row * width; drawn[row] >= 0 && i < (row + 1) * width; i++) {
-            i64 node = frontier[row], bin = bin_of(&n, bins, sampled[n.tree[node]], node, probabilities[i], source ? source[i] : 0);
-            sums[bin] += tokens[i] == drawn[row] && probabilities[i] > 0.0;
-            sums[bins->count + bin] += probabilities[i];
-        }
-    for (i64 i = 0; i < bins->count; i++) {
-        bins->accepted[i] += sums[i];
-        bins->expected[i] += sums[bins->count + i];
-    }
+    count_draws(b, bins, sampled, frontier, rows, width, tokens, probabilities, source, drawn);
+}
+
+void decay(const bins_t *bins, double weight, double prior) {
+    decay_counts(bins, weight, prior);
 }

@@ -25,14 +25,10 @@ class Layout(ctypes.Structure):
 
 
 class Nodes:
-    """The nodes of the trees of a batch. The first `trees` are the roots; parents precede their children."""
+    """The nodes of the trees of a batch. The first `trees` are the roots; parents precede their children.
 
-    tree: IntArray
-    parent: IntArray  # -1: a root
-    token: IntArray
-    depth: IntArray  # 0: a root
-    value: FloatArray
-    forced: BoolArray  # nodes that a grammar forces below their parents
+    Columns are views that are made when they are asked for: compiled functions need none.
+    """
 
     def __init__(self, trees: int, capacity: int, discount: float) -> None:
         """Allocate columns for `capacity` nodes; the roots have no content yet.
@@ -57,8 +53,36 @@ class Nodes:
     def resize(self, size: int) -> None:
         """Let the columns have `size` nodes, at most the capacity."""
         self.size = self._layout.size = size
-        self.tree, self.parent, self.token, self.depth, value = self._buffer[:, :size]
-        self.value, self.forced = value.view(np.float64), self._forced[:size]
+
+    @property
+    def tree(self) -> IntArray:
+        """Tree of each node [nodes], as are the other columns."""
+        return self._buffer[0, : self.size]
+
+    @property
+    def parent(self) -> IntArray:
+        """Parent; -1: a root."""
+        return self._buffer[1, : self.size]
+
+    @property
+    def token(self) -> IntArray:
+        """Token."""
+        return self._buffer[2, : self.size]
+
+    @property
+    def depth(self) -> IntArray:
+        """Depth; 0: a root."""
+        return self._buffer[3, : self.size]
+
+    @property
+    def value(self) -> FloatArray:
+        """P(the target reaches and accepts the node), as estimated."""
+        return self._buffer[4, : self.size].view(np.float64)
+
+    @property
+    def forced(self) -> BoolArray:
+        """True for a node that a grammar forces below its parent."""
+        return self._forced[: self.size]
 
     def reserve(self, capacity: int) -> None:
         """Make the capacity at least `capacity`; the nodes keep their content."""

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 class NumpyKernels:
     """`TreeKernels` without a C compiler."""
 
+    def plant(self, nodes: Nodes, tokens: IntArray, value: float) -> None:
+        """Write the roots."""
+        nodes.tree[:], nodes.parent[:], nodes.depth[:], nodes.forced[:] = np.arange(nodes.trees), -1, 0, False
+        nodes.token[:], nodes.value[:] = tokens, value
+
     def add_layer(self, nodes: Nodes, frontier: IntArray, offered: Candidates, min_value: float) -> None:
         """Add the offered with a value above `min_value` below the frontier."""
         certain = nodes.forced[frontier] & (nodes.value[frontier] == 1.0)
@@ -58,12 +63,12 @@ class NumpyKernels:
         sums = np.bincount(nodes.tree[draft], weights=nodes.value[draft], minlength=roots)
         return sums.astype(np.float64)  # of no nodes at all, bincount returns integers
 
-    def sizes(self, nodes: Nodes) -> tuple[IntArray, IntArray]:
-        """Return the draft nodes and the depth of each tree."""
+    def summary(self, nodes: Nodes) -> tuple[IntArray, IntArray, FloatArray]:
+        """Return the draft nodes, the depth and the sum of the values of each tree."""
         roots = nodes.trees
         depths = np.zeros(roots, np.int64)
         np.maximum.at(depths, nodes.tree[roots:], nodes.depth[roots:])
-        return np.bincount(nodes.tree[roots:], minlength=roots), depths
+        return np.bincount(nodes.tree[roots:], minlength=roots), depths, self.expected(nodes, None)
 
     def prune(self, nodes: Nodes, kept: BoolArray, target: Nodes) -> None:
         """Copy the kept nodes to `target`, which has memory for them."""
@@ -77,7 +82,7 @@ class NumpyKernels:
         assert (target.parent[nodes.trees :] >= 0).all(), "a kept node lost its parent"
 
     def tree_rows(self, nodes: Nodes, trees: int, slots: IntArray, lengths: IntArray) -> tuple[Segments, IntArray]:
-        """Return the rows of the first trees in order of their slots, and the node of each row."""
+        """Return the rows of the first trees in order of their slots, and the row of each node."""
         order = np.argsort(slots[:trees], kind="stable")
         rank = np.full(nodes.trees, trees)
         rank[order] = np.arange(trees)
@@ -98,7 +103,9 @@ class NumpyKernels:
             visible_counts=visible_counts,
             visible=visible,
         )
-        return segments, rows
+        places = np.zeros(nodes.size, np.int64)
+        places[rows] = np.arange(len(rows))
+        return segments, places
 
     def matching_children(self, nodes: Nodes, drawn: IntArray) -> IntArray:
         """Return the child of each node that has the token drawn there; -1: none."""
@@ -156,6 +163,21 @@ class NumpyKernels:
         ratio = (bins.accepted / bins.expected)[_bins(nodes, frontier, offered, sampled, bins)]
         probabilities: FloatArray = np.minimum(offered.probabilities * ratio, limit)
         return probabilities
+
+    def drawn_at(
+        self, nodes: Nodes, kept: IntArray, visited: IntArray, tokens: IntArray, frontier: IntArray
+    ) -> IntArray:
+        """Return the token drawn at each node of the frontier; -1: none was."""
+        drawn = np.full(nodes.size, -1)
+        drawn[kept[visited]] = tokens
+        found: IntArray = drawn[frontier]
+        return found
+
+    def decay(self, bins: Bins, weight: float, prior: float) -> None:
+        """Decay all counts towards the prior."""
+        for table in (bins.accepted, bins.expected):
+            table *= weight
+            table += prior * (1.0 - weight)
 
     def count_accepted(
         self, nodes: Nodes, frontier: IntArray, offered: Candidates, sampled: BoolArray, bins: Bins, drawn: IntArray

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 class TreeKernels(Protocol):
     """Both implementations return the same bits."""
 
+    def plant(self, nodes: Nodes, tokens: IntArray, value: float) -> None:
+        """Write the roots of trees without further nodes: their tokens [trees] and their common value."""
+
     def add_layer(self, nodes: Nodes, frontier: IntArray, offered: Candidates, min_value: float) -> None:
         """Add the candidates [frontier, k] with a value above `min_value` below the frontier."""
 
@@ -38,16 +41,16 @@ class TreeKernels(Protocol):
     def expected(self, nodes: Nodes, kept: BoolArray | None) -> FloatArray:
         """Return the sum of the values of each tree's draft nodes [trees]: of the kept ones, or all if None."""
 
-    def sizes(self, nodes: Nodes) -> tuple[IntArray, IntArray]:
-        """Return the draft nodes and the depth of each tree [trees]."""
+    def summary(self, nodes: Nodes) -> tuple[IntArray, IntArray, FloatArray]:
+        """Return the draft nodes, the depth and the sum of the values of each tree [trees]."""
 
     def prune(self, nodes: Nodes, kept: BoolArray, target: Nodes) -> None:
         """Copy the kept nodes to `target`, which has memory for all."""
 
     def tree_rows(self, nodes: Nodes, trees: int, slots: IntArray, lengths: IntArray) -> tuple[Segments, IntArray]:
-        """Return the rows of the first trees, in order of their `slots` [trees], and the node of each row.
+        """Return the rows of the first trees, in order of their `slots` [trees], and the row of each node.
 
-        `lengths` [trees] are the tokens of the sequences.
+        It is 0 for nodes of other trees. `lengths` [trees] are the tokens of the sequences.
         """
 
     def matching_children(self, nodes: Nodes, drawn: IntArray) -> IntArray:
@@ -75,6 +78,17 @@ class TreeKernels(Protocol):
         self, nodes: Nodes, frontier: IntArray, offered: Candidates, sampled: BoolArray, bins: Bins, limit: float
     ) -> FloatArray:
         """Return the probabilities [frontier, k] times accepted over expected tokens of their bins, at most `limit`."""
+
+    def drawn_at(
+        self, nodes: Nodes, kept: IntArray, visited: IntArray, tokens: IntArray, frontier: IntArray
+    ) -> IntArray:
+        """Return the token drawn at each of the frontier's nodes; -1: none was.
+
+        Node i of those that were verified is `kept[i]` of `nodes`; `visited` ones of them drew `tokens`.
+        """
+
+    def decay(self, bins: Bins, weight: float, prior: float) -> None:
+        """Multiply all counts with `weight`, and add the rest of a whole `prior`."""
 
     def count_accepted(
         self, nodes: Nodes, frontier: IntArray, offered: Candidates, sampled: BoolArray, bins: Bins, drawn: IntArray

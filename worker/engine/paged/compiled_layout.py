@@ -82,7 +82,9 @@ class CompiledLayout:
         held, pointer = self._last
         if held is not segments:
             sizes = (len(segments), segments.num_rows, len(segments.kept))
-            columns = [np.ascontiguousarray(getattr(segments, name)) for name in _COLUMNS]
+            columns = [getattr(segments, name) for name in _COLUMNS]
+            if not all(column.flags.c_contiguous for column in columns):
+                columns = [np.ascontiguousarray(column) for column in columns]
             arrays = SegmentArrays(*sizes, *map(address, columns))
             arrays.columns = columns
             pointer = ctypes.byref(arrays)

@@ -38,6 +38,10 @@ class Shape:
     items: int  # max items of `Work`
     row_bounds: tuple[int, ...]  # first row of each slice, and the number of rows: slices bound the partial results
 
+    def __hash__(self) -> int:
+        """Hash the sizes in which buckets differ: shapes are looked up in every forward."""
+        return hash((self.rows, self.listed, self.parts))
+
     @property
     def name(self) -> str:
         """Name for people."""

@@ -19,11 +19,13 @@ from torch import Tensor
 
 from worker.engine.cpu.compiler import EXACT, library
 from worker.engine.cpu.kernels import address, bound
-from worker.engine.sampling.parameters import PARAMETERS, Adjustments, ParameterArray
+from worker.engine.sampling.parameters import PARAMETERS, Adjustments, ParameterArray, Sampling
 from worker.engine.segments import IntArray
 
 _SIZE, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
 _LISTS = tuple(field.name for field in fields(Adjustments))
+_NO_LISTS = [None] * len(_LISTS)
+_INDICES = np.arange(1024)  # of most steps' rows
 
 
 class _Rows(ctypes.Structure):
@@ -66,6 +68,18 @@ class NativeSampler:
         self._run(self._draw_rows, logits, parameters, (drawn,), positions, indices, adjustments, mask)
         return drawn
 
+    def argmax(self, logits: Tensor) -> IntArray:
+        """Return the tokens [rows] that `draw` returns at temperature 0: most steps draw nothing else."""
+        (count, columns), drawn = logits.shape, np.empty(len(logits), np.int64)
+        threads = min(count, torch.get_num_threads())
+        scratch = np.empty(threads * self._scratch_size(columns), np.uint8)
+        if count:
+            indices, parameters = _greedy(1 << (count - 1).bit_length())
+            form = (logits.data_ptr(), logits.stride(0), logits.dtype == torch.bfloat16, count, columns)
+            rows = _Rows(*form, indices, parameters, indices, *_NO_LISTS, None, address(scratch), threads)
+            self._draw_rows(rows, address(drawn))
+        return drawn
+
     def process(self, logits: Tensor, parameters: ParameterArray) -> Tensor:
         """Return float32 scores [rows, vocab] of `logits`, -inf for tokens that the filters exclude."""
         scores = torch.empty(logits.shape)
@@ -100,10 +114,13 @@ class NativeSampler:
             return
         threads = min(count, torch.get_num_threads())
         scratch = np.empty(threads * self._scratch_size(columns), np.uint8)
-        indices = np.arange(count) if indices is None else np.ascontiguousarray(indices, np.int64)
+        if indices is None:
+            indices = _INDICES[:count] if count <= len(_INDICES) else np.arange(count)
+        else:
+            indices = np.ascontiguousarray(indices, np.int64)
         parameters = np.ascontiguousarray(parameters)
         positions = None if positions is None else np.ascontiguousarray(positions, np.int64)
-        lists = [None] * 6 if adjustments is None else [address(getattr(adjustments, name)) for name in _LISTS]
+        lists = _NO_LISTS if adjustments is None else [address(getattr(adjustments, name)) for name in _LISTS]
         function(
             _Rows(
                 logits.data_ptr(), logits.stride(0), logits.dtype == torch.bfloat16, count, columns, address(indices),
@@ -125,6 +142,17 @@ class NativeSampler:
         gumbel_scores = scores.clone(memory_format=torch.contiguous_format)
         self._add_noise(gumbel_scores.data_ptr(), keys.data_ptr(), tokens.data_ptr(), *gumbel_scores.shape)
         return gumbel_scores
+
+
+@cache
+def _greedy(rows: int) -> tuple[int, int]:
+    """Return the addresses of 0, 1, 2, … and of the parameters of temperature 0, for up to `rows` rows."""
+    indices, parameters = np.arange(rows), np.repeat(Sampling().record, rows)
+    _KEPT.extend((indices, parameters))
+    return address(indices), address(parameters)
+
+
+_KEPT: list[NDArray[Any]] = []  # arrays of which only the addresses are in use
 
 
 @cache

@@ -82,6 +82,9 @@ def prepare(logits: Tensor) -> None:
 
 def argmax(logits: Tensor) -> IntArray:
     """Return the token with the largest logit of each row of `logits` [rows, vocab], int64 [rows]; -1 if one is NaN."""
+    compiled = native_sampler(logits.device)
+    if compiled is not None and logits.dtype in (torch.float32, torch.bfloat16) and logits.stride(-1) == 1:
+        return compiled.argmax(logits)
     return draw(logits, np.repeat(_GREEDY, len(logits)), np.zeros(len(logits), np.int64))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from worker.engine.host.bins import Bins
-from worker.engine.host.growth import Correction
+from worker.engine.host.growth import CompiledGrowth, Correction, Decay
 from worker.engine.host.tree_kernels import tree_kernels
 from worker.engine.segments import IntArray
 from worker.engine.speculation.constants import (
@@ -24,6 +24,8 @@ from worker.engine.speculation.constants import (
     PROBABILITY_EDGES,
 )
 from worker.engine.speculation.draft_tree import SOURCES, Candidates, Forest
+
+_DECAY = Decay(ACCEPTANCE_DECAY, ACCEPTANCE_PRIOR)
 
 
 class AcceptanceModel:
@@ -52,6 +54,11 @@ class AcceptanceModel:
         given = (forest, frontier, offered, forest.sampled, self._bins, MAX_PROBABILITY)
         return Candidates(offered.tokens, tree_kernels().corrected(*given), offered.source)
 
+    def learn_growth(self, growth: CompiledGrowth, forest: Forest, drawn: tuple[IntArray, IntArray, IntArray]) -> None:
+        """Learn from all that was offered to trees that grew in C, then `forget`: see `CompiledGrowth.learn`."""
+        growth.learn(forest, self._bins, forest.sampled, drawn, _DECAY)
+        self._forget_discount()
+
     def learn(self, forest: Forest, frontier: IntArray, offered: Candidates, drawn: IntArray) -> None:
         """Label the candidates of every node whose drawn token is known: `drawn` [frontier], -1 where it is not."""
         tree_kernels().count_accepted(forest, frontier, offered, forest.sampled, self._bins, drawn)
@@ -63,9 +70,10 @@ class AcceptanceModel:
 
     def forget(self) -> None:
         """Decay all counts towards the prior; call once per step."""
-        for table in (self._bins.accepted, self._bins.expected):
-            table *= ACCEPTANCE_DECAY
-            table += ACCEPTANCE_PRIOR * (1.0 - ACCEPTANCE_DECAY)
+        tree_kernels().decay(self._bins, _DECAY.weight, _DECAY.prior)
+        self._forget_discount()
+
+    def _forget_discount(self) -> None:
         self._tree_accepted = DISCOUNT_PRIOR + (self._tree_accepted - DISCOUNT_PRIOR) * ACCEPTANCE_DECAY
         self._tree_expected = DISCOUNT_PRIOR + (self._tree_expected - DISCOUNT_PRIOR) * ACCEPTANCE_DECAY
 

@@ -10,7 +10,9 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
+from itertools import accumulate
 from math import log2
+from operator import mul
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -46,18 +48,18 @@ class CostModel:
     def __init__(self, rows_ms: Mapping[int, float], entry_ms: float = 0.0) -> None:
         """Take ms by rows of a step (at least one size), and ms per KV entry that one row attends to."""
         self._sizes = [float(rows) for rows in sorted(rows_ms)]
-        self._rows, self._log_rows = np.array(self._sizes), np.log2(self._sizes)
-        self._ms = np.maximum.accumulate([rows_ms[int(rows)] for rows in self._rows])
+        self._rows, self._log_rows = np.array(self._sizes), [log2(rows) for rows in self._sizes]
+        self._ms = list(accumulate((float(rows_ms[int(rows)]) for rows in self._sizes), max))
         self._entry_ms = entry_ms
-        self._correction = np.ones(len(self._rows))  # at each measured size
-        self._points = self._ms  # measured times with the correction
+        self._correction = [1.0] * len(self._sizes)  # at each measured size
+        self._points = self._ms  # measured times with the correction; a new list when they change
         self._drift = 1.0
         self._samples = 0
 
     @property
     def curve(self) -> CostCurve:
         """What `step_ms` computes from."""
-        return CostCurve(self._rows, self._points, self._drift, self._entry_ms)
+        return CostCurve(self._rows, np.array(self._points), self._drift, self._entry_ms)
 
     def step_ms(self, rows: ArrayLike, entries: ArrayLike = 0.0) -> FloatArray:
         """Return the predicted time of steps with `rows` rows that attend to `entries` KV entries in all.
@@ -66,7 +68,7 @@ class CostModel:
         """
         some = np.asarray(rows, np.float64)
         ms = np.interp(some, self._rows, self._points)
-        if len(self._rows) > 1:  # np.interp is constant beyond the last point: extend its slope instead
+        if len(self._sizes) > 1:  # np.interp is constant beyond the last point: extend its slope instead
             ms = ms + self._last_slope(self._points) * np.maximum(some - self._rows[-1], 0.0)
         result: FloatArray = self._drift * np.asarray(ms + self._entry_ms * np.asarray(entries, np.float64))
         return result
@@ -84,10 +86,13 @@ class CostModel:
         surprise = ratio / self._drift
         self._drift *= surprise ** max(TIME_WEIGHT, 1 / self._samples)
         # The sizes within a factor of two learn the rest; the drift has taken what all sizes have in common.
-        nearness = np.maximum(1.0 - np.abs(self._log_rows - log2(rows)), 0.0)
-        correction = self._correction * surprise ** (SHAPE_WEIGHT * nearness)
-        self._correction = np.minimum(np.maximum(correction, 1 / MAX_CORRECTION), MAX_CORRECTION)
-        self._points = np.maximum.accumulate(self._ms * self._correction)
+        log_rows = log2(rows)
+        for at, log_size in enumerate(self._log_rows):
+            nearness = 1.0 - abs(log_size - log_rows)
+            if nearness > 0.0:
+                correction = self._correction[at] * surprise ** (SHAPE_WEIGHT * nearness)
+                self._correction[at] = min(max(correction, 1 / MAX_CORRECTION), MAX_CORRECTION)
+        self._points = list(accumulate(map(mul, self._ms, self._correction), max))
 
     def as_json(self) -> dict[str, Any]:
         """Return the curve for `workers.calibration` and the calibration file."""
@@ -105,20 +110,20 @@ class CostModel:
         rows_ms = {int(rows): float(ms) for rows, ms in stored["step_ms_by_rows"].items()}
         return cls(rows_ms, float(stored["ms_per_1000_entries"]) / 1000)
 
-    def _ms_of_one(self, points: FloatArray, rows: int) -> float:
+    def _ms_of_one(self, points: list[float], rows: int) -> float:
         """Return the time of one number of rows on a curve; for one, this is much faster than NumPy."""
         at = bisect_right(self._sizes, rows)
         if at == 0:
-            return float(points[0])
+            return points[0]
         slope = self._last_slope(points) if at == len(points) else self._slope(points, at)
-        return float(points[at - 1] + slope * (rows - self._sizes[at - 1]))
+        return points[at - 1] + slope * (rows - self._sizes[at - 1])
 
-    def _last_slope(self, points: FloatArray) -> float:
+    def _last_slope(self, points: list[float]) -> float:
         return self._slope(points, len(points) - 1) if len(points) > 1 else 0.0
 
-    def _slope(self, points: FloatArray, at: int) -> float:
+    def _slope(self, points: list[float], at: int) -> float:
         """Return the slope of a curve between a measured size and the one before."""
-        return float(points[at] - points[at - 1]) / (self._sizes[at] - self._sizes[at - 1])
+        return (points[at] - points[at - 1]) / (self._sizes[at] - self._sizes[at - 1])
 
 
 class PlainStepTimes:

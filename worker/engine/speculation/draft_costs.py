@@ -64,13 +64,18 @@ class _LayerTimes:
 
     def of(self, nodes: int) -> float:
         """Return the time of a layer in ms; for a size never seen, that of the nearest smaller one, 0 if none is."""
-        known = [size for size in self._means if size <= load_class(nodes)]
-        return self._means[max(known)].value if known else 0.0
+        for size in range(load_class(nodes), -1, -1):
+            if size in self._means:
+                return self._means[size].value
+        return 0.0
 
     def observe(self, nodes: int, layer_ms: float) -> None:
-        mean = self._means.setdefault(load_class(nodes), RunningMean.settled(TIME_WEIGHT, layer_ms))
+        size = load_class(nodes)
+        mean = self._means.get(size)
+        if mean is None:
+            mean = self._means[size] = RunningMean.settled(TIME_WEIGHT, layer_ms)
         mean.add(min(layer_ms, LAYER_OUTLIER * mean.value))
-        self.known[load_class(nodes)] = mean.value
+        self.known[size] = mean.value
 
     def now(self) -> dict[int, float]:
         return {2**size: mean.value for size, mean in self._means.items()}
@@ -138,8 +143,9 @@ class DraftCosts:
             return catch_up_ms
         if not all(known):  # not measured yet: a layer's time hardly depends on its nodes
             known = [1.0] * len(layers)
+        together = sum(known)
         for time, nodes, part in zip(times, layers, known, strict=False):
-            time.observe(nodes, ms * part / sum(known))
+            time.observe(nodes, ms * part / together)
         return 0.0
 
     def best_child_ratio(self, depth: int) -> float:

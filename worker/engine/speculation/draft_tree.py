@@ -9,7 +9,6 @@ probabilities.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -57,9 +56,7 @@ class Forest(Nodes):
         count = len(self.sequences)
         # A forced token is certain. Drafts below it are worth no more, or they would rank before their parent.
         super().__init__(count, 4 * count + _SPARE_NODES, min(tree_discount, 1.0))
-        self.tree[:], self.parent[:], self.depth[:], self.value[:] = np.arange(count), -1, 0, tree_discount
-        self.token[:] = [s.ids[-1] for s in self.sequences]
-        self.forced[:] = False
+        tree_kernels().plant(self, np.array([s.ids[-1] for s in self.sequences], np.int64), tree_discount)
         self.masks = masks
 
     @property
@@ -154,12 +151,21 @@ class Forest(Nodes):
         """
         return tree_kernels().best(self, per_tree)
 
-    def sizes(self) -> tuple[IntArray, IntArray]:
-        """Return the draft nodes and the depth of each tree [sequences]."""
-        return tree_kernels().sizes(self)
+    def summary(self) -> tuple[IntArray, IntArray, FloatArray]:
+        """Return the draft nodes, the depth and E(A) of each tree [sequences]: the expected accepted draft tokens."""
+        if self.size == self.trees:
+            zeros = np.zeros(self.trees, np.int64)
+            return zeros, zeros, zeros.astype(np.float64)
+        return tree_kernels().summary(self)
 
-    def expected(self, kept: BoolArray | None = None) -> FloatArray:
-        """Return E(A) per tree, [sequences]: the expected accepted draft tokens among the kept nodes; None: all."""
+    def forced_nodes(self) -> IntArray:
+        """Return the nodes of each tree [sequences] that grammars force."""
+        if self.masks is None:
+            return np.zeros(self.trees, np.int64)
+        return np.bincount(self.tree[self.forced], minlength=self.trees)
+
+    def expected(self, kept: BoolArray) -> FloatArray:
+        """Return E(A) per tree, [sequences], of the kept nodes."""
         return tree_kernels().expected(self, kept)
 
     def pruned(self, kept: BoolArray) -> Forest:
@@ -171,7 +177,8 @@ class Forest(Nodes):
 
     def emptied(self) -> Forest:
         """Return a forest of the same sequences with memory for as many nodes, which have no content yet."""
-        forest = copy(self)
+        forest = Forest.__new__(Forest)
+        vars(forest).update(vars(self))
         forest.allocate(self.size)
         return forest
 
@@ -208,9 +215,9 @@ class Forest(Nodes):
         return adjustments_of([s.bias(position) for s, position in zip(owners, positions, strict=True)], seen)
 
     def segments(self, trees: int) -> tuple[Segments, IntArray]:
-        """Return the rows of the first `trees` trees for the target, in order of their slots, and the node of each row.
+        """Return the rows of the first `trees` trees for the target, in order of their slots, and the row of each node.
 
-        Roots are among them: their KV entries are not yet written.
+        It is 0 for nodes of other trees. Roots are among them: their KV entries are not yet written.
         """
         return tree_kernels().tree_rows(self, trees, self.slots, self.lengths)
 

@@ -211,7 +211,8 @@ def grow_compiled(
     emittable = Emittable(*forest.columns.end_keys, forest.remaining)
     if not growth.begin(forest, roots, emittable, correction, budget.rules()):
         return Growth([], [], _NONE)
-    sources = [None if part is None else part.source(forest, growth.frontier) for part in parts.compiled]
+    first = growth.frontier
+    sources = [None if part is None else part.source(forest, first) for part in parts.compiled]
     waiting = [index for index, source in enumerate(sources) if source is None]
     growth.use(sources, parts.label)
     if not waiting:

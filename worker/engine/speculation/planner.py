@@ -13,6 +13,7 @@ import numpy as np
 from worker.engine.batch import Batch
 from worker.engine.grammar.constraints import Constraints
 from worker.engine.host.growth import CompiledGrowth, growth_library
+from worker.engine.host.tree_kernels import tree_kernels
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.segments import IntArray
 from worker.engine.speculation.constants import (
@@ -218,7 +219,7 @@ class Planner:
         batch_size, rows, plain_entries = len(batch.decoding), plan.selected.size, batch.entries
         entries = plain_entries * rows / batch_size
         plain_ms = self._plain_ms(plan, self._costs, times, plain_entries, entries)
-        forced = int(plan.selected.forced[accepted.visited].sum())
+        forced = int(plan.selected.forced[accepted.visited].sum()) if plan.selected.masks is not None else 0
         forced_ms = times.verify_ms * self._share(self._costs, rows, entries, forced)
         self._update_guards(plan, batch_size, tokens - forced, times.step_ms - forced_ms, plain_ms)
         self._costs.observe(rows, entries, times.verify_ms)
@@ -416,14 +417,24 @@ class Planner:
 
     def _learn_acceptance(self, plan: StepPlan, accepted: AcceptedPaths) -> None:
         """Label the drafted nodes that the target reached with the token that it drew there."""
-        drawn = np.full(plan.drafted.size, -1)
-        drawn[plan.nodes[accepted.visited]] = accepted.drawn
+        self._learn_discount(plan.selected, accepted)
+        at = (plan.nodes, accepted.visited, accepted.drawn)
+        if self._grows_compiled(plan.drafted):
+            assert self._compiled is not None
+            self._acceptance.learn_growth(self._compiled, plan.drafted, at)
+            return
         for layer in plan.layers:
-            self._acceptance.learn(plan.drafted, layer.frontier, layer.offered, drawn[layer.frontier])
-        trees = len(accepted.counts)
-        drafted = ~plan.selected.forced
-        drafted[:trees] = False
-        if drafted.any():
-            expected = float(plan.selected.value[drafted].sum())
-            self._acceptance.learn_discount(expected, int(drafted[accepted.visited].sum()))
+            drawn = tree_kernels().drawn_at(plan.drafted, *at, layer.frontier)
+            self._acceptance.learn(plan.drafted, layer.frontier, layer.offered, drawn)
         self._acceptance.forget()
+
+    def _learn_discount(self, selected: Forest, accepted: AcceptedPaths) -> None:
+        """Learn what trees are worth: the tokens that were expected of the drafted nodes, and those accepted."""
+        trees, values = selected.trees, selected.value[selected.trees :]
+        count = len(accepted.visited) - trees
+        if selected.masks is not None:
+            drafted = ~selected.forced
+            drafted[:trees] = False
+            values, count = selected.value[drafted], int(drafted[accepted.visited].sum())
+        if len(values):
+            self._acceptance.learn_discount(float(values.sum()), count)

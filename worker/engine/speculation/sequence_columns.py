@@ -52,6 +52,16 @@ class SequenceColumns:
         return np.array([s.sampling.greedy and not s.sampling.adjusted for s in self.sequences], np.bool_)
 
     @cached_property
+    def all_argmax(self) -> bool:
+        """True if all sequences draw the argmax of the raw logits."""
+        return bool(self.argmax.all())
+
+    @cached_property
+    def any_traced(self) -> bool:
+        """True if some sequence returns the trees of its first steps."""
+        return bool(self.traced_steps.any())
+
+    @cached_property
     def constrained(self) -> BoolArray:
         """Which sequences have a grammar [sequences]."""
         return np.array([s.grammar is not None for s in self.sequences], np.bool_)

@@ -88,7 +88,7 @@ def test_growth_and_selection_are_the_same(twins: Twins, seed: int) -> None:
     everything, ends, left = np.arange(forest.size), forest.columns.end_keys, forest.remaining
     assert same(*(k.expandable(forest, everything, ends, left) for k in twins))
     assert same(*(k.ranking(forest, left) for k in twins))
-    assert same(*(k.sizes(forest) for k in twins))
+    assert same(*(k.summary(forest) for k in twins))
     assert same(compiled.expected(forest, None), plain.expected(forest, None))
     for per_tree in (0, 1, 4, 100):
         kept = compiled.best(forest, per_tree)
