@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import timeit
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -54,6 +55,7 @@ from worker.serving.resilient_engine import ResilientEngine
 
 VOCABULARY = 64  # few, because the argmax of logits is the device's work
 _PROMPT_TOKENS = 300
+_MAX_TOKENS = 2000
 _CONTEXT = 4096
 _BLOCK = 64  # KV entries of a block
 _TREE_NODES = 8
@@ -73,7 +75,7 @@ class NullTarget:
 
     def __init__(self, slots: int, capacity: int) -> None:
         """Allocate slots of `capacity` KV entries of the smallest size."""
-        tokens = slots * (_PROMPT_TOKENS + 1200)
+        tokens = slots * (_PROMPT_TOKENS + _MAX_TOKENS + 200)
         self._kv = PagedKv(
             1, slots, 1, capacity, 1, torch.float32, torch.device("cpu"), block_size=_BLOCK, tokens=tokens
         )
@@ -82,7 +84,8 @@ class NullTarget:
         self._costs = CostModel(_STEP_MS)
         self._distances = torch.from_numpy(_DISTANCES)
         self.now_s = 0.0  # of the device's clock
-        self.own_s = 0.0  # CPU time of the forward itself, which a device would spend
+        self.own_s = 0.0  # CPU time of the forward itself, which a device would spend, and of measuring it
+        self.clock_s = min(timeit.repeat(thread_time, number=200, repeat=5)) / 200
 
     def clock(self) -> float:
         """Return the seconds that the device has worked."""
@@ -113,7 +116,7 @@ class NullTarget:
         logits = torch.zeros(len(drawn), VOCABULARY).scatter_(1, drawn.unsqueeze(1), 1.0)
         count = rows.shape.rows
         self.now_s += float(self._costs.step_ms(np.array([count]), np.array([0.0]))[0]) / 1e3
-        self.own_s += thread_time() - started
+        self.own_s += thread_time() - started + self.clock_s
         return logits, None
 
     def compact(self, moves: Sequence[KvMove]) -> None:
@@ -183,29 +186,43 @@ class HostCosts:
     mean_ms: float
     median_ms: float
     low_ms: float  # of the fastest tenth of the steps: those that other processes of the machine disturbed least
-    parts_ms: dict[str, float]  # means; `other` is the rest
+    parts_ms: dict[str, float]  # medians of other steps than those above; `other` is the rest
 
 
 class _PartTimes:
-    """CPU time by part, in seconds."""
+    """CPU time of steps and of their parts, in seconds.
+
+    Reading the clock of a thread is a system call, 0.3 to 5 us: steps whose parts are timed take longer, so every
+    second step is timed as a whole.
+    """
 
     def __init__(self) -> None:
-        self.spent_s: defaultdict[str, float] = defaultdict(float)
+        self.parts_s: defaultdict[str, list[float]] = defaultdict(list)  # of each step whose parts were timed
+        self._spent_s: defaultdict[str, float] | None = None  # of the step; None: its parts are not timed
+        self._clock_s = min(timeit.repeat(thread_time, number=200, repeat=5)) / 200
 
     def run(self, engine: ResilientEngine, target: NullTarget, steps: int) -> tuple[list[float], int, int]:
-        """Run steps; return the ms of each, the draft nodes of all, and the bytes of the last one's results."""
-        steps_ms, nodes, packed, target.own_s = [], 0, b"", 0.0
+        """Run twice as many steps; return the ms of each one that was timed as a whole.
+
+        Then the draft nodes of all, and the bytes of the last one's results.
+        """
+        steps_ms, nodes, packed = [], 0, b""
         with self._measured(target):
-            for _ in range(steps):
+            for step in range(2 * steps):
+                self._spent_s = defaultdict(float) if step % 2 else None
                 started, own_s = thread_time(), target.own_s
                 results, _given_up = engine.step()
-                stepped = thread_time()
+                stepped = thread_time() if step % 2 else 0.0
                 packed = pickle.dumps(results, pickle.HIGHEST_PROTOCOL)
                 ended = thread_time()
-                self.spent_s["hand over"] += ended - stepped
-                steps_ms.append((ended - started - (target.own_s - own_s)) * 1e3)
                 nodes += int(results.tree_nodes.sum())
-        self.spent_s["layout"] -= target.own_s
+                if self._spent_s is None:
+                    steps_ms.append((ended - started - self._clock_s - (target.own_s - own_s)) * 1e3)
+                    continue
+                self._spent_s["layout"] -= target.own_s - own_s
+                self._spent_s["hand over"] = ended - stepped - self._clock_s
+                for part, spent_s in self._spent_s.items():
+                    self.parts_s[part].append(spent_s)
         return steps_ms, nodes, len(packed)
 
     @contextmanager
@@ -221,11 +238,13 @@ class _PartTimes:
 
     def _timed(self, work: Callable[..., Any], part: str) -> Callable[..., Any]:
         def run(*given: Any, **named: Any) -> Any:
+            if self._spent_s is None:
+                return work(*given, **named)
             started = thread_time()
             try:
                 return work(*given, **named)
             finally:
-                self.spent_s[part] += thread_time() - started
+                self._spent_s[part] += thread_time() - started - self._clock_s
 
         return run
 
@@ -243,7 +262,7 @@ _PARTS: tuple[tuple[Any, str, str], ...] = (
 
 
 def measure(sequences: int, mode: str, steps: int, temperature: float = 0.0) -> HostCosts:
-    """Decode `steps` steps of `sequences` sequences, all past their prompts; none ends meanwhile."""
+    """Time `steps` steps of `sequences` sequences, all past their prompts, and the parts of as many; none ends."""
     options = _options(sequences, mode)
     target = NullTarget(sequences, options.slot_tokens)
     drafters: dict[str, Callable[[], Drafter | None]] = {
@@ -263,15 +282,15 @@ def measure(sequences: int, mode: str, steps: int, temperature: float = 0.0) -> 
     times = _PartTimes()
     before = sum(len(text.ids) for text in texts)
     steps_ms, nodes, result_bytes = times.run(engine, target, steps)
-    parts = {part: round(spent_s / steps * 1e3, 4) for part, spent_s in times.spent_s.items()}
-    parts["other"] = round(fmean(steps_ms) - sum(parts.values()), 4)
+    parts = {part: round(median(spent_s) * 1e3, 4) for part, spent_s in times.parts_s.items()}
+    parts["other"] = round(median(steps_ms) - sum(parts.values()), 4)
     return HostCosts(
         sequences=sequences,
         mode=mode,
         temperature=temperature,
         steps=steps,
-        tokens_per_step=(sum(len(text.ids) for text in texts) - before) / steps,
-        nodes_per_step=nodes / steps,
+        tokens_per_step=(sum(len(text.ids) for text in texts) - before) / (2 * steps),
+        nodes_per_step=nodes / (2 * steps),
         result_bytes=result_bytes,
         mean_ms=round(fmean(steps_ms), 4),
         median_ms=round(median(steps_ms), 4),
@@ -281,7 +300,7 @@ def measure(sequences: int, mode: str, steps: int, temperature: float = 0.0) -> 
 
 
 def _options(sequences: int, mode: str) -> EngineOptions:
-    kv_tokens = sequences * (_PROMPT_TOKENS + 1200)
+    kv_tokens = sequences * (_PROMPT_TOKENS + _MAX_TOKENS + 200)
     given: dict[str, Any] = {"max_sequences": sequences, "max_context": _CONTEXT, "kv_tokens": kv_tokens}
     given["page_tokens"] = _BLOCK
     given["prefill_rows"] = 8192
@@ -296,7 +315,7 @@ def _sequences(count: int, temperature: float) -> list[EngineSequence]:
     sampling = [Sampling(temperature=temperature, key=noise_key(0, index)) for index in range(count)]
     eos = frozenset([VOCABULARY])  # never drawn
     return [
-        EngineSequence(("job", index, 0), ids[index], _PROMPT_TOKENS, 1000, sampling[index], eos, group="job")
+        EngineSequence(("job", index, 0), ids[index], _PROMPT_TOKENS, _MAX_TOKENS, sampling[index], eos, group="job")
         for index in range(count)
     ]
 
@@ -310,7 +329,9 @@ def main(
             "opt-tree: suffix drafts. Comma-separated."
         ),
     ] = "plain,trees,opt-tree",
-    steps: Annotated[int, typer.Option(min=1, help="Steps per line.")] = 120,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Steps that are timed per line, and as many whose parts are.")
+    ] = 120,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of every sequence.")] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
