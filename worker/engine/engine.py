@@ -27,6 +27,7 @@ from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.draft_tree import Forest
 from worker.engine.speculation.drafting import Drafter
 from worker.engine.speculation.planner import Planner, StepPlan, StepTimes
+from worker.engine.speculation.sequence_columns import SequenceColumns
 from worker.engine.speculation.state import SpeculationState
 from worker.engine.speculation.verifier import AcceptedPaths, walk
 from worker.engine.stats import REASONS, EmittedTokens, StepBatch, TracedTree
@@ -219,6 +220,7 @@ class Engine:
         plain_step_ms = self._planner.learn(batch, plan, accepted, len(emitted.tokens), times)
         selected, sequences = plan.selected, plan.selected.sequences
         steps = np.array([s.steps for s in sequences], np.int64)
+        zeros = selected.columns.zeros
         traced = np.flatnonzero(steps < selected.columns.traced_steps).tolist() if selected.columns.any_traced else ()
         tree_nodes, tree_depths, expected = selected.summary()
         reached_counts, reached = selected.drawn_ranks(accepted.counts, accepted.visited, emitted.counts)
@@ -228,12 +230,12 @@ class Engine:
             tokens=emitted.tokens,
             reasons=emitted.reasons,
             steps=steps,
-            preemptions=self._since_last_token(sequences, "new_preemptions"),
-            recomputed_tokens=self._since_last_token(sequences, "recomputed_tokens"),
+            preemptions=self._since_last_token(selected.columns, "new_preemptions"),
+            recomputed_tokens=self._since_last_token(selected.columns, "recomputed_tokens"),
             tree_nodes=tree_nodes,
             forced_nodes=selected.forced_nodes(),
             tree_depths=tree_depths,
-            accepted_tokens=np.minimum(accepted.counts, emitted.counts),
+            accepted_tokens=np.minimum(accepted.counts, emitted.counts) if tree_nodes is not zeros else zeros,
             expected_accepted=expected,
             step_ms=step_ms + np.array([s.prefill_ms for s in sequences], np.float64),
             reached_counts=reached_counts,
@@ -256,10 +258,12 @@ class Engine:
                 chunk.sequence.prefill_ms += step_ms
         return results
 
-    def _since_last_token(self, sequences: tuple[Sequence, ...], counter: str) -> IntArray:
+    def _since_last_token(self, columns: SequenceColumns, counter: str) -> IntArray:
         """Return a counter of each sequence, and reset it."""
-        counts = np.zeros(len(sequences), np.int64)
-        for index, sequence in enumerate(sequences if self._preemptions else ()):
+        if not self._preemptions:
+            return columns.zeros
+        counts = np.zeros(len(columns.sequences), np.int64)
+        for index, sequence in enumerate(columns.sequences):
             counts[index] = getattr(sequence, counter)
             setattr(sequence, counter, 0)
         return counts

@@ -242,6 +242,8 @@ class Scheduler:
         logits of MAX_STEP_NODES rows beside those of the sequences, of prompt tokens or of draft nodes: that bounds
         its memory.
         """
+        if not len(self._prefilling):
+            return []
         rows, scores = self._options.prefill_rows, MAX_STEP_NODES
         given: dict[Sequence, int] = {}  # ends of chunks
         for sequence in self._in_order(selected):

@@ -150,7 +150,7 @@ class StepBatch:
         """Pickle all columns as two pieces: pickling an array takes longer than copying it."""
         ints = np.concatenate([*(getattr(self, name) for name in _INTS), self.tokens, self.reached.ravel()])
         floats = np.concatenate([getattr(self, name) for name in _FLOATS])
-        others = tuple(getattr(self, name) for name in _OTHERS)
+        others = (*(getattr(self, name) for name in _OTHERS), self.decision.value)  # a member of an enum takes longer
         return _restored, (len(self), len(self.tokens), ints.tobytes(), floats.tobytes(), others)
 
     def __len__(self) -> int:
@@ -236,14 +236,14 @@ _INTS = (
     "reached_counts",
 )
 _FLOATS = ("expected_accepted", "step_ms")
-_OTHERS = ("draft_ms", "verify_ms", "plain_step_ms", "drafter", "decision", "trees", "logprobs", "prompt_logprobs")
+_OTHERS = ("draft_ms", "verify_ms", "plain_step_ms", "drafter", "trees", "logprobs", "prompt_logprobs")
 
 
 def _restored(count: int, tokens: int, ints: bytes, floats: bytes, others: tuple[Any, ...]) -> StepBatch:
     """Return the batch that was pickled; its arrays are read-only."""
     columns = np.frombuffer(ints, np.int64)
     first = count * len(_INTS)
-    given: dict[str, Any] = dict(zip(_OTHERS, others, strict=True))
+    given: dict[str, Any] = dict(zip(_OTHERS, others, strict=False)) | {"decision": Decision(others[-1])}
     given |= zip(_INTS, columns[:first].reshape(len(_INTS), count), strict=True)
     given |= zip(_FLOATS, np.frombuffer(floats, np.float64).reshape(len(_FLOATS), count), strict=True)
     return StepBatch(tokens=columns[first : first + tokens], reached=columns[first + tokens :].reshape(-1, 2), **given)

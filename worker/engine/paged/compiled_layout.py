@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from worker.engine.cpu.compiler import EXACT, library
 from worker.engine.cpu.kernels import address, bound, members
 from worker.engine.paged import work
-from worker.engine.segments import IntArray, Segments
+from worker.engine.segments import IntArray, KvMoves, Segments
 
 if TYPE_CHECKING:
     from worker.engine.paged.kv import PagedKv
@@ -54,6 +54,7 @@ class CompiledLayout:
         self._unprepared = bound(functions.unprepared, _ADDRESS, _ADDRESS, result=_SIZE)
         self._measure = bound(functions.measure, _ADDRESS, _SIZE, _SIZE, _ADDRESS)
         self._lay_out = bound(functions.lay_out, *[_ADDRESS] * 4, result=_SIZE)
+        self._moved_entries = bound(functions.moved_entries, _ADDRESS, _SIZE, _SIZE, *[_ADDRESS] * 5, result=_SIZE)
         self._last: tuple[Segments | None, Any] = None, None  # the segments of a step are read by three calls
 
     def prepared(self, segments: Segments, kv: PagedKv) -> bool:
@@ -76,6 +77,15 @@ class CompiledLayout:
         sizes, flat = ShapeSizes(*numbers, tile, work.CHUNK, max_listed), np.empty(shape.size, np.int64)
         given = (self._arrays(segments), ctypes.addressof(kv.layout), ctypes.addressof(sizes), address(flat))
         return flat[: self._lay_out(*given)]
+
+    def moved_entries(self, moves: KvMoves, kv: PagedKv) -> tuple[IntArray, bool]:
+        """Return the pool's entries that the moves come from and go to [2, entries], and whether the slots own them."""
+        out = np.empty((2, len(moves.sources)), np.int64)
+        columns = map(
+            address, map(np.ascontiguousarray, (moves.slots, moves.destinations, moves.counts, moves.sources))
+        )
+        sizes = (len(moves.slots), len(moves.sources))
+        return out, bool(self._moved_entries(ctypes.addressof(kv.layout), *sizes, *columns, address(out)))
 
     def _arrays(self, segments: Segments) -> Any:
         """Return a pointer to the C structure of the segments, which it keeps."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from worker.engine.cpu.kernels import address
 from worker.engine.errors import OutOfBlocks
 from worker.engine.kv.dense import POISON, lazy_zeros
-from worker.engine.paged.compiled_layout import BlockTables
+from worker.engine.paged.compiled_layout import BlockTables, compiled_layout
 from worker.engine.segments import BoolArray, IntArray, KvMove, KvMoves
 
 SCRATCH = 0  # the block that padding rows write to; no slot holds it
@@ -187,14 +187,21 @@ class PagedKv:
         some = KvMoves.of(moves)
         if not len(some):
             return
-        sources, targets = (self.entries(some.entry_slots, index) for index in (some.sources, some.targets))
-        # `reserve` unshared these blocks when the entries were written.
-        assert self.pool.exclusive(targets // self.block_size).all()
-        source, target = (torch.from_numpy(part).to(self.keys.device) for part in (sources, targets))
+        moved, owned = self.moved_entries(some)
+        assert owned, "`reserve` unshared these blocks when the entries were written"
+        source, target = torch.from_numpy(moved).to(self.keys.device)
         for store in (self.keys, self.values):
             entries = store.flatten(1, 2)
-            # The right-hand side is gathered before anything is written: overlapping moves are safe.
-            entries[:, target] = entries[:, source]
+            # The entries are gathered before anything is written: overlapping moves are safe.
+            entries.index_copy_(1, target, entries.index_select(1, source))
+
+    def moved_entries(self, moves: KvMoves) -> tuple[IntArray, bool]:
+        """Return the pool's entries that moves come from and go to [2, entries], and whether their slots own them."""
+        compiled = compiled_layout()
+        if compiled is not None:
+            return compiled.moved_entries(moves, self)
+        sources, targets = (self.entries(moves.entry_slots, index) for index in (moves.sources, moves.targets))
+        return np.stack([sources, targets]), bool(self.pool.exclusive(targets // self.block_size).all())
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` entries of slot `source` to slot `target`: share full blocks, copy the rest."""

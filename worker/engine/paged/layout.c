@@ -154,3 +154,17 @@ i64 lay_out(const segments_t *s, const tables_t *kv, const shape_t *shape, i64 *
     bounds[3] = items - first_item;
     return items - out;
 }
+
+/* Write the pool's entries that moves come from and go to [2, entries]; return whether the slots own the blocks there. */
+i64 moved_entries(const tables_t *kv, i64 moves, i64 entries, const i64 *slots, const i64 *destinations,
+                  const i64 *counts, const i64 *sources, i64 *out) {
+    i64 owned = 1;
+    for (i64 i = 0, at = 0; i < moves; i++)
+        for (i64 k = 0; k < counts[i]; k++, at++) {
+            i64 target = entry_of(kv, slots[i], destinations[i] + k);
+            owned &= kv->references[target / kv->block_size] == 1;
+            out[at] = entry_of(kv, slots[i], sources[at]);
+            out[entries + at] = target;
+        }
+    return owned;
+}

@@ -84,11 +84,14 @@ class BucketedForward:
 
     def _replay(self, segments: Segments, shape: Shape) -> Outputs:
         self._kv.sync_tables()
-        flat = torch.from_numpy(laid_out(segments, self._kv, shape))
-        self._flat[: len(flat)].copy_(flat)  # from pageable memory: it has read it when it returns, so it may be freed
-        if shape not in self._replays:
-            self._replays[shape] = self._captured(shape)
-        return self._replays[shape]()
+        rows = laid_out(segments, self._kv, shape)
+        self._flat[: len(rows)].copy_(
+            torch.from_numpy(rows)
+        )  # from pageable memory: it has read it when it returns, so it may be freed
+        replay = self._replays.get(shape)
+        if replay is None:
+            replay = self._replays[shape] = self._captured(shape)
+        return replay()
 
     def _captured(self, shape: Shape) -> Callable[[], Outputs]:
         """Return the captured forward of a shape; the forward itself, which is slower, if it can't be captured."""

@@ -26,6 +26,7 @@ from worker.engine.speculation.sequence_columns import SequenceColumns
 from worker.engine.speculation.tree_masks import TreeMasks
 
 SOURCES = 3  # of candidates at most, each with statistics of its own
+_NO_PAIRS: IntArray = np.empty((0, 2), np.int64)
 _SPARE_NODES = 64  # memory for draft nodes from the start; more costs an allocation when it is needed
 
 
@@ -154,14 +155,13 @@ class Forest(Nodes):
     def summary(self) -> tuple[IntArray, IntArray, FloatArray]:
         """Return the draft nodes, the depth and E(A) of each tree [sequences]: the expected accepted draft tokens."""
         if self.size == self.trees:
-            zeros = np.zeros(self.trees, np.int64)
-            return zeros, zeros, zeros.astype(np.float64)
+            return self.columns.zeros, self.columns.zeros, self.columns.zeros.view(np.float64)
         return tree_kernels().summary(self)
 
     def forced_nodes(self) -> IntArray:
         """Return the nodes of each tree [sequences] that grammars force."""
         if self.masks is None:
-            return np.zeros(self.trees, np.int64)
+            return self.columns.zeros
         return np.bincount(self.tree[self.forced], minlength=self.trees)
 
     def expected(self, kept: BoolArray) -> FloatArray:
@@ -232,5 +232,5 @@ class Forest(Nodes):
         were cut off at the end of the sequence are left out, and those of tokens that a grammar forces.
         """
         if self.size == self.trees:
-            return np.zeros(self.trees, np.int64), np.empty((0, 2), np.int64)
+            return self.columns.zeros, _NO_PAIRS
         return tree_kernels().drawn_ranks(self, counts, visited, emitted)

@@ -27,6 +27,13 @@ class SequenceColumns:
         return np.array([s.number for s in self.sequences], np.int64)
 
     @cached_property
+    def zeros(self) -> IntArray:
+        """Zeros [sequences], which must not be changed."""
+        zeros = np.zeros(len(self.sequences), np.int64)
+        zeros.setflags(write=False)
+        return zeros
+
+    @cached_property
     def max_lengths(self) -> IntArray:
         """Max tokens of prompt and output together [sequences]."""
         return np.array([s.max_length for s in self.sequences], np.int64)
