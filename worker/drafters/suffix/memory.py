@@ -3,7 +3,7 @@
 One slot of 64 bytes is a context of one group with the last four tokens that followed it. A new token takes one or two:
 contexts of up to three tokens always have one, a longer one once the next shorter one was known before (as in PPM,
 Cleary and Witten 1984). Slots are in pairs, by hash; of a full pair the one that was not written for longer gives way.
-So texts are forgotten by age, and the memory never grows.
+So texts are forgotten by age, and the memory stays in its bound.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ SLOT: Final = np.dtype(
     [("hash", np.uint64), ("group", np.uint32), ("stamp", np.uint32), ("followers", _FOLLOWER, FOLLOWERS)]
 )
 TEXT: Final = np.dtype([*_COUNTERS, ("tail", np.int32, CONTEXT)])
+_FIRST_SLOTS = 1 << 12  # slots from the start; twice as many when half are used. More touch memory that is not needed.
 _FIRST_TEXTS = 8  # rows for texts from the start
 
 
@@ -61,8 +62,8 @@ class IndexLayout(ctypes.Structure):
 
     _fields_ = (
         *members("slots texts held trials orders edges", ctypes.c_void_p),
-        ("pair_mask", ctypes.c_uint64),
-        *members("order_count always", ctypes.c_int64),
+        *members("pair_mask max_pair_mask", ctypes.c_uint64),
+        *members("used order_count always", ctypes.c_int64),
         ("decay", ctypes.c_double),
         ("clock", ctypes.c_uint32),
     )
@@ -83,7 +84,8 @@ class IndexMemory:
             trials=address(self.trials),
             orders=address(self.orders),
             edges=address(self.edges),
-            pair_mask=count // 2 - 1,
+            pair_mask=min(count, _FIRST_SLOTS) // 2 - 1,
+            max_pair_mask=count // 2 - 1,
             order_count=len(ORDERS),
             always=ALWAYS,
             decay=DECAY,

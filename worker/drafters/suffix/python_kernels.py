@@ -130,7 +130,10 @@ class _Slots:
 
     def insert(self, recent: Sequence[int], group: int, writer: int, token: int) -> None:
         """Count a follower of every known context, and of the first unknown one."""
-        clock = self._memory.layout.clock = (self._memory.layout.clock + 1) & _HALF
+        layout = self._memory.layout
+        clock = layout.clock = (layout.clock + 1) & _HALF
+        if layout.used > layout.pair_mask and layout.pair_mask < layout.max_pair_mask:
+            self._split()
         shorter = True  # whether the context before was known
         for tokens, code in zip(ORDERS, _hashes(recent, group), strict=False):
             slot = self._find(code, group)
@@ -152,6 +155,16 @@ class _Slots:
             _set_followers(slot, [follower for follower in less if follower[2]])
             if not _followers(slot):
                 slot["hash"], slot["group"], slot["stamp"] = 0, 0, 0
+                self._memory.layout.used -= 1
+
+    def _split(self) -> None:
+        """Take as many pairs again, and move the contexts whose hash says so to their new pairs."""
+        layout = self._memory.layout
+        pairs = layout.pair_mask + 1
+        moved = np.flatnonzero(self._slots["hash"][: 2 * pairs] >> np.uint64(8) & np.uint64(pairs))
+        self._slots[moved + 2 * pairs] = self._slots[moved]
+        self._slots[moved] = np.zeros(1, self._slots.dtype)
+        layout.pair_mask = 2 * pairs - 1
 
     def _pair(self, code: int) -> Any:
         first = 2 * ((code >> 8) & self._memory.layout.pair_mask)
@@ -169,6 +182,7 @@ class _Slots:
         pair, clock = self._pair(code), self._memory.layout.clock
         ages = [(clock - int(slot["stamp"])) & _HALF if slot["hash"] else _HALF + 1 for slot in pair]
         slot = pair[1] if ages[1] > ages[0] else pair[0]
+        self._memory.layout.used += not slot["hash"]
         slot["hash"], slot["group"] = code, group
         _set_followers(slot, [])
         return slot

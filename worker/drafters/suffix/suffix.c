@@ -1,7 +1,7 @@
 /* The suffix index: which tokens followed a context of 1, 2, 3, 5 … tokens, how often, and how often that was right.
  *
  * A slot is one cache line: a context of one group and its last followers, the newest first. Slots are in pairs; of a
- * full pair the one that was not written for longer gives way. `python_kernels.py` computes the same, bit for bit. */
+ * full pair the one that was not written for longer gives way. Pairs are taken as they are needed. `python_kernels.py` computes the same, bit for bit. */
 
 #include <stdint.h>
 #include <string.h>
@@ -39,7 +39,8 @@ typedef struct {
     double *held, *trials; /* [classes] */
     const i64 *orders;     /* tokens of a context, ascending */
     const double *edges;   /* [EDGES] shares */
-    u64 pair_mask;
+    u64 pair_mask, max_pair_mask;
+    i64 used; /* slots */
     i64 order_count, always;
     double decay;
     u32 clock;
@@ -88,13 +89,25 @@ static slot_t *find(const index_t *x, u64 hash, u32 group) {
 }
 
 /* Return a new slot for a context, in the place of the one that was not written for longer. */
-static slot_t *claim(const index_t *x, u64 hash, u32 group) {
+static slot_t *claim(index_t *x, u64 hash, u32 group) {
     slot_t *pair = pair_of(x, hash), *slot = pair;
     if (pair->hash && (!pair[1].hash || x->clock - pair[1].stamp > x->clock - pair->stamp)) slot = pair + 1;
+    x->used += !slot->hash;
     memset(slot, 0, sizeof *slot);
     slot->hash = hash;
     slot->group = group;
     return slot;
+}
+
+/* Take as many pairs again, and move the contexts whose hash says so to their new pairs. */
+static void split(index_t *x) {
+    u64 pairs = x->pair_mask + 1;
+    for (u64 i = 0; i < 2 * pairs; i++) {
+        if (!(x->slots[i].hash >> 8 & pairs)) continue;
+        x->slots[i + 2 * pairs] = x->slots[i];
+        memset(x->slots + i, 0, sizeof *x->slots);
+    }
+    x->pair_mask = 2 * pairs - 1;
 }
 
 /* ---- what to offer ---- */
@@ -194,6 +207,7 @@ static i64 place_of(const slot_t *slot, i32 token) {
 static void insert(index_t *x, const contexts_t *contexts, u32 group, u32 writer, i32 token) {
     i64 shorter = 1; /* whether the context before was known */
     x->clock++;
+    if (x->used > (i64)x->pair_mask && x->pair_mask < x->max_pair_mask) split(x); /* half of the slots are used */
     for (i64 order = 0; order < contexts->count; order++) {
         slot_t *slot = find(x, contexts->hashes[order], group);
         if (!slot && !shorter && x->orders[order] > x->always) return;
@@ -211,7 +225,7 @@ static void insert(index_t *x, const contexts_t *contexts, u32 group, u32 writer
 }
 
 /* Take back what `insert` counted once. */
-static void retract(const index_t *x, const contexts_t *contexts, u32 group, i32 token) {
+static void retract(index_t *x, const contexts_t *contexts, u32 group, i32 token) {
     for (i64 order = 0; order < contexts->count; order++) {
         slot_t *slot = find(x, contexts->hashes[order], group);
         for (i64 i = 0; slot && i < FOLLOWERS; i++) {
@@ -220,7 +234,10 @@ static void retract(const index_t *x, const contexts_t *contexts, u32 group, i32
             if (--one->count) break;
             memmove(one, one + 1, (FOLLOWERS - 1 - i) * sizeof *one);
             memset(slot->followers + FOLLOWERS - 1, 0, sizeof *one);
-            if (!slot->followers[0].count) memset(slot, 0, sizeof *slot);
+            if (!slot->followers[0].count) {
+                memset(slot, 0, sizeof *slot);
+                x->used--;
+            }
             break;
         }
     }
