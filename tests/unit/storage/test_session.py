@@ -33,7 +33,8 @@ def test_a_sqlite_file_may_have_any_name_and_only_its_owner_reads_it(tmp_path: P
             url = sqlite_url(file)
             assert sqlite_file(url) == file
             database = Database.open(url)
-            Base.metadata.create_all(database.engine)
+            with database.write() as session:
+                session.connection().exec_driver_sql("CREATE TABLE one (id INTEGER)")
             named = sorted(file.parent.iterdir())
             database.dispose()
             assert named == [file, *(file.with_name(file.name + end) for end in ("-shm", "-wal"))]

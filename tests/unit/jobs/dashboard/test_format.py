@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy
 import pytest
-from matplotlib.figure import Figure
 
 from jobs.api.server import serve
 from jobs.dashboard import charts, format
@@ -88,6 +87,8 @@ def test_minutes_in_which_nothing_was_written_have_no_throughput() -> None:
 
 
 def test_a_job_of_four_seconds_is_as_fast_in_the_picture_as_in_the_numbers() -> None:
+    from matplotlib.figure import Figure  # half a second
+
     assert [rate for _, rate in points_of(minutes((100, 981, 4.0)))] == [245.25, 245.25]
     assert [rate for _, rate in points_of(minutes((100, 20, 0.1)))] == [200.0, 200.0]
     figure = Figure()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from contextlib import nullcontext
+from functools import cache
 
 import pytest
 import torch
@@ -34,6 +35,15 @@ def no_sharing(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
+@cache
+def texts_without_sharing(architecture: str) -> list[list[int]]:
+    """Decode all prompts while no prefix is shared; call it under `no_sharing`."""
+    assert max(map(len, PROMPTS)) < prefix_sharing.MIN_SHARED_PREFIX
+    alone = greedy_and_sampled(SAMPLED, PROMPTS, 6)
+    decode(engine(packed(tiny(architecture)), None, options(Mode.PLAIN, prefill_rows=64)), alone)
+    return outputs(alone)
+
+
 # Each architecture with two of the four pairs, all four among them; `make long` has the others.
 PAIRS = [((7, True), (500, False)), ((7, False), (500, True))]
 
@@ -50,18 +60,17 @@ PAIRS = [((7, True), (500, False)), ((7, False), (500, True))]
 def test_text_is_the_same_with_and_without_sharing(
     no_sharing: pytest.MonkeyPatch, architecture: str, prefill_rows: int, cpu_kernels: bool
 ) -> None:
+    alone = texts_without_sharing(architecture)
     if not cpu_kernels:
         no_sharing.setattr("worker.engine.model.backend.kernels", lambda dtype: None)
-    alone = greedy_and_sampled(SAMPLED, PROMPTS, 6)
-    decode(engine(packed(tiny(architecture)), None, options(Mode.PLAIN, prefill_rows=prefill_rows)), alone)
     no_sharing.setattr(prefix_sharing, "MIN_SHARED_PREFIX", 16)
     together = greedy_and_sampled(SAMPLED, PROMPTS, 6)
     running = engine(packed(tiny(architecture)), drafter("same"), options(Mode.PAPER, prefill_rows=prefill_rows))
     decode(running, together)
-    assert outputs(together) == outputs(alone)
+    assert outputs(together) == alone
     again = greedy_and_sampled(SAMPLED, PROMPTS, 6)
     decode(running, again)  # now from slots whose texts have ended
-    assert outputs(again) == outputs(alone)
+    assert outputs(again) == alone
 
 
 @pytest.mark.parametrize("prefill_rows", [7, 500])

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 
 if importlib.util.find_spec("triton") is not None:
     from triton import language
     from triton.runtime import interpreter
+
+    _scalar_dtype = cache(interpreter._get_np_dtype)  # it lists all types at each call
+
+
+def _np_dtype(kind: Any) -> Any:
+    """Return the NumPy dtype of a type or of a block of it."""
+    element = kind.element_ty if isinstance(kind, language.block_type) else kind
+    return np.dtype(np.uint64) if isinstance(element, language.pointer_type) else _scalar_dtype(element)
 
 
 @pytest.fixture(autouse=True)
@@ -32,5 +42,6 @@ def _language_is_patched_once_per_launch(monkeypatch: pytest.MonkeyPatch) -> Non
         restore(scope)
         patched.clear()
 
+    monkeypatch.setattr(interpreter, "_get_np_dtype", _np_dtype)
     monkeypatch.setattr(interpreter, "_patch_lang", patch_lang)
     monkeypatch.setattr(interpreter._LangPatchScope, "restore", restore_all)
