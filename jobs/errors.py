@@ -21,6 +21,7 @@ BasicError
 │   └── UnsupportedBody         wrong content type or encoding
 ├── NotFound                    no such job, batch or file
 ├── NotCancellable              the job has already ended
+├── UploadEnded                 the upload is completed, cancelled or expired
 ├── NotRetryable                the job has not ended, or all its requests succeeded
 ├── CallerRefused               authentication, permission or rate limit
 │   ├── InvalidKey              missing or invalid API key
@@ -186,6 +187,13 @@ class NotFound(BasicError):
     """Nothing has this id."""
 
     status_code = 404
+
+
+class UploadEnded(BasicError):
+    """The upload is completed, cancelled or expired."""
+
+    code = "upload_ended"
+    status_code = 409
 
 
 class NotCancellable(BasicError):

@@ -17,7 +17,7 @@ from storage.models import File, FileChunk, JobRow
 from storage.statuses import UNREAD_JOB_STATUSES
 
 CHUNK_BYTES: Final = 1 << 20
-_ABANDONED_S: Final = 86_400.0  # an upload that is unfinished after this time is abandoned
+ABANDONED_S: Final = 86_400.0  # an upload that is unfinished after this time is abandoned
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ def clear_files(session: Session) -> int:
     ended = or_(
         File.status == "deleted",
         and_(File.status == "ready", File.expires_at <= now),
-        and_(File.status == "writing", File.created_at < now - _ABANDONED_S),
+        and_(File.status == "writing", File.created_at < now - ABANDONED_S),
     )
     in_use = select(JobRow.input_file_id).where(
         JobRow.status.in_(UNREAD_JOB_STATUSES), JobRow.validated_at.is_(None), JobRow.input_file_id.is_not(None)

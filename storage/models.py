@@ -30,7 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from storage.statuses import FILE_STATUSES, JobStatus, RequestStatus
+from storage.statuses import FILE_STATUSES, UPLOAD_STATUSES, JobStatus, RequestStatus
 from storage.steps.view import create_step_view, drop_step_view
 from storage.views import create_views, drop_views
 
@@ -290,6 +290,37 @@ class FileChunk(Base):
     file_id: Mapped[str] = mapped_column(ForeignKey("files.id", ondelete="CASCADE"), primary_key=True)
     chunk_index: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     data: Mapped[bytes]
+
+
+class UploadRow(Base):
+    """A file that arrives in parts."""
+
+    __tablename__ = "uploads"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    filename: Mapped[str]
+    purpose: Mapped[str]
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    api_key_id: Mapped[str]
+    status: Mapped[str]  # storage.statuses.UPLOAD_STATUSES; past expires_at a pending one has expired
+    file_id: Mapped[str | None]  # once completed
+    file_expires_after_s: Mapped[float | None]
+    created_at: Mapped[float]
+    expires_at: Mapped[float]
+
+    __table_args__ = (CheckConstraint(_one_of("status", UPLOAD_STATUSES), name="status"),)
+
+
+class UploadPartRow(Base):
+    """A part of an upload. Its chunks are those of the unfinished file with the same id."""
+
+    __tablename__ = "upload_parts"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    upload_id: Mapped[str] = mapped_column(ForeignKey("uploads.id", ondelete="CASCADE"), index=True)
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    chunks: Mapped[int]
+    created_at: Mapped[float]
 
 
 class PackedSteps(Base):

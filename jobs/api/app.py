@@ -15,7 +15,7 @@ from jobs.api.http.limits import BodyLimitMiddleware
 from jobs.api.http.multipart import FORM_BYTES
 from jobs.api.http.paths import PathMiddleware
 from jobs.api.request_ids import RequestIdMiddleware
-from jobs.api.routes import batches, completions, docs, files, jobs, metrics, responses, service
+from jobs.api.routes import batches, completions, docs, files, jobs, metrics, responses, service, uploads
 from jobs.api.schemas import openapi
 from jobs.producer import Notify
 from jobs.queue.worker_notifier import WorkerNotifier
@@ -67,6 +67,7 @@ def make_api(
         responses,
         service,
         metrics,
+        uploads,
         docs,
     ):  # the most frequent are matched first
         app.router.routes.extend(resource.router.routes)  # include_router would build each route again for this app

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
-from typing import Any, get_args
+from typing import IO, Any, get_args
 
 from starlette.datastructures import Headers, QueryParams
 
@@ -21,6 +21,8 @@ from jobs.submission.fields import PARAMETERS
 from jobs.submission.intake import Submission
 from jobs.submission.items import Item, read_json, read_lines
 from jobs.submission.values import refuse_unknown
+
+OpenFile = Callable[[str], IO[bytes]]
 
 _JSON_TYPES = {"application/json"}
 _LINES_TYPES = {"application/x-ndjson", "application/jsonl", "application/x-jsonlines"}
@@ -48,13 +50,21 @@ def require_json(headers: Headers) -> None:
         raise UnsupportedBody("Send the body as JSON, with the header content-type: application/json.")
 
 
-def read_submission(body: Body, query: QueryParams, headers: Headers, key_id: str, max_line_bytes: int) -> Submission:
-    """Return the submission; raise what is wrong with the job as a whole. Errors of single requests come later."""
+def read_submission(
+    body: Body, query: QueryParams, headers: Headers, key_id: str, max_line_bytes: int, open_file: OpenFile
+) -> Submission:
+    """Return the submission; raise what is wrong with the job as a whole. Errors of single requests come later.
+
+    `open_file` opens the file of an `input_file_id`.
+    """
     if _content_type(headers) in _LINES_TYPES:
         fields, items = _with_first_line(_query_fields(query), read_lines(body.open(), max_line_bytes))
     else:
         fields = json_object(body.open().read())
-        items = _listed(fields)
+        items = _listed(fields, open_file, max_line_bytes)
+        file_id = fields.pop("input_file_id", None)
+        if file_id is not None:
+            fields, items = _with_first_line(fields, items)
     submission = _submission(fields, items)
     return replace(
         submission,
@@ -115,11 +125,18 @@ def json_object(body: bytes) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _listed(fields: Mapping[str, Any]) -> Iterator[Item]:
-    given = [name for name in ("requests", "prompts") if name in fields]
+def _listed(fields: Mapping[str, Any], open_file: OpenFile, max_line_bytes: int) -> Iterator[Item]:
+    given = [name for name in ("requests", "prompts", "input_file_id") if name in fields]
     if len(given) != 1:
-        raise MissingParameter("The prompts of the job are missing: send one list, `requests`.", param="requests")
+        raise MissingParameter(
+            "The prompts of the job are missing: send one list, `requests`, or the id of a file, `input_file_id`.",
+            param="requests",
+        )
     values = fields[given[0]]
+    if given == ["input_file_id"]:
+        if not isinstance(values, str):
+            raise InvalidValue("must be a string", param="input_file_id")
+        return read_lines(open_file(values), max_line_bytes)
     if not isinstance(values, list):
         raise InvalidValue("must be a list of strings or objects", param=given[0])
     return (Item(index, value) for index, value in enumerate(values))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Final, Self, Unpack
+from typing import IO, TYPE_CHECKING, Any, Final, Self, Unpack
 
 import httpx
 
@@ -20,6 +21,7 @@ from jobs.client.results import JobInfo, Output, Statistics, output_rows, to_dat
 from jobs.client.retries import RETRIED_STATUS_CODES, Backoff, ServiceBusy
 from jobs.client.service_errors import error_of
 from jobs.client.service_location import default_api_key, default_api_url
+from jobs.client.uploads import PARTED_BYTES, ResumedUpload
 from jobs.errors import BasicError, ServiceUnavailable
 from jobs.messages import Endpoint, PartialEvent
 from jobs.settings import JobsSettings
@@ -106,17 +108,30 @@ class AsyncClient:
         settings = {name: value for name, value in parameters.items() if value is not None}
         settings |= {} if form is None else {"response_format": response_format(form)}
         fields = {name: value for name, value in job.items() if value is not None}
-        headers = {"idempotency-key": idempotency_key or str(uuid.uuid4())}
         if body.lines is not None:
-            headers["content-type"] = "application/x-ndjson"
-            head, query = _parameter_line(settings)
             with body.lines as lines:
-                file = FileContent(head, lines)
-                reply = await self._call("POST", "/v1/jobs", file=file, params=_query(fields) | query, headers=headers)
+                reply = await self._submit_lines(lines, fields, settings, idempotency_key)
         else:
             content = fields | settings | {"requests": body.requests}
-            reply = await self._call("POST", "/v1/jobs", json=content, headers=headers)
+            reply = await self._call("POST", "/v1/jobs", json=content, headers=_key(idempotency_key))
         return AsyncJob(self, reply["id"], form)
+
+    async def _submit_lines(
+        self, lines: IO[bytes], fields: dict[str, Any], settings: dict[str, Any], idempotency_key: str | None
+    ) -> dict[str, Any]:
+        """Submit the lines of a file: a large one is uploaded in parts before, and continues after an interruption."""
+        if lines.seek(0, os.SEEK_END) < PARTED_BYTES:
+            headers = _key(idempotency_key) | {"content-type": "application/x-ndjson"}
+            head, query = _parameter_line(settings)
+            file = FileContent(head, lines)
+            return await self._call("POST", "/v1/jobs", file=file, params=_query(fields) | query, headers=headers)
+        upload = await self._connection.run_slow(lambda: ResumedUpload(self._call, self.api_url, lines))
+        content = fields | settings | {"input_file_id": await upload.run()}
+        headers = _key(idempotency_key or upload.state.idempotency_key)
+        reply = await self._call("POST", "/v1/jobs", json=content, headers=headers)
+        upload.forget()
+        await self._call("DELETE", f"/v1/files/{content['input_file_id']}")  # the job has its lines
+        return reply
 
     def job(self, job_id: str, response_format: ResponseFormat | None = None) -> AsyncJob:
         """Return the handle of a job that was submitted before. Sends nothing.
@@ -154,8 +169,7 @@ class AsyncClient:
 
     async def retry(self, job_id: str, *, idempotency_key: str | None = None) -> AsyncJob:
         """Submit the requests of an ended job that have no result as a new job, and return it."""
-        headers = {"idempotency-key": idempotency_key or str(uuid.uuid4())}
-        reply = await self._call("POST", f"/v1/jobs/{job_id}/retry", headers=headers)
+        reply = await self._call("POST", f"/v1/jobs/{job_id}/retry", headers=_key(idempotency_key))
         return AsyncJob(self, reply["id"])
 
     async def job_stats(self, job_id: str) -> Statistics:
@@ -358,6 +372,10 @@ class AsyncJob:
     async def stats(self) -> Statistics:
         """Return speed and speculation statistics of the job."""
         return await self._client.job_stats(self.id)
+
+
+def _key(idempotency_key: str | None) -> dict[str, str]:
+    return {"idempotency-key": idempotency_key or str(uuid.uuid4())}
 
 
 def _query(fields: Mapping[str, Any]) -> dict[str, str]:

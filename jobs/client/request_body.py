@@ -13,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Final, Protocol, cast
 
-from jobs.client.gunzip import MAGIC, unpack, without_gz
 from jobs.client.parameters import Parameters
 from jobs.client.response_format import response_format
 from jobs.errors import InvalidValue
@@ -24,6 +23,7 @@ from jobs.tables.cells import is_missing, python_value
 from jobs.tables.columns import Columns, requests_of
 from jobs.tables.formats import HEAD_BYTES, TABLE_MAGIC, TableFormat, format_of_name
 from jobs.tables.frames import columns_of_frame, is_frame, rows_of_frame
+from jobs.tables.gunzip import MAGIC, unpack, without_gz
 from jobs.tables.locations import is_url, reading
 from jobs.tables.readers import Row, peekable, table_of
 

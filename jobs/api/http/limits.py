@@ -14,8 +14,8 @@ from typing import Final
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jobs.client.gunzip import Gunzip
 from jobs.errors import BodyTooLarge, BodyTooSlow, UnsupportedBody
+from jobs.tables.gunzip import Gunzip
 
 _GZIP: Final = frozenset({"gzip", "x-gzip"})
 _NONE: Final = frozenset({"identity", ""})

@@ -34,11 +34,15 @@ class _FormPart:
 class UploadForm:
     """Parses a form incrementally: collects its fields, and buffers file bytes in `pending` until they are taken."""
 
-    def __init__(self, content_type: str, max_file_bytes: int) -> None:
-        """Read the boundary from the content type; raise UnsupportedBody if it is not multipart."""
+    def __init__(self, content_type: str, max_file_bytes: int, file_part: str = "file") -> None:
+        """Read the boundary from the content type; raise UnsupportedBody if it is not multipart.
+
+        The file is in the part of the form that is named `file_part`.
+        """
         kind, options = parse_options_header(content_type)
         if kind != b"multipart/form-data" or not options.get(b"boundary"):
-            raise UnsupportedBody("Send the file as multipart/form-data, in a part named file.")
+            raise UnsupportedBody(f"Send the file as multipart/form-data, in a part named {file_part}.")
+        self._file_part = file_part
         self._size = 0  # file bytes received
         self.filename: str | None = None
         self.pending = bytearray()  # file bytes not taken yet
@@ -61,12 +65,14 @@ class UploadForm:
         if not self._ended:
             raise InvalidValue("The form ends inside a part.")
         if self.filename is None:
-            raise MissingParameter("The form has no part named file.", param="file")
+            raise MissingParameter(f"The form has no part named {self._file_part}.", param=self._file_part)
 
     def check_size(self, size: int) -> None:
         """Raise BodyTooLarge if a file of this size is beyond the limit."""
         if size > self._max_file_bytes:
-            raise BodyTooLarge(f"The file is larger than the limit of {self._max_file_bytes} bytes.", param="file")
+            raise BodyTooLarge(
+                f"The file is larger than the limit of {self._max_file_bytes} bytes.", param=self._file_part
+            )
 
     def purpose(self) -> str:
         """Return the purpose of the file; raise if it is missing or unknown."""
@@ -118,10 +124,10 @@ class UploadForm:
 
     def _headers_end(self) -> None:
         part = self._part
-        if part.name == "file":
+        if part.name == self._file_part:
             part.filename = part.filename or _base_name("")  # some clients send no filename
             if self.filename is not None:
-                raise InvalidValue("The form has more than one file.", param="file")
+                raise InvalidValue("The form has more than one file.", param=self._file_part)
             self.filename = part.filename
         elif part.name not in _FIELDS | _WITHOUT_EFFECT:
             raise UnknownParameter("Unknown field.", param=part.name[:64] or None)

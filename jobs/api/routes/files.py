@@ -6,7 +6,6 @@ Uploads and downloads move between client and database in chunks; no file is in 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -16,15 +15,16 @@ from jobs.api.auth.caller import Caller, CurrentCaller
 from jobs.api.dependencies import CurrentServices, Services
 from jobs.api.http.body import chunked
 from jobs.api.http.multipart import UploadForm
+from jobs.api.http.stored_file import chunks_of
+from jobs.api.routes.file_writer import FileWriter
 from jobs.api.schemas import serializers
 from jobs.api.schemas.openapi import ERRORS, UPLOAD_BODY
 from jobs.api.schemas.replies import FileDeleted, FilePage, FileReply
 from jobs.api.schemas.route_responses import BYTES, responses
 from jobs.api.write_threads import run_write
-from jobs.client.gunzip import MaybeGzip, without_gz
 from jobs.errors import InvalidValue, NotFound
 from storage import files
-from storage.files import CHUNK_BYTES, FileView
+from storage.files import FileView
 
 router = APIRouter(prefix="/v1/files", tags=["files"], responses=ERRORS)
 
@@ -35,12 +35,12 @@ _DAY_S = 86_400.0
 async def upload(request: Request, services: CurrentServices, caller: CurrentCaller) -> Response:
     """Upload a file. It is visible once complete; its lines are validated when a batch is created from it."""
     form = UploadForm(request.headers.get("content-type", ""), services.settings.max_file_bytes)
-    writer = _UploadWriter(services, caller, f"file-{secrets.token_hex(16)}")
+    writer = FileWriter(services, caller, f"file-{secrets.token_hex(16)}", unpack=True)
     try:
         async for data in chunked(request.stream()):
             await run_write(writer.take, form, data)
         form.end()
-        return await run_write(writer.finish, form)
+        return await run_write(_finish, services, writer, form)
     except BaseException:
         await run_write(writer.drop)
         raise
@@ -92,7 +92,9 @@ async def delete(file_id: str, services: CurrentServices, caller: CurrentCaller)
 def content(file: ExistingFile, services: CurrentServices) -> StreamingResponse:
     """Download a file."""
     headers = {"content-length": str(file.bytes), "x-content-type-options": "nosniff"}
-    return StreamingResponse(_chunks(services, file.id), media_type="application/octet-stream", headers=headers)
+    return StreamingResponse(
+        chunks_of(services.database, file.id), media_type="application/octet-stream", headers=headers
+    )
 
 
 def _delete(services: Services, file_id: str, caller: Caller) -> bool:
@@ -100,76 +102,16 @@ def _delete(services: Services, file_id: str, caller: Caller) -> bool:
         return files.delete_file(session, file_id, caller.sees)
 
 
-class _UploadWriter:
-    """Writes one upload, one transaction per chunk: a slow client must not hold the write lock.
-
-    A gzip file is stored unpacked, so that a batch reads its lines and the limit counts what it holds.
-    """
-
-    def __init__(self, services: Services, caller: Caller, file_id: str) -> None:
-        self._services = services
-        self._caller = caller
-        self._file_id = file_id
-        self._file = MaybeGzip()
-        self._pending = bytearray()
-        self._size = self._chunks = 0
-
-    def take(self, form: UploadForm, data: bytes) -> None:
-        """Parse the next bytes of the body, and write the chunks that are complete."""
-        form.feed(data)
-        packed = bytes(form.pending)
-        form.pending.clear()
-        self._store(form, self._file.feed(packed))
-
-    def finish(self, form: UploadForm) -> Response:
-        """Write the rest, make the file visible and return it."""
-        purpose = form.purpose()
-        expires_after_s = form.expires_after_s() or self._services.settings.file_days * _DAY_S
-        self._store(form, self._file.end())
-        if self._pending or not self._chunks:
-            self._write(form, len(self._pending))
-        with self._services.database.write() as session:
-            files.finish_file(session, self._file_id, self._size, expires_after_s, purpose)
-            file = files.file(session, self._file_id)
-        assert file is not None
-        return JSONResponse(serializers.file(file))
-
-    def _store(self, form: UploadForm, pieces: Iterator[bytes]) -> None:
-        for piece in pieces:
-            self._pending += piece
-            self._size += len(piece)
-            form.check_size(self._size)
-            while len(self._pending) >= CHUNK_BYTES:
-                self._write(form, CHUNK_BYTES)
-
-    def _write(self, form: UploadForm, size: int) -> None:
-        data = bytes(self._pending[:size])
-        del self._pending[:size]
-        name = form.filename or ""
-        with self._services.database.write() as session:
-            if not self._chunks:
-                stored = without_gz(name) if self._file.is_gzip else name
-                files.begin_file(session, self._file_id, "batch", stored, self._caller.key_id)
-            files.append_chunk(session, self._file_id, self._chunks, data)
-        self._chunks += 1
-
-    def drop(self) -> None:
-        """Delete the chunks of an upload that failed."""
-        if self._chunks:
-            with self._services.database.write() as session:
-                files.drop_file(session, self._file_id)
-
-
-def _chunks(services: Services, file_id: str) -> Iterator[bytes]:
-    """Yield the chunks of a file. No database connection is held while the client reads."""
-    index = 0
-    while True:
-        with services.database.read() as session:
-            data = files.chunk(session, file_id, index)
-        if data is None:
-            return
-        yield data
-        index += 1
+def _finish(services: Services, writer: FileWriter, form: UploadForm) -> Response:
+    """Write the rest, make the file visible and return it."""
+    purpose = form.purpose()
+    expires_after_s = form.expires_after_s() or services.settings.file_days * _DAY_S
+    writer.end(form)
+    with services.database.write() as session:
+        files.finish_file(session, writer.file_id, writer.size, expires_after_s, purpose)
+        file = files.file(session, writer.file_id)
+    assert file is not None
+    return JSONResponse(serializers.file(file))
 
 
 def _no_file(file_id: str) -> NotFound:

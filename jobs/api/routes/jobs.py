@@ -5,28 +5,29 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import IO, Annotated, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from jobs.api.auth.caller import CurrentCaller
+from jobs.api.auth.caller import Caller, CurrentCaller
 from jobs.api.auth.stream_limits import StreamSlot
-from jobs.api.dependencies import CurrentServices, ExistingJob, cancel_job, find_job
+from jobs.api.dependencies import CurrentServices, ExistingJob, Services, cancel_job, find_job
 from jobs.api.http.body import Body
 from jobs.api.http.event_stream import event_stream
+from jobs.api.http.stored_file import open_stored
 from jobs.api.routes.job_outputs import CURSOR, OutputSource
 from jobs.api.schemas import serializers
 from jobs.api.schemas.openapi import ERRORS, JOB_BODY
 from jobs.api.schemas.route_responses import EVENTS, JOB, JOBS, LINES, STATISTICS
 from jobs.api.submissions import max_body_bytes, read_submission
 from jobs.api.write_threads import run_write
-from jobs.errors import InvalidValue
+from jobs.errors import InvalidValue, NotFound
 from jobs.messages import JobStatus
 from jobs.streaming.sse import decode_cursor
 from jobs.submission.intake import create_job, retry_job
 from jobs.tracing import submit_span
-from storage import queries
+from storage import files, queries
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses=ERRORS)
 
@@ -42,7 +43,12 @@ async def submit(request: Request, services: CurrentServices, caller: CurrentCal
     def accept(body: Body) -> Response:
         with submit_span(request.headers) as traceparent:
             submission = read_submission(
-                body, request.query_params, request.headers, caller.key_id, services.settings.max_line_bytes
+                body,
+                request.query_params,
+                request.headers,
+                caller.key_id,
+                services.settings.max_line_bytes,
+                lambda file_id: _open_file(services, caller, file_id),
             )
             submission = replace(submission, traceparent=traceparent)
             job_id = create_job(
@@ -52,6 +58,14 @@ async def submit(request: Request, services: CurrentServices, caller: CurrentCal
 
     async with services.bodies.received(request, max_bytes) as body:
         return await run_write(accept, body)
+
+
+def _open_file(services: Services, caller: Caller, file_id: str) -> IO[bytes]:
+    with services.database.read() as session:
+        file = files.file(session, file_id, caller.sees)
+    if file is None:
+        raise NotFound(f"There is no file {file_id[:80]!r}.", param="input_file_id")
+    return open_stored(services.database, file.id)
 
 
 @router.get("", response_model=None, responses=JOBS)

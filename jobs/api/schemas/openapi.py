@@ -28,6 +28,7 @@ ERRORS: dict[int | str, Json] = {
 TAGS: Final[list[Json]] = [
     {"name": "jobs", "description": "Submit prompts, follow their progress, fetch outputs."},
     {"name": "files", "description": "Input and output files of batches, compatible with OpenAI."},
+    {"name": "uploads", "description": "Files in parts, compatible with OpenAI, that continue after an interruption."},
     {"name": "batches", "description": "Jobs created from a file, compatible with OpenAI."},
     {"name": "completions", "description": "Single requests, answered at once, compatible with OpenAI."},
     {"name": "responses", "description": "Single requests in the format of OpenAI's Responses API."},
@@ -207,6 +208,7 @@ _SUBMISSION: Final = _object(
         **_JOB,
         "requests": _REQUESTS,
         "prompts": {**_REQUESTS, "description": "Alias of requests; send one of the two."},
+        "input_file_id": {"type": "string", "description": "In place of requests: an uploaded file with one a line."},
     },
 )
 _RESPONSE_PARAMETERS: Final[Json] = {
@@ -330,6 +332,41 @@ _ORDER_EXAMPLE: Final[Json] = {
 UPLOAD_BODY: Final[Json] = {
     "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _named("Upload", _FORM)}}}
 }
+_PARTED: Final[Json] = {
+    "type": "object",
+    "required": ["filename", "purpose", "bytes"],
+    "additionalProperties": False,
+    "properties": {
+        "filename": {"type": "string", "minLength": 1, "maxLength": 255},
+        "purpose": {"type": "string", "enum": ["batch"]},
+        "bytes": {"type": "integer", "minimum": 1},
+        "mime_type": {"type": ["string", "null"]},
+        "expires_after": _ORDER["properties"]["output_expires_after"],
+    },
+}
+_COMPLETE: Final[Json] = {
+    "type": "object",
+    "required": ["part_ids"],
+    "additionalProperties": False,
+    "properties": {
+        "part_ids": {"type": "array", "minItems": 1, "items": {"type": "string"}},
+        "md5": {"type": ["string", "null"], "pattern": "^[0-9a-fA-F]{32}$"},
+    },
+}
+_PART_FORM: Final[Json] = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string", "format": "binary", "description": "The bytes of the part."}},
+}
+PARTED_UPLOAD_BODY: Final[Json] = _body(
+    _named("PartedUpload", _PARTED), {"upload": {"filename": "batch.jsonl", "purpose": "batch", "bytes": 437}}
+)
+PART_BODY: Final[Json] = {
+    "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _named("Part", _PART_FORM)}}}
+}
+COMPLETE_BODY: Final[Json] = _body(
+    _named("UploadCompletion", _COMPLETE), {"parts": {"part_ids": ["part_0279686e3beef124974af6614f487747"]}}
+)
 BATCH_BODY: Final[Json] = {
     "requestBody": {
         "required": True,

@@ -7,8 +7,8 @@ import tracemalloc
 
 import pytest
 
-from jobs.client.gunzip import Gunzip, MaybeGzip, unpack, without_gz
 from jobs.errors import InvalidValue
+from jobs.tables.gunzip import Gunzip, MaybeGzip, unpack, without_gz
 
 TEXT = b'{"prompt": "Hello"}\n' * 1_000
 PACKED = gzip.compress(TEXT, mtime=0)
