@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from worker.drafters.block_beam import make_paths
 from worker.drafters.block_network import BlockNetwork
-from worker.drafters.block_paths import CompiledPaths, PathTables, make_paths
+from worker.drafters.block_paths import PathTables
 from worker.drafters.candidates import MAX_CHILDREN, best_children
 from worker.drafters.eagle3_network import Eagle3Network
 from worker.drafters.head import HeadDrafter, PackedHead
@@ -84,12 +85,15 @@ class BlockDrafter(HeadDrafter):
         self._paths = make_paths(block.paths, min(MAX_CHILDREN, len(block.tokens)))
 
     def source(self, forest: Forest, roots: IntArray) -> CompiledSource | None:
-        """Run the network and return where C finds what `expand` would offer; None where noise or biases decide too."""
+        """Run the network and return where C finds what `expand` would offer; None where noise or biases decide too.
+
+        On a GPU these are the candidates of a beam.
+        """
         sequences = forest.parameters[forest.tree[roots]]
-        if not isinstance(self._paths, CompiledPaths) or forest.sampled.any() or sequences["adjusted"].any():
+        if not self._paths.looks_ahead or forest.sampled.any() or sequences["adjusted"].any():
             return None
         self._run(forest, roots)
-        return self._paths
+        return self._paths.source()
 
     @torch.inference_mode()
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:

@@ -18,6 +18,7 @@ from worker.engine import host
 from worker.engine.cpu.compiler import library
 from worker.engine.cpu.kernels import Kernels, address, bound, members
 from worker.engine.cpu.packed_linear import PackedLinear
+from worker.engine.host.sources import CompiledSource
 from worker.engine.sampling.native import topk_function
 from worker.engine.segments import IntArray
 from worker.engine.speculation.draft_tree import Forest
@@ -70,6 +71,8 @@ class PathTables:
 class Paths(Protocol):
     """Looks logits up, layer by layer."""
 
+    looks_ahead: bool  # it has a `source`
+
     def begin(self, base: Tensor, gates: Tensor, block_of: IntArray) -> None:
         """Take the tables of a step: base logits [blocks * depth, n], gates [blocks * depth, 2 * rank].
 
@@ -79,9 +82,14 @@ class Paths(Protocol):
     def logits(self, forest: Forest, nodes: IntArray) -> Tensor:
         """Return the logits [nodes, n] below the nodes of a layer, ascending, and keep their paths for the next one."""
 
+    def source(self) -> CompiledSource:
+        """Return where C finds the candidates of the step's tables, at temperature 0."""
+
 
 class TorchPaths:
     """`Paths` in torch, on any device."""
+
+    looks_ahead = False
 
     def __init__(self, tables: PathTables) -> None:
         self._tables = tables
@@ -108,6 +116,10 @@ class TorchPaths:
         self._parents = nodes
         return logits
 
+    def source(self) -> CompiledSource:
+        """Raise NotImplementedError: C can't read a device's tables."""
+        raise NotImplementedError
+
 
 class _BlockLayout(ctypes.Structure):
     """`block_t` of block.c."""
@@ -125,6 +137,8 @@ class _BlockLayout(ctypes.Structure):
 
 class CompiledPaths:
     """`Paths` in C, and a `CompiledSource` for trees at temperature 0."""
+
+    looks_ahead = True
 
     def __init__(self, compiled: ctypes.CDLL, topk: int, tables: PathTables, children: int) -> None:
         """Offer `children` candidates of a node; `topk` is the address of `topk_rows` of drafts.c."""
@@ -154,6 +168,10 @@ class CompiledPaths:
             address(block_of),
         )
 
+    def source(self) -> CompiledSource:
+        """Return this: C reads the tables themselves."""
+        return self
+
     def logits(self, forest: Forest, nodes: IntArray) -> Tensor:
         """Return the logits below nodes."""
         order = nodes.argsort(kind="stable")  # with chains that a grammar forces they may not ascend
@@ -166,11 +184,11 @@ class CompiledPaths:
         return restored
 
 
-def make_paths(tables: PathTables, children: int) -> Paths:
-    """Return what looks logits up on the device of the tables."""
+def compiled_paths(tables: PathTables, children: int) -> CompiledPaths | None:
+    """Return the compiled lookups; None for a device or dtype that has none, and without a C compiler."""
     topk = topk_function(tables.embedding.device)
     compiled = _compiled() if topk is not None and tables.embedding.dtype in (torch.float32, torch.bfloat16) else None
-    return TorchPaths(tables) if compiled is None or topk is None else CompiledPaths(compiled, topk, tables, children)
+    return None if compiled is None or topk is None else CompiledPaths(compiled, topk, tables, children)
 
 
 @cache

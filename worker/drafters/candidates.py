@@ -37,7 +37,15 @@ def best_children(
         positions = forest.lengths[trees[sampled]] + forest.depth[nodes[sampled]]
         scores[sampled] = gumbel_scores(process(scores[sampled], parameters), parameters, positions, tokens)
     indices, probabilities = topk(scores, min(MAX_CHILDREN, scores.shape[1]))
-    return tokens[indices].cpu().numpy(), probabilities.cpu().numpy()
+    return _on_host(tokens[indices], probabilities)
+
+
+def _on_host(tokens: Tensor, probabilities: Tensor) -> tuple[IntArray, FloatArray]:
+    """Return both as arrays. From a GPU they come in one copy, for which the host waits once: tokens fit float64."""
+    if tokens.device.type == "cpu":
+        return tokens.numpy(), probabilities.numpy()
+    both = torch.stack([tokens.double(), probabilities.double()]).cpu().numpy()
+    return both[0].astype(np.int64), both[1]
 
 
 def _masked(masks: TreeMasks, nodes: IntArray, scores: Tensor, tokens: Tensor, vocabulary: int) -> Tensor:

@@ -71,6 +71,40 @@ void offer_bigrams(void *context, const buffer_t *b, const i64 *frontier, i64 ro
     }
 }
 
+/* `BeamLayout` of worker/drafters/block_beam.py: candidates of the nodes in a beam of each tree and depth */
+typedef struct {
+    i64 depth, beam, children;
+    const i64 *block_of; /* [trees]; -1: it has none */
+    const double *rows;  /* [blocks, depth, beam, 2 + 2 * children] parent's place (-1: no node), token; candidates */
+} beam_t;
+
+/* Return the row of a node in its beam; NULL: it has none. */
+static const double *beam_row(const beam_t *t, const nodes_t *n, i64 node) {
+    i64 size = 2 + 2 * t->children, block = t->block_of[n->tree[node]], depth = n->depth[node];
+    if (block < 0 || depth >= t->depth) return NULL;
+    const double *rows = t->rows + (block * t->depth + depth) * t->beam * size;
+    if (!depth) return rows;
+    const double *above = beam_row(t, n, n->parent[node]);
+    if (!above) return NULL;
+    double parent = (above - (rows - t->beam * size)) / size, token = n->token[node];
+    for (i64 place = 0; place < t->beam; place++)
+        if (rows[place * size] == parent && rows[place * size + 1] == token) return rows + place * size;
+    return NULL;
+}
+
+void offer_beam(void *context, const buffer_t *b, const i64 *frontier, i64 rows, i64 *tokens, double *probabilities) {
+    const beam_t *t = context;
+    nodes_t n = nodes_of(b);
+    i64 k = t->children;
+    for (i64 row = 0; row < rows; row++) {
+        const double *found = beam_row(t, &n, frontier[row]);
+        for (i64 i = row * k, at = 2; i < (row + 1) * k; i++, at++) {
+            tokens[i] = found ? (i64)found[at] : 0;
+            probabilities[i] = found ? found[at + k] : 0.0;
+        }
+    }
+}
+
 /* Let a source write its candidates below the frontier. */
 static void ask(const growth_t *g, const buffer_t *b, const source_t *source, i64 *tokens, double *probabilities) {
     i64 count = g->rows * source->width;

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from tests.heads import TOKENS, block_network, network, packed_block, tapped, with_block
@@ -15,8 +17,9 @@ from tests.models import packed, tiny
 from tests.unit.worker.engine.grammar.grammars import OBJECT, WIDTH, bound_by, constrained_engine, vocabulary
 from tests.unit.worker.engine.harness import FLAT_COSTS, decode, engine, options, outputs, resumed_after, sequences
 from worker.drafters.block import BlockDrafter
+from worker.drafters.block_beam import BeamPaths, expand_beams, make_paths
 from worker.drafters.block_network import BlockNetwork
-from worker.drafters.block_paths import CompiledPaths, PathTables, TorchPaths, make_paths
+from worker.drafters.block_paths import CompiledPaths, PathTables, TorchPaths
 from worker.drafters.head_unroll import unroll
 from worker.drafters.mixed import MixedDrafter
 from worker.drafters.suffix.drafter import SuffixDrafter
@@ -91,6 +94,56 @@ def test_compiled_growth_gets_what_a_layer_offers() -> None:
     compiled, layered = ([(r.stats.tree_nodes, r.stats.accepted_tokens) for r in one] for one in steps)
     assert compiled == layered
     assert drafter.source(Forest(sequences(sampling=Sampling(temperature=0.5))), np.arange(1)) is None
+
+
+@pytest.mark.parametrize(("rows", "beam"), [(4096, 64), (3, 1)])
+def test_trees_over_a_beam_are_those_of_layers_if_it_holds_what_they_expand(rows: int, beam: int) -> None:
+    both = [with_block(tiny("llama")) for _ in range(2)]
+    drafter = both[0][1]
+    drafter._paths = BeamPaths(drafter._head.paths, drafter._paths.width, rows=rows, beam=beam)  # type: ignore[attr-defined]
+    both[1][1]._paths = TorchPaths(both[1][1]._head.paths)
+    texts = [sequences() for _ in both]
+    steps = [decode(engine(*one, options(Mode.PAPER)), some) for one, some in zip(both, texts, strict=True)]
+    over_beams, layered = ([(r.stats.tree_nodes, r.stats.accepted_tokens) for r in one] for one in steps)
+    assert outputs(texts[0]) == outputs(texts[1])
+    assert (over_beams == layered) == (beam > 1)
+    assert max(nodes for nodes, _ in over_beams) > 1
+
+
+class _Recording(TorchDispatchMode):
+    """Records the operations; refuses those that wait for a device, or whose shapes depend on values."""
+
+    waits = ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "_to_cpu")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).split(".")[1]
+        assert name not in self.waits, f"{name} waits for the device"
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        indices = args[1] if name == "index" else []
+        assert not any(i is not None and i.dtype is torch.bool for i in indices), "shapes depend on values"
+        self.seen.append(f"{name} {[tuple(t.shape) for t in tensors]}")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_beam_grows_without_a_wait_by_the_same_operations_whatever_the_tables() -> None:
+    tables = packed_block(tiny("llama"), block_network(tiny("llama"))).paths
+    seen = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        base, gates = torch.randn(2 * tables.depth, len(TOKENS)), torch.randn(2 * tables.depth, 2 * tables.rank)
+        if seed:
+            base[0] = torch.nan  # a broken draft
+        with _Recording() as recording:
+            found = expand_beams(tables, base, gates, beam=5, children=3)
+        seen.append(recording.seen)
+        assert found.shape == (2, tables.depth, 5, 8)
+        assert not found.isnan().any()
+    assert seen[0] == seen[1]
+    assert len(seen[0]) > 20
 
 
 def test_a_step_takes_one_forward_whatever_its_depth() -> None:
