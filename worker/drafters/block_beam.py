@@ -17,7 +17,7 @@ from torch import Tensor
 from worker.drafters.block_network import gated
 from worker.drafters.block_paths import Paths, PathTables, TorchPaths, compiled_paths
 from worker.engine.cpu.kernels import address, members
-from worker.engine.host.growth import growth_library
+from worker.engine.host.growth import offer_function
 from worker.engine.host.sources import CompiledSource
 from worker.engine.paged.cuda_graphs import CaptureFailed, GraphCapture, graph_capture
 
@@ -53,9 +53,8 @@ class BeamPaths(TorchPaths):
         the work; None: the device's default.
         """
         super().__init__(tables)
-        library = growth_library()
-        assert library is not None, "without a C compiler trees don't grow over a beam"
-        self.function = ctypes.cast(library.offer_beam, ctypes.c_void_p).value or 0
+        self.function = offer_function("offer_beam")
+        assert self.function, "without a C compiler trees don't grow over a beam"
         self.width = children
         self._most_rows, self._most_beam = rows, beam
         self._capture = capture or graph_capture(tables.embedding.device)
@@ -135,5 +134,5 @@ def make_paths(tables: PathTables, children: int) -> Paths:
     compiled = compiled_paths(tables, children)
     if compiled is not None:
         return compiled
-    on_gpu = tables.embedding.device.type == "cuda" and growth_library() is not None
+    on_gpu = tables.embedding.device.type == "cuda" and offer_function("offer_beam")
     return BeamPaths(tables, children) if on_gpu else TorchPaths(tables)

@@ -17,6 +17,7 @@ import numpy as np
 
 from worker.drafters.suffix.index import SuffixIndex
 from worker.drafters.suffix.memory import CONTEXT, INDEX_BYTES, TokenKind
+from worker.engine.host.sources import CompiledSource
 from worker.engine.segments import IntArray
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.draft_tree import Candidates, Forest
@@ -111,10 +112,18 @@ class SuffixDrafter:
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
         """Offer what followed the longest context of each node, and then of shorter ones."""
+        return Candidates(*self._index.lookup(self._rows_of(forest), forest, frontier))
+
+    def source(self, forest: Forest, roots: IntArray) -> CompiledSource | None:
+        """Return where C finds what `expand` offers: trees grow in one call."""
+        return self._index.source(self._rows_of(forest))
+
+    def _rows_of(self, forest: Forest) -> IntArray:
+        """Return the rows of the trees in the index, which has read their sequences."""
         if forest is not self._forest:
             self._rows = self._read(forest.sequences)
             self._forest = forest
-        return Candidates(*self._index.lookup(self._rows, forest, frontier))
+        return self._rows
 
     def num_uncached_tokens(self, sequence: Sequence) -> int:
         """Return 0: reading takes no forward."""

@@ -8,7 +8,9 @@ import numpy as np
 
 from worker.drafters.suffix.kernels import SuffixKernels, suffix_kernels
 from worker.drafters.suffix.memory import INDEX_BYTES, IndexMemory
+from worker.engine.host.growth import offer_function
 from worker.engine.host.nodes import FloatArray, Nodes
+from worker.engine.host.sources import CompiledSource, LookupSource
 from worker.engine.segments import IntArray
 
 WIDTH = 6  # candidates per node; more are rarely drawn, and cost time in every layer
@@ -62,3 +64,8 @@ class SuffixIndex:
         `rows` [trees] are the texts of the trees. Probability 0 marks an empty entry.
         """
         return self._kernels.lookup(self.memory, rows, nodes, frontier, WIDTH)
+
+    def source(self, rows: IntArray) -> CompiledSource | None:
+        """Return where C finds what `lookup` returns for these texts; None if it is not compiled."""
+        function, lookup = offer_function("offer_lookups"), self._kernels.lookup_function
+        return LookupSource(function, lookup, self.layout, rows, WIDTH) if function and lookup else None

@@ -39,6 +39,8 @@ _CONSTANTS = {
 class SuffixKernels(Protocol):
     """Both implementations leave the same bits."""
 
+    lookup_function: int  # address of `lookup` in suffix.c; 0: it is not compiled
+
     def read(
         self, memory: IndexMemory, rows: IntArray, counts: IntArray, tokens: IntArray, kinds: NDArray[np.uint8]
     ) -> None:
@@ -60,6 +62,7 @@ class CompiledSuffixKernels:
         """Bind the functions of a library compiled from suffix.c."""
         functions: Any = ctypes.PyDLL(compiled._name)
         self._read = bound(functions.read_tokens, *[_ADDRESS] * 3, _SIZE, *[_ADDRESS] * 2)
+        self.lookup_function = ctypes.cast(functions.lookup, ctypes.c_void_p).value or 0
         self._lookup = bound(functions.lookup, *[_ADDRESS] * 6, _SIZE, _SIZE, *[_ADDRESS] * 2)
 
     def read(

@@ -53,6 +53,8 @@ class _Offer:
 class PythonSuffixKernels:
     """`SuffixKernels` without a C compiler."""
 
+    lookup_function = 0
+
     def read(
         self, memory: IndexMemory, rows: IntArray, counts: IntArray, tokens: IntArray, kinds: NDArray[np.uint8]
     ) -> None:

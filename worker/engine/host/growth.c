@@ -71,6 +71,23 @@ void offer_bigrams(void *context, const buffer_t *b, const i64 *frontier, i64 ro
     }
 }
 
+/* `LookupSource` of sources.py: a function of another library that knows no `buffer_t` */
+typedef void lookup_t(const void *index, const i64 *rows_of_trees, const i64 *tree, const i64 *parent, const i64 *token,
+                      const i64 *frontier, i64 count, i64 width, i64 *tokens, double *probabilities);
+
+typedef struct {
+    lookup_t *lookup;
+    const void *index;
+    const i64 *rows; /* [trees] */
+    i64 width;
+} lookups_t;
+
+void offer_lookups(void *context, const buffer_t *b, const i64 *frontier, i64 rows, i64 *tokens, double *probabilities) {
+    const lookups_t *t = context;
+    nodes_t n = nodes_of(b);
+    t->lookup(t->index, t->rows, n.tree, n.parent, n.token, frontier, rows, t->width, tokens, probabilities);
+}
+
 /* `BeamLayout` of worker/drafters/block_beam.py: candidates of the nodes in a beam of each tree and depth */
 typedef struct {
     i64 depth, beam, children;

@@ -279,7 +279,12 @@ def growth_library() -> ctypes.CDLL | None:
 
 def bigram_source(tokens: IntArray, probabilities: FloatArray) -> BigramSource | None:
     """Return a source of `tokens` [vocabulary, width] by the token above them; None without a C compiler."""
+    function = offer_function("offer_bigrams")
+    return BigramSource(function, tokens, probabilities) if function else None
+
+
+@cache
+def offer_function(name: str) -> int:
+    """Return the address of an `offer_t` of growth.c; 0 without a C compiler."""
     compiled = growth_library()
-    if compiled is None:
-        return None
-    return BigramSource(ctypes.cast(compiled.offer_bigrams, ctypes.c_void_p).value or 0, tokens, probabilities)
+    return 0 if compiled is None else ctypes.cast(getattr(compiled, name), ctypes.c_void_p).value or 0

@@ -58,4 +58,23 @@ class BigramSource:
         self.function, self.context, self.width = function, ctypes.addressof(self._layout), tokens.shape[1]
 
 
+class _Lookups(ctypes.Structure):
+    """`lookups_t` of growth.c."""
+
+    _fields_ = (*members("lookup index rows", _ADDRESS), ("width", _SIZE))
+
+
+class LookupSource:
+    """Candidates that a function of another library looks up: see `lookup_t` of growth.c."""
+
+    def __init__(self, function: int, lookup: int, index: int, rows: IntArray, width: int) -> None:
+        """Look `width` candidates of a node up; `rows` [trees] say where the trees are in the `index`.
+
+        `function` is the address of `offer_lookups`, `lookup` that of the function, `index` that of its first argument.
+        """
+        self._rows = rows
+        self._layout = _Lookups(lookup, index, address(rows), width)
+        self.function, self.context, self.width = function, ctypes.addressof(self._layout), width
+
+
 NO_FUNCTION: Final = 0  # of a source whose candidates Python writes, layer by layer

@@ -7,10 +7,13 @@ import pytest
 
 from worker.drafters.suffix.drafter import SuffixDrafter
 from worker.drafters.suffix.memory import CONTEXT, SLOT
+from worker.engine.host.growth import CompiledGrowth, growth_library
 from worker.engine.sampling.parameters import Sampling
 from worker.engine.segments import IntArray
 from worker.engine.sequence import FinishReason, Sequence
 from worker.engine.speculation.draft_tree import Forest
+from worker.engine.speculation.drafting import Parts, grow, grow_compiled
+from worker.engine.speculation.tree_budget import FixedBudget
 
 EMPTY: IntArray = np.empty(0, np.int64)
 
@@ -230,3 +233,18 @@ def test_an_index_shared_by_choices_raises_tokens_per_step_on_repetitive_jobs() 
     shared = tokens_per_step(SuffixDrafter(), choices, len(prompt), "job")
     alone = tokens_per_step(SuffixDrafter(), choices, len(prompt))
     assert shared > 1.5 * alone
+
+
+@pytest.mark.parametrize("trees", [1, 3])
+def test_trees_that_grow_in_one_call_are_those_of_layers(trees: int) -> None:
+    texts = [[1, 2, 3, 4, 2, 3, 5, 1, 2, 3], [7, 8, 7, 8, 9, 7, 8], [4, 4, 4, 2, 3, 4, 4]][:trees]
+    library = growth_library()
+    assert library is not None, "there is no C compiler"
+    forests = [Forest([sequence(ids, group="job") for ids in texts]) for _ in range(2)]
+    grow(forests[0], SuffixDrafter(), FixedBudget(20, -1.0), 5, forests[0].roots)
+    parts, budget = Parts.of(SuffixDrafter()), FixedBudget(20, -1.0)
+    assert None not in parts.compiled
+    grow_compiled(CompiledGrowth(library, 5), forests[1], parts, budget, 5, forests[1].roots, None)
+    columns = [(f.tree, f.parent, f.token, f.depth, f.value) for f in forests]
+    assert all((one == two).all() for one, two in zip(*columns, strict=True))
+    assert forests[0].depth.max() > 2
