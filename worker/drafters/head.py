@@ -21,7 +21,8 @@ from worker.drafters.kv_tracker import DraftSlots, by_slot
 from worker.engine.cpu.fused_layers import FusedNorm, LayerStack, fuse
 from worker.engine.cpu.fused_model import CpuNetwork, rotary_table
 from worker.engine.cpu.kernels import Kernels
-from worker.engine.cpu.packed_linear import PackedLinear, pack
+from worker.engine.cpu.packed_linear import PackedLinear
+from worker.engine.cpu.packing import pack
 from worker.engine.gpu.fused_layers import GpuLayers, fuse_on_gpu
 from worker.engine.kv.hidden_states import HiddenStates
 from worker.engine.model.attention import ATTENTION_NAME, AttentionPlan

@@ -22,7 +22,7 @@ from worker.engine.cpu.compiler import processor
 from worker.engine.engine import Engine
 from worker.engine.grammar.vocabulary import GrammarVocabulary
 from worker.engine.model.architecture import max_positions
-from worker.engine.model.backend import fuse_layers, stored_bytes
+from worker.engine.model.backend import batch_dependence, fuse_layers, stored_bytes
 from worker.engine.model.loading import gather_embeddings, load, native_dtype
 from worker.engine.model.offload import OffloadOptions
 from worker.engine.model.packed_model import LanguageModel, PackedModel
@@ -132,6 +132,8 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
     fuse_layers(model)
     if quantized is not None:
         on_message(weights_sentence(stored_bytes(model)))
+    if settings.tp == 1 and (cause := batch_dependence(model)) is not None:
+        on_message(f"Warning: the bits of a text may depend on the others in its batch: {cause}")
     options = choose_capacity(settings, model, draft, ranks, on_message)
     vocabulary = min(len(tokenizer), config.vocab_size)
     pack = PackedModel if ranks is None else partial(ranks.lead, index=TARGET)

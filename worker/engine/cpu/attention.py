@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from worker.engine.attention_options import AttentionOptions
 from worker.engine.cpu.kernels import Heads, Kernels, Plan, View, address
 from worker.engine.cpu.kv import CpuKv
 from worker.engine.segments import IntArray, Segment, Segments, ranges
@@ -48,21 +50,27 @@ class CpuAttentionPlan:
         self._slot, self._index = packed.per_row(packed.slots), packed.entries
         self._views: dict[int | None, _View] = {}
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
-    ) -> Tensor:
-        """Store the rows' keys and values, attend, and return [n, heads, head_dim]; inputs are [heads, n, head_dim]."""
-        heads = Heads()
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        """Store the rows' keys and values, attend, and return [n, heads, head_dim]; inputs are [heads, n, head_dim].
+
+        The slots hold heads of whole panels: shorter ones are padded with zeros, which changes no sum.
+        """
+        heads, size = Heads(), query.shape[-1]
+        if size != self.kv.head_dim:
+            query, key, value = (pad(x, (0, self.kv.head_dim - size)) for x in (query, key, value))
         for name, x in (("query", query), ("key", key), ("value", value)):
             assert x.stride(2) == 1
             setattr(heads, name, x.data_ptr())
             setattr(heads, f"{name}_head", x.stride(0))
             setattr(heads, f"{name}_row", x.stride(1))
         out = torch.empty(len(self._slot), self._heads, query.shape[-1], dtype=query.dtype)
-        plan, views = self.structures([window], scaling)
+        plan, views = self.structures([options.window], options.scaling)
+        plan.softcap = options.softcap or 0.0
+        sinks = None if options.sinks is None else options.sinks.detach().float().contiguous()
+        plan.sinks = None if sinks is None else sinks.data_ptr()
         keys, values = self.kv.keys[layer].data_ptr(), self.kv.values[layer].data_ptr()
         self._kernels.attend(byref(plan), views, byref(heads), keys, values, out.data_ptr())
-        return out
+        return out if size == self.kv.head_dim else out[..., :size]
 
     def structures(self, windows: Sequence[int | None], scaling: float) -> tuple[Plan, Array[View]]:
         """Return the C plan and, for each window, what the rows see. They point into this object: keep a reference."""

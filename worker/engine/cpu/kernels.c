@@ -626,6 +626,8 @@ typedef struct {
     int64_t rows, heads, kv_heads, dim, capacity;
     const int64_t *slot, *index; /* [rows] */
     float scale;
+    float softcap;      /* scores become softcap * tanh(score / softcap); 0: none */
+    const float *sinks; /* [heads] scores that join the softmax without a value, or NULL */
 } plan_t;
 
 /* Queries, keys and values of one layer: head h of row r starts at r * row + h * head. */
@@ -670,9 +672,20 @@ static void free_workspace(workspace_t workspace) {
     free(workspace.mixed);
 }
 
-/* Turn scores into softmax weights that are not yet divided by their sum; return the sum. */
-static inline float softmax_weights(const float *scores, scalar *weights, int64_t count, float scale) {
-    float top = -INFINITY, sum = 0.0f;
+/* Scale scores, and bend them towards +-softcap. */
+static inline void cap_scores(float *scores, int64_t count, float scale, float softcap) {
+#pragma omp simd
+    for (int64_t j = 0; j < count; j++) {
+        float x = scores[j] * scale / softcap, e = exp_below_0(x < 0.0f ? 2.0f * x : -2.0f * x);
+        float bent = softcap * (1.0f - e) / (1.0f + e);
+        scores[j] = x < 0.0f ? -bent : bent;
+    }
+}
+
+/* Turn scores into softmax weights that are not yet divided by their sum; return the sum. A sink joins the sum. */
+static inline float softmax_weights(const float *scores, scalar *weights, int64_t count, float scale,
+                                    const float *sink) {
+    float top = sink ? *sink / scale : -INFINITY, sum = 0.0f;
 #pragma omp simd reduction(max : top)
     for (int64_t j = 0; j < count; j++) top = scores[j] > top ? scores[j] : top;
 #pragma omp simd reduction(+ : sum)
@@ -680,7 +693,7 @@ static inline float softmax_weights(const float *scores, scalar *weights, int64_
         weights[j] = from_float(exp_below_0((scores[j] - top) * scale));
         sum += to_float(weights[j]);
     }
-    return sum;
+    return sink ? sum + exp_below_0(*sink - top * scale) : sum;
 }
 
 /* What one row sees. */
@@ -725,10 +738,10 @@ typedef struct {
 } entries_t;
 
 /* Attend `heads` prepared queries of each of the rows from `row` on, of one group. The products of the rows share what
- * they read; each keeps the order of its own sum. Prefetch the entries `next` meanwhile. Head h of row r goes to
- * out[(r * plan->heads + h) * dim]. */
+ * they read; each keeps the order of its own sum. Prefetch the entries `next` meanwhile. `sinks` are those of
+ * the heads, or NULL. Head h of row r goes to out[(r * plan->heads + h) * dim]. */
 static void attend_block(const plan_t *plan, const view_t *view, const workspace_t *workspace, entries_t now,
-                         entries_t next, int64_t row, int64_t rows, int64_t heads, scalar *out) {
+                         entries_t next, int64_t row, int64_t rows, int64_t heads, const float *sinks, scalar *out) {
     const int64_t dim = plan->dim, length = workspace->length, first = view->first[row];
     const int64_t from = first / STEP * STEP;
     int64_t common = now.end; /* values from..common-1 are read in place by all rows */
@@ -749,7 +762,9 @@ static void attend_block(const plan_t *plan, const view_t *view, const workspace
             scalar *weights = workspace->weights + i * length;
             /* extra[j] >= prefix + j: no score is overwritten before it is read */
             for (int64_t j = 0; j < seen.extras; j++) scores[seen.prefix + j] = scores[seen.extra[j]];
-            sums[i] = softmax_weights(scores + first, weights + first, seen.count - first, plan->scale);
+            if (plan->softcap > 0.0f) cap_scores(scores + first, seen.count - first, plan->scale, plan->softcap);
+            sums[i] = softmax_weights(scores + first, weights + first, seen.count - first,
+                                      plan->softcap > 0.0f ? 1.0f : plan->scale, sinks ? sinks + i - r * heads : NULL);
             for (int64_t j = from; j < first; j++) weights[j] = 0;
             for (int64_t j = seen.count; j % STEP; j++) weights[j] = 0;
         }
@@ -872,7 +887,7 @@ static inline void attend_all(team_t *team, const plan_t *plan, const view_t *vi
         for (int64_t h = 0; h < heads; h += BLOCK) {
             int64_t some = heads - h < BLOCK ? heads - h : BLOCK, head = kv_head * heads + h;
             prepare_queries(plan, of, workspace, row, rows, head, some);
-            attend_block(plan, view, workspace, entries, after, row, rows, some,
+            attend_block(plan, view, workspace, entries, after, row, rows, some, plan->sinks ? plan->sinks + head : NULL,
                          out + (row * plan->heads + head) * dim);
         }
     }

@@ -48,7 +48,8 @@ class Plan(ctypes.Structure):
     _fields_ = (
         members("rows heads kv_heads dim capacity", _SIZE)
         + members("slot index", _ADDRESS)
-        + members("scale", ctypes.c_float)
+        + members("scale softcap", ctypes.c_float)
+        + members("sinks", _ADDRESS)
     )
 
 
@@ -121,6 +122,7 @@ class Finish(IntEnum):
     """`finish_t`: how the sums of a product are stored."""
 
     STORE = 0
+    GATE = 2
     STORE_FLOAT = 3
 
 

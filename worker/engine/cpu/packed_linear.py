@@ -40,7 +40,8 @@ class PackedLinear(nn.Module):
         # For models that read the shape or dtype of their weights. On meta: a model that computes with it fails.
         self.weight = torch.empty(self.out_features, self.in_features, dtype=layers[0].weight.dtype, device="meta")
         self.floats = floats
-        self._finish = Finish.STORE_FLOAT if floats else Finish.STORE
+        self._finish = Finish.GATE if gated else Finish.STORE_FLOAT if floats else Finish.STORE
+        self._columns = self.out_features // 2 if gated else self.out_features  # of a result
         self.product = Product(
             weight=self._weight.data_ptr(),
             bias=None if self._bias is None else self._bias.data_ptr(),
@@ -70,15 +71,15 @@ class PackedLinear(nn.Module):
         return self._kernels.int8_row_bytes(self.in_features) if self.product.kind == WeightKind.INT8 else 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `x @ weight.T + bias` for `x` [..., in]."""
+        """Return `x @ weight.T + bias` for `x` [..., in], or silu(gate) * up of a gated layer."""
         rows = x.reshape(-1, self.in_features)
         dtype = torch.float32 if self._finish is Finish.STORE_FLOAT else x.dtype
-        out = torch.empty(len(rows), self.out_features, dtype=dtype)
+        out = torch.empty(len(rows), self._columns, dtype=dtype)
         rounded = torch.empty(len(rows) * self.rounded_bytes, dtype=torch.uint8)
         self._kernels.multiply(
             byref(self.product), rows.data_ptr(), out.data_ptr(), len(rows), self._finish, rounded.data_ptr()
         )
-        return out.view(*x.shape[:-1], self.out_features)
+        return out.view(*x.shape[:-1], self._columns)
 
 
 def _packed_scale(weights: Sequence[QuantizedWeight], kernels: Kernels, gated: bool) -> Tensor:
@@ -86,17 +87,3 @@ def _packed_scale(weights: Sequence[QuantizedWeight], kernels: Kernels, gated: b
     factor = DECODED_FP8 if weights[0].kind is QuantizationMethod.FP8 else 1.0
     scales = [weight.scale * factor for weight in weights]
     return kernels.pack_scale(*scales) if gated else kernels.pack_scale(torch.cat(scales, 1))
-
-
-def pack(model: nn.Module, kernels: Kernels) -> int:
-    """Replace every linear layer of a CPU model by a packed one; return how many."""
-    return sum(_pack_children(parent, kernels) for parent in list(model.modules()))
-
-
-def _pack_children(parent: nn.Module, kernels: Kernels) -> int:
-    children = [(name, child) for name, child in parent.named_children() if type(child) is nn.Linear]
-    layers = [(name, child) for name, child in children if child.in_features % 2 == 0]  # bfloat16 is packed in pairs
-    for name, layer in layers:
-        # Logits stay float32: rounding them would create ties.
-        setattr(parent, name, PackedLinear([layer], kernels, floats=name == "lm_head" and layer.bias is None))
-    return len(layers)

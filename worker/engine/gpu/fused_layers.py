@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from worker.engine.attention_options import AttentionOptions
 from worker.engine.cpu.fused_layers import LayerStack, are_known, window_of
 from worker.engine.paged.attention import PagedAttentionPlan
 from worker.engine.quantization.weights import QuantizedWeight, quantized_weights
@@ -99,7 +100,7 @@ class GpuLayers(LayerStack):
             query = self._kernels.rotate_and_store(
                 qkv, rotary, layer.head_norms, self._eps, plan.kv, number, plan.rows.entries
             )
-            seen = plan.attend_stored(number, query, self._scaling, layer.window).flatten(1)
+            seen = plan.attend_stored(number, query, AttentionOptions(self._scaling, layer.window)).flatten(1)
             delta = self._kernels.multiply_apart(seen, layer.o, layer.o_bias)
             x, normed = self._kernels.norm(x, delta, layer.after, self._eps)
             inner = self._kernels.multiply(normed, layer.gate_up, gated=True)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from worker.engine.attention_options import AttentionOptions
 from worker.engine.paged import work
 from worker.engine.paged.kv import PagedKv
 from worker.engine.paged.rows import TILE_QUERIES, PagedRows, Shape, tile_rows
@@ -178,9 +179,11 @@ def _rotate_and_store_heads(
 
 
 @triton.jit
-def _attend_entries(q, ks, vs, visible, scale, top, weight, total):
+def _attend_entries(q, ks, vs, visible, scale, softcap, top, weight, total, CAPPED: tl.constexpr):
     """Add entries to an online softmax (Milakov, Gimelshein 2018): largest score, sum of weights, weighted values."""
     scores = tl.dot(q, ks, input_precision="ieee") * scale
+    if CAPPED:
+        scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
     scores = tl.where(visible, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, axis=1))
     base = tl.where(new_top == float("-inf"), 0.0, new_top)  # for rows that have seen no entry so far
@@ -201,9 +204,9 @@ def _item(items, i, SHIFT: tl.constexpr):
 @triton.jit(do_not_specialize=_STEP)
 def _attend_rows(
     query, keys, values, tables, slots, sequence, seen, own, own_count, positions, first_part, items, bounds,
-    tops, weights, totals, scale, window, width, listed,
+    tops, weights, totals, scale, softcap, window, width, listed,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, LISTS: tl.constexpr,
-    WINDOWED: tl.constexpr,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
     QUERIES: tl.constexpr, PADDED_DIM: tl.constexpr, CHUNK: tl.constexpr, SHIFT: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """Attend the query heads of one row and one KV head over one chunk of what the row sees; item by item.
@@ -243,7 +246,9 @@ def _attend_rows(
                 ks = tl.load(keys + entry[None, :] + d[:, None], mask=here[None, :] & in_dim[:, None], other=0.0)
                 vs = tl.load(values + entry[:, None] + d[None, :], mask=here[:, None] & in_dim[None, :], other=0.0)
                 visible = here & (j >= lowest)
-                top, weight, total = _attend_entries(q, ks, vs, visible[None, :], scale, top, weight, total)
+                top, weight, total = _attend_entries(
+                    q, ks, vs, visible[None, :], scale, softcap, top, weight, total, CAPPED
+                )
             part = (tl.load(first_part + row) + chunk - base) * HEADS + head
             tl.store(tops + part, top, mask=in_group)
             tl.store(weights + part, weight, mask=in_group)
@@ -253,9 +258,9 @@ def _attend_rows(
 @triton.jit(do_not_specialize=_STEP)
 def _attend_tiles(
     query, keys, values, tables, slots, sequence, starts, seen, own_count, positions, first_part, items, bounds,
-    tops, weights, totals, scale, window, width,
+    tops, weights, totals, scale, softcap, window, width,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, LISTS: tl.constexpr,
-    WINDOWED: tl.constexpr,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
     TILE: tl.constexpr, ROWS: tl.constexpr, PADDED_DIM: tl.constexpr, CHUNK: tl.constexpr, SHIFT: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):  # fmt: skip
@@ -299,7 +304,7 @@ def _attend_tiles(
                 ks = tl.load(keys + entry[None, :] + d[:, None], mask=here[None, :] & in_dim[:, None], other=0.0)
                 vs = tl.load(values + entry[:, None] + d[None, :], mask=here[:, None] & in_dim[None, :], other=0.0)
                 visible = (j[None, :] < upto[:, None]) & (j[None, :] >= lowest[:, None])
-                top, weight, total = _attend_entries(q, ks, vs, visible, scale, top, weight, total)
+                top, weight, total = _attend_entries(q, ks, vs, visible, scale, softcap, top, weight, total, CAPPED)
             part = (tl.load(first_part + row, mask=real, other=0) + chunk - base) * HEADS + head
             tl.store(tops + part, top, mask=sees)
             tl.store(weights + part, weight, mask=sees)
@@ -308,11 +313,11 @@ def _attend_tiles(
 
 @triton.jit(do_not_specialize=_STEP)
 def _merge_chunks(
-    tops, weights, totals, out, seen, own_count, positions, first_part, bounds, window, first_row,
+    tops, weights, totals, out, sinks, seen, own_count, positions, first_part, bounds, window, first_row,
     HEADS: tl.constexpr, DIM: tl.constexpr, LISTS: tl.constexpr, WINDOWED: tl.constexpr, PADDED_DIM: tl.constexpr,
-    CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the attention of one head of a row over all chunks, first to last."""
+    """Merge the attention of one head of a row over all chunks, first to last; a sink of the head comes before them."""
     row, head = first_row.to(tl.int64) + tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, PADDED_DIM)
     in_dim = d < DIM
@@ -324,6 +329,9 @@ def _merge_chunks(
         first = tl.maximum(tl.load(positions + row) - window + 1, 0) // CHUNK
     top = tl.full((1,), float("-inf"), tl.float32)
     weight = tl.zeros((1,), tl.float32)
+    if SINKS:
+        top = tl.zeros((1,), tl.float32) + tl.load(sinks + head)
+        weight += 1.0
     total = tl.zeros((PADDED_DIM,), tl.float32)
     start = tl.load(first_part + row) - tl.load(bounds + 4)
     for chunk in range(first, tl.cdiv(end, CHUNK)):
@@ -424,18 +432,19 @@ def rotate_and_store(
     return query
 
 
-def attend(query: Tensor, rows: PagedRows, kv: PagedKv, layer: int, scaling: float, window: int | None) -> Tensor:
+def attend(query: Tensor, rows: PagedRows, kv: PagedKv, layer: int, options: AttentionOptions) -> Tensor:
     """Return the attention [n, heads, dim] of `query` over what each row sees, itself included."""
-    out = torch.empty_like(query)
+    out, window = torch.empty_like(query), options.window
+    sinks = None if options.sinks is None else options.sinks.float() * _LOG2_E  # scores are in units of exp2
     shape, heads, dim = rows.shape, query.shape[1], query.shape[2]
     tops, weights = (query.new_empty(shape.parts, heads, dtype=torch.float32) for _ in range(2))
     partial = (tops, weights, query.new_empty(shape.parts, heads, dim, dtype=torch.float32))
     for number, bounds in enumerate(rows.bounds):
-        _attend_slice(query, rows, kv, layer, scaling * _LOG2_E, window, partial, bounds)
+        _attend_slice(query, rows, kv, layer, options, partial, bounds)
         first, end = shape.row_bounds[number : number + 2]
         _merge_chunks[(end - first, heads)](
-            *partial, out, rows.seen, rows.own_count, rows.positions, rows.first_part, bounds, window or 0, first,
-            num_warps=1, **_sizes(query, shape, window),
+            *partial, out, sinks, rows.seen, rows.own_count, rows.positions, rows.first_part, bounds,
+            window or 0, first, num_warps=1, SINKS=sinks is not None, **_sizes(query, shape, window),
         )  # fmt: skip
     return out
 
@@ -445,8 +454,7 @@ def _attend_slice(
     rows: PagedRows,
     kv: PagedKv,
     layer: int,
-    scale: float,
-    window: int | None,
+    options: AttentionOptions,
     partial: tuple[Tensor, Tensor, Tensor],
     bounds: Tensor,
 ) -> None:
@@ -455,8 +463,9 @@ def _attend_slice(
     group = heads // kv_heads
     stores = (query, kv.keys[layer], kv.values[layer], kv.device_tables, rows.slots, rows.sequence)
     listed, items = rows.own_count, (rows.positions, rows.first_part, rows.items, bounds)
-    numbers = (*partial, scale, window or 0, kv.device_tables.shape[1])
-    sizes = _sizes(query, shape, window)
+    scale, softcap, window = options.scaling * _LOG2_E, (options.softcap or 0.0) * _LOG2_E, options.window
+    numbers = (*partial, scale, softcap, window or 0, kv.device_tables.shape[1])
+    sizes = _sizes(query, shape, window) | {"CAPPED": options.softcap is not None}
     sizes |= {"KV_HEADS": kv_heads, "BLOCK": kv.block_size, "SHIFT": ROW_SHIFT, "ENTRIES": _ENTRIES}
     grid = (max(1, min(shape.parts, _PROGRAMS // kv_heads)), kv_heads)
     shares = shape.queries > 1

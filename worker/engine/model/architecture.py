@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -13,27 +14,30 @@ from worker.engine.errors import ModelRefused
 # would change another's logits.
 _BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 _ORIGINAL = "original_max_position_embeddings"
+STORED_HEAD_DIM = "basic_stored_head_dim"  # attribute of a fused model: the size of a head in its KV slots, if larger
+ATTENTION_SHAPE = "basic_attention_shape"  # attribute of a loaded model: what its layers pass to attention
 _SIZES = ("num_attention_heads", "num_hidden_layers", "hidden_size", "vocab_size")
-_ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """Sizes of the KV layout that holds the keys and values of every layer of a model."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
 
 
 def refuse_unsupported(config: PretrainedConfig) -> None:
     """Raise ModelRefused, with the reason, for a text configuration that packed rows can't decode exactly."""
-    try:
-        for name in ("head_dim", "num_key_value_heads"):
-            getattr(config, name, None)
-    except Exception as error:  # transformers raises a class of its own here, which is not part of its API
-        raise ModelRefused(
-            f"{config.model_type} has heads whose number or size differs from layer to layer; packed decoding needs "
-            "one for all, choose another model"
-        ) from error
     unknown = set(getattr(config, "layer_types", None) or []) - _ATTENTION_LAYERS
     if unknown:
         raise ModelRefused(
             f"{config.model_type} has layers of type {', '.join(sorted(unknown))}; only attention can be packed, "
             "choose another model"
         )
-    missing = [name for name in _SIZES if not isinstance(getattr(config, name, None), int)]
+    missing = [name for name in _SIZES if not isinstance(_size(config, name), int)]
     if missing:
         raise ModelRefused(
             f"{config.model_type} has no {missing[0]} in its configuration, and only models of attention layers can be "
@@ -63,7 +67,9 @@ def max_positions(config: PretrainedConfig) -> int | None:
     Rotary frequencies that depend on the longest sequence of a forward are constant up to the original number of
     positions, so that number is the limit.
     """
-    known = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len", "n_positions")]
+    known = [_size(config, name) for name in ("max_position_embeddings", "max_seq_len", "n_positions")]
+    if "chunked_attention" in (getattr(config, "layer_types", None) or []):
+        known.append(_size(config, "attention_chunk_size"))  # below it, a chunk is all of a text
     ropes = list(_ropes(getattr(config, "rope_parameters", None) or {}))
     if any(rope.get("rope_type") in _BATCH_DEPENDENT_ROPE for rope in ropes):
         known += [rope.get(_ORIGINAL) for rope in ropes] + [getattr(config, _ORIGINAL, None)]
@@ -79,7 +85,8 @@ def batch_dependent_rope(config: PretrainedConfig) -> str | None:
 def kv_bytes_per_token(model: PreTrainedModel) -> int:
     """Return the bytes of keys and values of one token, on each rank."""
     config = model.config.get_text_config()
-    return int(2 * config.num_hidden_layers * kv_heads_of(model) * head_dim_of(model) * model.dtype.itemsize)
+    head_dim = getattr(model, STORED_HEAD_DIM, None) or head_dim_of(model)
+    return int(2 * layers_of(config) * kv_heads_of(model) * head_dim * model.dtype.itemsize)
 
 
 def ranks_of(model: PreTrainedModel) -> int:
@@ -87,20 +94,43 @@ def ranks_of(model: PreTrainedModel) -> int:
     return model.tp_size or 1
 
 
+def layers_of(config: PretrainedConfig) -> int:
+    """Return the decoder layers of a text configuration."""
+    return int(getattr(config, "decoder_layers", None) or config.num_hidden_layers)
+
+
+def heads_of(model: PreTrainedModel) -> int:
+    """Return the query heads that a loaded model has on each rank."""
+    known: AttentionShape | None = getattr(model, ATTENTION_SHAPE, None)
+    return known.heads if known else _heads(model.config.get_text_config())[0] // ranks_of(model)
+
+
 def kv_heads_of(model: PreTrainedModel) -> int:
     """Return the KV heads that a loaded model has on each rank."""
-    return _heads(model.config.get_text_config())[1] // ranks_of(model)
+    known: AttentionShape | None = getattr(model, ATTENTION_SHAPE, None)
+    return known.kv_heads if known else _heads(model.config.get_text_config())[1] // ranks_of(model)
 
 
 def head_dim_of(model: PreTrainedModel) -> int:
-    """Return the number of dimensions of one attention head."""
+    """Return the number of dimensions of one attention head, of keys or values, whichever are larger."""
+    known: AttentionShape | None = getattr(model, ATTENTION_SHAPE, None)
+    if known:
+        return known.head_dim
     config = model.config.get_text_config()
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return int(_size(config, "head_dim") or config.hidden_size // config.num_attention_heads)
 
 
 def _heads(config: PretrainedConfig) -> tuple[int, int]:
     heads = int(config.num_attention_heads)
-    return heads, int(getattr(config, "num_key_value_heads", None) or heads)
+    return heads, int(_size(config, "num_key_value_heads") or heads)
+
+
+def _size(config: PretrainedConfig, name: str) -> Any:
+    """Return a size of a configuration; None if there is none, or another for each layer."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # transformers raises a class of its own here, which is not part of its API
+        return None
 
 
 def _ropes(parameters: dict[str, Any]) -> Iterator[dict[str, Any]]:

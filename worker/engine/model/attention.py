@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from worker.engine.attention_options import AttentionOptions
 from worker.engine.errors import ModelRefused
 from worker.engine.kv.dense import DenseKv
 from worker.engine.segments import BoolArray, IntArray, Segment
@@ -30,6 +33,11 @@ _HARMLESS = frozenset(
         "return_dict",
     ]
 )
+# Attributes of attention modules, set at load. KV_SHAPE: KV heads and the size of each in the KV layout, where that of
+# this layer differs. WINDOW_OF_CONFIG: the layer has the sliding window of its configuration and does not pass it.
+KV_SHAPE, WINDOW_OF_CONFIG = "basic_kv_shape", "basic_window_of_config"
+# The plan of the forward in progress, for models that do not pass their arguments on to attention.
+_PLAN: ContextVar[AttentionPlan | None] = ContextVar("attention_plan", default=None)
 _PADDING_LIMIT = 1.5  # a padded group computes at most this many times the (row, entry) pairs that it needs
 
 
@@ -38,9 +46,7 @@ class AttentionPlan(Protocol):
 
     tapped: Tensor | None  # [n, taps, width] outputs of the tapped layers, after they have run
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """Store the rows' keys and values, attend, and return [n, heads, head_dim]; inputs are [heads, n, head_dim]."""
 
 
@@ -91,20 +97,18 @@ class DenseAttentionPlan:
         self._groups = _group(segments)
         self._rows = [_padded_rows(group).to(device) if group.padded else None for group in self._groups]
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """Store the rows' keys and values, attend, and return [n, heads, head_dim]; inputs are [heads, n, head_dim]."""
         query = query.transpose(0, 1)  # [n, heads, head_dim]
         self._kv.write(layer, self._slot, self._index, key.transpose(0, 1), value.transpose(0, 1))
         parts = [
-            self._attend_group(layer, group, rows, query, scaling, window)
+            self._attend_group(layer, group, rows, query, options)
             for group, rows in zip(self._groups, self._rows, strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _attend_group(
-        self, layer: int, group: Group, rows: Tensor | None, query: Tensor, scaling: float, window: int | None
+        self, layer: int, group: Group, rows: Tensor | None, query: Tensor, options: AttentionOptions
     ) -> Tensor:
         count, first = len(group.segments), group.segments[0].slot
         heads, dim = query.shape[1:]
@@ -115,8 +119,11 @@ class DenseAttentionPlan:
         stacked = padded.view(count, group.queries, heads // self._query_groups, self._query_groups, dim)
         stacked = stacked.permute(0, 2, 3, 1, 4).reshape(count, heads // self._query_groups, -1, dim)
         keys, values = self._kv.read(layer, slice(first, first + count), group.keys)
-        mask = self._mask(group, window, query)
-        out = scaled_dot_product_attention(stacked, keys, values, attn_mask=mask, scale=scaling)
+        mask = self._mask(group, options.window, query)
+        if options.softcap is None and options.sinks is None:
+            out = scaled_dot_product_attention(stacked, keys, values, attn_mask=mask, scale=options.scaling)
+        else:
+            out = _attended(stacked, keys, values, mask, options)
         out = out.view(count, heads // self._query_groups, self._query_groups, group.queries, dim)
         out = out.permute(0, 3, 1, 2, 4).reshape(count * group.queries, heads, dim)
         return out if rows is None else out[_unpadded(group).to(out.device)]
@@ -130,6 +137,22 @@ class DenseAttentionPlan:
                 mask = bias.repeat(1, self._query_groups, 1).unsqueeze(1).to(like.device)
             group.masks[window] = mask
         return group.masks[window]
+
+
+def _attended(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, options: AttentionOptions) -> Tensor:
+    """Attend `query` [count, kv_heads, rows of each head, dim] with softcap or sinks, which torch's attention lacks."""
+    scores = (query @ keys.transpose(-1, -2)).float() * options.scaling
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    if mask is not None:
+        scores = scores + mask
+    if options.sinks is None:
+        return scores.softmax(-1).to(values.dtype) @ values
+    count, kv_heads, rows = query.shape[:3]
+    sinks = options.sinks.float().view(1, kv_heads, -1, 1)
+    sinks = sinks.repeat_interleave(rows // sinks.shape[2], 2).expand(count, -1, -1, -1)
+    weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+    return weights.to(values.dtype) @ values
 
 
 def _group(segments: Sequence[Segment]) -> list[Group]:
@@ -199,6 +222,16 @@ def _earlier_positions(s: Segment, earlier: int) -> IntArray:
     return np.where(columns.any(axis=0), np.where(columns, rank, 0).max(axis=0), 0)
 
 
+@contextmanager
+def attending(plan: AttentionPlan) -> Iterator[None]:
+    """Attend by a plan while a model's forward runs."""
+    before = _PLAN.set(plan)
+    try:
+        yield
+    finally:
+        _PLAN.reset(before)
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -210,11 +243,16 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """Attend the packed rows [1, heads, n, head_dim] of one layer; the signature is transformers'.
+    """Attend the packed rows [1, heads, n, head_dim] of one layer; the signature is transformers', `s_aux` are sinks.
 
-    Raises ModelRefused for an argument that would change the result and is not implemented (softcap, sinks, …).
+    Where keys and values differ in size, as in multi-head latent attention, or from layer to layer, the smaller are
+    padded with zeros, which changes no sum; where the number of KV heads differs, they are repeated.
+
+    Raises ModelRefused for an argument that would change the result and is not implemented.
     """
     unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _HARMLESS)
     if unknown or attention_mask is not None:
@@ -222,14 +260,20 @@ def packed_attention(
             f"{type(module).__name__} passes {', '.join(unknown) or 'a mask'} to attention, "
             "which packed decoding does not implement; choose another model"
         )
+    plan = plan or _PLAN.get()
     if plan is None:
-        raise ModelRefused(
-            f"{type(module).__name__} does not pass the attention plan to its layers, which packed decoding needs; "
-            "choose another model"
-        )
+        raise ModelRefused(f"{type(module).__name__} calls attention outside of a packed forward; choose another model")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = plan.attend(int(module.layer_idx), query[0], key[0], value[0], scale, sliding_window)  # type: ignore[arg-type]
-    return out.unsqueeze(0), None
+    if sliding_window is None and getattr(module, WINDOW_OF_CONFIG, False):
+        sliding_window = module.config.sliding_window  # type: ignore[assignment, union-attr]
+    options = AttentionOptions(scale, sliding_window, softcap, s_aux)
+    size = value.shape[-1]
+    kv_heads, width = getattr(module, KV_SHAPE, None) or (key.shape[1], max(size, key.shape[-1]))
+    query, key, value = (x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
+    if key.shape[1] != kv_heads:
+        key, value = (x.repeat_interleave(kv_heads // x.shape[1], 1) for x in (key, value))
+    out = plan.attend(int(module.layer_idx), query[0], key[0], value[0], options)  # type: ignore[arg-type]
+    return out[..., :size].unsqueeze(0), None
 
 
 AttentionInterface.register(ATTENTION_NAME, packed_attention)

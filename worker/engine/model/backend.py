@@ -7,17 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from worker.engine.cpu.attention import CpuAttentionPlan
-from worker.engine.cpu.fused_layers import FusedLayers, fuse
+from worker.engine.cpu.fused_layers import FusedLayers, LayerStack, fuse
 from worker.engine.cpu.kernels import Kernels, kernels
 from worker.engine.cpu.kv import CpuKv
-from worker.engine.cpu.packed_linear import PackedLinear, pack
+from worker.engine.cpu.packed_linear import PackedLinear
+from worker.engine.cpu.packing import pack
 from worker.engine.gpu.fused_layers import GpuLayers, GpuLinear, fuse_on_gpu
 from worker.engine.kv.dense import DenseKv
 from worker.engine.kv.store import KvStore
-from worker.engine.model.architecture import head_dim_of, kv_heads_of, ranks_of
+from worker.engine.model.architecture import STORED_HEAD_DIM, head_dim_of, heads_of, kv_heads_of, layers_of, ranks_of
 from worker.engine.model.attention import AttentionPlan, DenseAttentionPlan
 from worker.engine.model.offload import MultiDeviceAttentionPlan, MultiDeviceKv, is_offloaded, layer_devices
 from worker.engine.paged.attention import GPU_BLOCK, gpu_kernels_for, paged_plan
@@ -54,8 +56,8 @@ def make_backend(
     The parameters are those of `PackedModel`; `dtype` is that of keys and values, by default the model's.
     """
     config, dtype = model.config.get_text_config(), dtype or model.dtype
-    heads, kv_heads = config.num_attention_heads // ranks_of(model), kv_heads_of(model)
-    layers, head_dim = config.num_hidden_layers, head_dim_of(model)
+    heads, kv_heads = heads_of(model), kv_heads_of(model)
+    layers, head_dim = layers_of(config), head_dim_of(model)
     if is_offloaded(model):
         parts = MultiDeviceKv(layer_devices(model), slots, kv_heads, capacity, head_dim, dtype)
         return Backend(parts, lambda segments: MultiDeviceAttentionPlan(segments, parts, heads // kv_heads))
@@ -71,7 +73,7 @@ def make_backend(
     if compiled is None:
         dense = DenseKv(layers, slots, kv_heads, capacity, head_dim, dtype, model.device)
         return Backend(dense, lambda segments: DenseAttentionPlan(segments, dense, heads // kv_heads))
-    packed = CpuKv(layers, slots, kv_heads, capacity, head_dim, dtype, compiled)
+    packed = CpuKv(layers, slots, kv_heads, capacity, _stored_head_dim(model, compiled), dtype, compiled)
     return Backend(packed, lambda segments: CpuAttentionPlan(segments, packed, heads, compiled), compiled)
 
 
@@ -103,12 +105,34 @@ def fuse_layers(model: PreTrainedModel) -> None:
         fuse_on_gpu(model, on_gpu)
     compiled = kernels_for(model)
     if compiled is not None:
-        fuse(model, compiled)
+        stored = _stored_head_dim(model, compiled)
+        if stored == head_dim_of(model):
+            fuse(model, compiled)
+        setattr(model, STORED_HEAD_DIM, stored)
         pack(model, compiled)
+
+
+def batch_dependence(model: PreTrainedModel) -> str | None:
+    """Return why the bits of a text may depend on the other texts of its batch; None if they do not.
+
+    The layers of the model are fused already, where they can be.
+    """
+    if is_offloaded(model):
+        return "its layers are spread over several devices"
+    if model.device.type == "cpu":
+        return None if kernels_for(model) is not None else "the kernels of this CPU need a C compiler; install gcc"
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    if isinstance(layers, nn.ModuleList) and isinstance(layers[0], LayerStack):
+        return None
+    return f"a {type(model).__name__} runs through transformers' layers on a GPU; see docs/models.md"
+
+
+def _stored_head_dim(model: PreTrainedModel, compiled: Kernels) -> int:
+    """Return the size of a head in slots of the compiled kernels: whole panels."""
+    return -(-head_dim_of(model) // compiled.panel) * compiled.panel
 
 
 def kernels_for(model: PreTrainedModel) -> Kernels | None:
     """Return the compiled CPU kernels, or None if they can't run this model."""
     ours = model.device.type == "cpu" and ranks_of(model) == 1 and not is_offloaded(model)
-    compiled = kernels(model.dtype) if ours else None
-    return compiled if compiled is not None and head_dim_of(model) % compiled.panel == 0 else None
+    return kernels(model.dtype) if ours else None

@@ -21,7 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from transformers import PretrainedConfig, PreTrainedModel
 
+from worker.engine.attention_options import AttentionOptions
 from worker.engine.errors import ModelRefused
+from worker.engine.model.architecture import layers_of
 from worker.engine.model.attention import AttentionPlan
 from worker.engine.model.checkpoint import as_model_refused
 from worker.engine.model.offload import input_device, is_offloaded
@@ -91,7 +93,7 @@ def build_check(
     """
     kind, ranks = type(model).__name__, model.tp_size or 1
     sequences = _sequences(int(config.vocab_size), max(_SHORTEST, min(_LENGTH, positions)))
-    watched = _Watch(kind, int(config.num_hidden_layers), heads, _sliding(config, positions))
+    watched = _Watch(kind, layers_of(config), heads, sliding_layers(config, positions))
 
     def forward(segments: Sequence[Segment]) -> Tensor:
         with as_model_refused(f"{kind} can't be packed", ranks=ranks):
@@ -196,9 +198,9 @@ def _tree(slot: int, root: int, ids: Sequence[int]) -> Segment:
     return Segment(slot, root, root, np.asarray(ids, np.int64), positions, seen, np.arange(5))
 
 
-def _sliding(config: PretrainedConfig, positions: int) -> frozenset[int]:
+def sliding_layers(config: PretrainedConfig, positions: int) -> frozenset[int]:
     """Return the layers whose sliding window is smaller than the model's positions, by the configuration."""
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * int(config.num_hidden_layers)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers_of(config)
     grown = 0 < _window(config) < positions
     return frozenset(layer for layer, kind in enumerate(kinds) if grown and kind == "sliding_attention")
 
@@ -252,12 +254,10 @@ class _Watched:
     watch: _Watch
     tapped: Tensor | None = None
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """Report the call, and attend."""
-        self.watch.note(layer, query, key, value, window)
-        return self.plan.attend(layer, query, key, value, scaling, window)
+        self.watch.note(layer, query, key, value, options.window)
+        return self.plan.attend(layer, query, key, value, options)
 
 
 class _InFloat32(TorchFunctionMode):

@@ -14,8 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
+from worker.engine.attention_options import AttentionOptions
 from worker.engine.errors import ModelRefused
 from worker.engine.model.architecture import (
+    ATTENTION_SHAPE,
+    AttentionShape,
     head_dim_of,
     kv_heads_of,
     max_positions,
@@ -23,7 +26,7 @@ from worker.engine.model.architecture import (
     refuse_tp_size,
     refuse_unsupported,
 )
-from worker.engine.model.attention import ATTENTION_NAME, AttentionPlan
+from worker.engine.model.attention import ATTENTION_NAME, KV_SHAPE, WINDOW_OF_CONFIG, AttentionPlan
 from worker.engine.model.backend import Backend, make_backend
 from worker.engine.model.checkpoint import (
     as_model_refused,
@@ -32,13 +35,19 @@ from worker.engine.model.checkpoint import (
     refuse_unreadable,
     weight_files,
 )
-from worker.engine.model.equivalence_check import ATTRIBUTE, CHECK_ENTRIES, EquivalenceCheck, build_check
+from worker.engine.model.equivalence_check import (
+    ATTRIBUTE,
+    CHECK_ENTRIES,
+    EquivalenceCheck,
+    build_check,
+    sliding_layers,
+)
 from worker.engine.model.offload import OffloadOptions, is_offloaded
 from worker.engine.model.packed_model import run_layers
 from worker.engine.model.quantized_checkpoint import refuse_quantized
 from worker.engine.quantization.checkpoints import attach_all, is_fp8, read_fp8
 from worker.engine.quantization.weights import QuantizationMethod, quantization_method, quantize
-from worker.engine.segments import Segment
+from worker.engine.segments import Segment, chain
 
 _QUANTIZED = "quantization_config"  # attribute of a configuration
 _GATHERED = (
@@ -86,6 +95,8 @@ def load(
         if not is_offloaded(model):
             model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to as its types don't say
         model.eval()  # type: ignore[no-untyped-call]
+        if ranks == 1:
+            _note_attention(model)
         setattr(model, ATTRIBUTE, _equivalence_check(model))
         return model
 
@@ -175,6 +186,50 @@ def _quiet_transformers() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(before)
+
+
+@torch.inference_mode()
+def _note_attention(model: PreTrainedModel) -> None:
+    """Note what the layers pass to attention, as one token shows it: sizes, and windows that only the config has.
+
+    Raises ModelRefused if no KV layout holds the keys and values of all layers.
+    """
+    config, shown = model.config.get_text_config(), _ShownCalls()
+    with as_model_refused(f"{type(model).__name__} can't be packed"):
+        run_layers(model, [chain(0, 0, [0], keep_last=True)], shown)
+    if not shown.layers:
+        raise ModelRefused(
+            f"{type(model).__name__} computes attention by itself and not by transformers' attention interface, which "
+            "packed decoding needs; choose another model"
+        )
+    heads, kv_heads, head_dim = (max(shape[i] for shape, _ in shown.layers.values()) for i in range(3))
+    if any(shape[0] != heads or kv_heads % shape[1] or heads % kv_heads for shape, _ in shown.layers.values()):
+        raise ModelRefused(
+            f"{type(model).__name__} has heads whose number differs from layer to layer; packed decoding needs numbers "
+            "that divide each other, choose another model"
+        )
+    setattr(model, ATTENTION_SHAPE, AttentionShape(heads, kv_heads, head_dim))
+    windowed = sliding_layers(config, max_positions(config) or CHECK_ENTRIES)
+    for module in model.modules():
+        shape, window = shown.layers.get(getattr(module, "layer_idx", None), ((0, 0, 0), 0))
+        if shape[0] and shape != (heads, kv_heads, head_dim):
+            setattr(module, KV_SHAPE, (kv_heads, head_dim))
+        if window is None and module.layer_idx in windowed:
+            setattr(module, WINDOW_OF_CONFIG, True)
+
+
+class _ShownCalls:
+    """An attention plan for one row, which sees itself only."""
+
+    def __init__(self) -> None:
+        # By layer: heads, KV heads and the size of each, and the window.
+        self.layers: dict[Any, tuple[tuple[int, int, int], int | None]] = {}
+        self.tapped: Tensor | None = None
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        """Note the call of a layer, and return the row's value for each of its heads."""
+        self.layers[layer] = ((len(query), len(key), query.shape[-1]), options.window)
+        return value.transpose(0, 1).repeat_interleave(len(query) // len(value), 1)
 
 
 def _equivalence_check(model: PreTrainedModel) -> EquivalenceCheck:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from worker.engine.attention_options import AttentionOptions
 from worker.engine.kv.dense import DenseKv
 from worker.engine.model.attention import DenseAttentionPlan
 from worker.engine.segments import KvMove, Segment
@@ -109,14 +110,12 @@ class MultiDeviceAttentionPlan:
     tapped: Tensor | None = None
     _plans: dict[torch.device, DenseAttentionPlan] = field(default_factory=dict)
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """Attend on the layer's device; see `AttentionPlan`."""
         device, index = self.kv.layers[layer]
         if device not in self._plans:
             self._plans[device] = DenseAttentionPlan(self.segments, self.kv.parts[device], self.query_groups)
-        return self._plans[device].attend(index, query, key, value, scaling, window)
+        return self._plans[device].attend(index, query, key, value, options)
 
 
 def _device_of(model: PreTrainedModel, name: str) -> Any:

@@ -14,7 +14,7 @@ from worker.engine.cpu.fused_model import fused_model
 from worker.engine.kv.hidden_states import HiddenStates
 from worker.engine.kv.store import KvStore
 from worker.engine.model.architecture import max_positions, ranks_of, refuse_unsupported
-from worker.engine.model.attention import AttentionPlan
+from worker.engine.model.attention import AttentionPlan, attending
 from worker.engine.model.backend import make_backend
 from worker.engine.model.checkpoint import as_model_refused
 from worker.engine.model.equivalence_check import ATTRIBUTE, CHECK_ENTRIES, EquivalenceCheck
@@ -200,14 +200,15 @@ def run_layers(model: PreTrainedModel, segments: Sequence[Segment], plan: Attent
 
 
 def _call(model: PreTrainedModel, ids: Tensor, positions: Tensor, kept: Tensor, plan: AttentionPlan) -> Tensor:
-    logits = model(
-        input_ids=ids.unsqueeze(0),
-        position_ids=positions.unsqueeze(0),
-        attention_mask=None,
-        past_key_values=None,
-        use_cache=False,
-        logits_to_keep=kept,
-        plan=plan,
-    ).logits[0]
+    with attending(plan):
+        logits = model(
+            input_ids=ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            attention_mask=None,
+            past_key_values=None,
+            use_cache=False,
+            logits_to_keep=kept,
+            plan=plan,
+        ).logits[0]
     assert isinstance(logits, Tensor)
     return logits

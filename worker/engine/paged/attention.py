@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from worker.engine.attention_options import AttentionOptions
 from worker.engine.errors import ModelRefused
 from worker.engine.paged.compiled_layout import compiled_layout
 from worker.engine.paged.kv import PagedKv
@@ -47,32 +48,30 @@ class PagedAttentionPlan:
         self.tapped: Tensor | None = None  # [n, taps, width]
         self._kernels = gpu_kernels_for(kv.keys.device)
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """Store the rows' keys and values, attend, and return [n, heads, head_dim]; inputs are [heads, n, head_dim]."""
         self.kv.write(layer, self.rows.entries, key.transpose(0, 1), value.transpose(0, 1))
-        return self.attend_stored(layer, query.transpose(0, 1).contiguous(), scaling, window)
+        return self.attend_stored(layer, query.transpose(0, 1).contiguous(), options)
 
-    def attend_stored(self, layer: int, query: Tensor, scaling: float, window: int | None) -> Tensor:
+    def attend_stored(self, layer: int, query: Tensor, options: AttentionOptions) -> Tensor:
         """Attend `query` [n, heads, head_dim]; the rows' keys and values are stored already."""
         if self._kernels is not None:
-            out: Tensor = self._kernels.attend(query, self.rows, self.kv, layer, scaling, window)
+            out: Tensor = self._kernels.attend(query, self.rows, self.kv, layer, options)
             return out
-        part = self._attend_prefixes(layer, query, scaling, window)
-        if not self.rows.shape.listed:
-            return part[0]
-        return merged(part, self._attend_listed(layer, query, scaling, window)).to(query.dtype)
+        part = self._attend_prefixes(layer, query, options)
+        if self.rows.shape.listed:
+            part = merged(part, self._attend_listed(layer, query, options))
+        return (part[0] if options.sinks is None else with_sinks(part, options.sinks)).to(query.dtype)
 
-    def _attend_prefixes(self, layer: int, query: Tensor, scaling: float, window: int | None) -> Part:
+    def _attend_prefixes(self, layer: int, query: Tensor, options: AttentionOptions) -> Part:
         """Attend the prefixes, from gathered copies of their blocks."""
         slices = range(0, len(query), _GATHERED_ROWS)
-        parts = [self._attend_some(layer, query, scaling, window, slice(at, at + _GATHERED_ROWS)) for at in slices]
+        parts = [self._attend_some(layer, query, options, slice(at, at + _GATHERED_ROWS)) for at in slices]
         outs, logs = zip(*parts, strict=True)
         return torch.cat(outs).to(query.dtype), torch.cat(logs)
 
-    def _attend_some(self, layer: int, query: Tensor, scaling: float, window: int | None, some: slice) -> Part:
-        rows, size = self.rows, self.kv.block_size
+    def _attend_some(self, layer: int, query: Tensor, options: AttentionOptions, some: slice) -> Part:
+        rows, size, window = self.rows, self.kv.block_size, options.window
         positions, seen = rows.positions[some], rows.seen[some]
         width, first = rows.shape.blocks, torch.zeros_like(positions)
         if window is not None:  # do not read blocks before the window
@@ -85,17 +84,17 @@ class PagedAttentionPlan:
             visible &= positions.unsqueeze(1) - entries < window
         blocks_held = self.kv.device_tables[rows.slots[rows.sequence[some]]].gather(1, blocks)
         keys, values = (store[layer][blocks_held].flatten(1, 2) for store in (self.kv.keys, self.kv.values))
-        return attended(query[some], keys, values, visible, scaling)
+        return attended(query[some], keys, values, visible, options)
 
-    def _attend_listed(self, layer: int, query: Tensor, scaling: float, window: int | None) -> Part:
+    def _attend_listed(self, layer: int, query: Tensor, options: AttentionOptions) -> Part:
         """Attend the entries that each row lists: its ancestors in order of depth, and itself."""
         rows = self.rows
         rank = torch.arange(rows.shape.listed, device=query.device)
         visible = rank < rows.own_count.unsqueeze(1)
-        if window is not None:  # the listed entries of a row have consecutive positions, the last is its own
-            visible &= rows.own_count.unsqueeze(1) - 1 - rank < window
+        if options.window is not None:  # the listed entries of a row have consecutive positions, the last is its own
+            visible &= rows.own_count.unsqueeze(1) - 1 - rank < options.window
         keys, values = (store[layer].flatten(0, 1)[rows.own] for store in (self.kv.keys, self.kv.values))
-        return attended(query, keys, values, visible, scaling)
+        return attended(query, keys, values, visible, options)
 
 
 def paged_plan(segments: Sequence[Segment], kv: PagedKv) -> PagedAttentionPlan:
@@ -122,7 +121,7 @@ def reserve(segments: Segments, kv: PagedKv) -> None:
         kv.reserve(slot, start, end)
 
 
-def attended(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scaling: float) -> Part:
+def attended(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, options: AttentionOptions) -> Part:
     """Attend `query` [n, heads, dim] in float32 over the visible `keys` and `values` [n, entries, kv_heads, dim].
 
     A row that sees nothing gets zeros and a logsumexp of -inf. What a row does not see may be anything, NaN too, and
@@ -130,7 +129,9 @@ def attended(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scali
     """
     n, heads, dim = query.shape
     grouped = query.view(n, keys.shape[2], -1, dim).float()
-    scores = torch.einsum("nhgd,nlhd->nhgl", grouped, keys.float()) * scaling
+    scores = torch.einsum("nhgd,nlhd->nhgl", grouped, keys.float()) * options.scaling
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
     scores = scores.masked_fill(~visible[:, None, None, :], -torch.inf)
     values = values.float().masked_fill(~visible[:, :, None, None], 0.0)
     lse = scores.logsumexp(-1)
@@ -139,9 +140,16 @@ def attended(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scali
     return out.reshape(n, heads, dim), lse.reshape(n, heads)
 
 
-def merged(one: Part, other: Part) -> Tensor:
+def merged(one: Part, other: Part) -> Part:
     """Merge the attention over two sets of entries by their logsumexp; a row must see an entry of one of them."""
     (a, log_a), (b, log_b) = one, other
     top = torch.maximum(log_a, log_b)
     weight_a, weight_b = (log_a - top).exp().unsqueeze(-1), (log_b - top).exp().unsqueeze(-1)
-    return (a.float() * weight_a + b.float() * weight_b) / (weight_a + weight_b)
+    total = weight_a + weight_b
+    return (a.float() * weight_a + b.float() * weight_b) / total, top + total.squeeze(-1).log()
+
+
+def with_sinks(part: Part, sinks: Tensor) -> Tensor:
+    """Return the attention with a sink [heads] of each head among the scores: it takes weight and has no value."""
+    out, log = part
+    return out.float() * torch.sigmoid(log - sinks.float()).unsqueeze(-1)

@@ -19,6 +19,8 @@ from triton.runtime.interpreter import GridExecutor
 
 from tests.heads import paged_answers
 from tests.models import ARCHITECTURES
+from tests.unit.worker.engine.model.test_attention import OPTIONS, check
+from tests.unit.worker.engine.model.test_attention import paged as paged_kv
 from tests.unit.worker.engine.paged.test_attention import deeper, pages, tree
 from worker.engine.gpu import kernels
 from worker.engine.gpu.fused_layers import fuse_on_gpu
@@ -180,3 +182,7 @@ def test_a_layer_launches_as_many_kernels_as_the_forecast_assumes(monkeypatch: p
             ours.forward(STEPS["one plain row"])
         counts.append(len(launched))
     assert counts[1] - counts[0] == FUSED_KERNELS_PER_LAYER
+
+
+def test_softcap_and_sinks_are_as_the_formula_says() -> None:
+    check(paged_kv(), OPTIONS["both, in a window"])

@@ -25,6 +25,7 @@ from tests.unit.worker.engine.harness import (
 )
 from worker.drafters.model import ModelDrafter
 from worker.drafters.suffix.drafter import SuffixDrafter
+from worker.engine.attention_options import AttentionOptions
 from worker.engine.errors import ModelRefused
 from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.backend import uses_paged_kv
@@ -269,9 +270,12 @@ def test_merged_parts_are_the_attention_over_both() -> None:
     visible = torch.rand(5, 11) < 0.5
     visible[:, 3] = True
     visible[1, 4:] = False  # nothing of the second part
-    whole, _ = attended(query, keys, values, visible, 0.3)
-    parts = [attended(query, keys[:, at], values[:, at], visible[:, at], 0.3) for at in (slice(4), slice(4, 11))]
-    assert torch.allclose(merged(parts[0], parts[1]), whole, atol=1e-6)
+    whole, _ = attended(query, keys, values, visible, AttentionOptions(0.3))
+    parts = [
+        attended(query, keys[:, at], values[:, at], visible[:, at], AttentionOptions(0.3))
+        for at in (slice(4), slice(4, 11))
+    ]
+    assert torch.allclose(merged(parts[0], parts[1])[0], whole, atol=1e-6)
 
 
 def drafter(kind: str) -> Drafter | None:

@@ -1,0 +1,96 @@
+"""Every attention path computes softcap, sinks, windows and heads of any size as the formula says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.families import TEXT
+from worker.engine.attention_options import AttentionOptions
+from worker.engine.cpu.attention import CpuAttentionPlan
+from worker.engine.cpu.kernels import kernels
+from worker.engine.cpu.kv import CpuKv
+from worker.engine.kv.dense import DenseKv
+from worker.engine.model.attention import AttentionPlan, DenseAttentionPlan
+from worker.engine.paged.attention import paged_plan
+from worker.engine.paged.kv import PagedKv
+from worker.engine.segments import Segment, chain
+
+HEADS, KV_HEADS, DIM, LENGTH = 4, 2, 8, 20
+CPU = torch.device("cpu")
+Plan = Callable[[Sequence[Segment]], AttentionPlan]
+OPTIONS = {
+    "softcap": AttentionOptions(0.7, softcap=1.5),
+    "sinks": AttentionOptions(0.4, sinks=torch.tensor([0.5, -1.0, 3.0, 20.0])),
+    "both, in a window": AttentionOptions(0.4, 6, 2.0, torch.tensor([0.5, -1.0, 3.0, 0.0])),
+}
+
+
+def dense() -> Plan:
+    kv = DenseKv(1, 2, KV_HEADS, 40, DIM, torch.float32, CPU)
+    return lambda segments: DenseAttentionPlan(segments, kv, HEADS // KV_HEADS)
+
+
+def paged() -> Plan:
+    kv = PagedKv(1, 2, KV_HEADS, 40, DIM, torch.float32, CPU, block_size=16, group=HEADS // KV_HEADS)
+    return lambda segments: paged_plan(segments, kv)
+
+
+def compiled() -> Plan:
+    ours = kernels(torch.float32)
+    if ours is None:
+        pytest.skip("no C compiler here")
+    kv = CpuKv(1, 2, KV_HEADS, 40, ours.panel, torch.float32, ours)  # heads are padded to a panel
+    return lambda segments: CpuAttentionPlan(segments, kv, HEADS, ours)
+
+
+def tree() -> Segment:
+    """Return a root with two children, and a child of the second."""
+    seen = np.tril(np.ones((4, 4), np.bool_))
+    seen[2, 1] = seen[3, 1] = False
+    return Segment(0, LENGTH, LENGTH, np.arange(4), LENGTH + seen.sum(1) - 1, seen, np.arange(4))
+
+
+def by_formula(query: Tensor, keys: Tensor, values: Tensor, options: AttentionOptions) -> Tensor:
+    """Return the attention [heads, dim] of one row over the entries [kv_heads, n, dim] that it sees, itself last."""
+    group, first = HEADS // KV_HEADS, 0 if options.window is None else max(0, keys.shape[1] - options.window)
+    keys, values = (x[:, first:].repeat_interleave(group, 0) for x in (keys, values))
+    scores = torch.einsum("hd,hnd->hn", query, keys) * options.scaling
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    weights = scores.exp()
+    total = weights.sum(1) + (0.0 if options.sinks is None else options.sinks.exp())
+    return torch.einsum("hn,hnd->hd", weights / total.unsqueeze(1), values)
+
+
+def check(plan: Plan, options: AttentionOptions) -> None:
+    """Attend a prompt beside another sequence, then a tree, and compare each row with the formula."""
+    random = torch.Generator().manual_seed(0)
+
+    def rows(count: int) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = (torch.randn(n, count, DIM, generator=random) for n in (HEADS, KV_HEADS, KV_HEADS))
+        return query, key, value
+
+    prompt, below = rows(LENGTH + 3), rows(4)
+    beside = [chain(0, 0, TEXT[:LENGTH], keep_last=True), chain(1, 0, TEXT[:3], keep_last=True)]
+    ours = plan(beside).attend(0, *prompt, options)[:LENGTH]
+    for row in range(LENGTH):
+        exact = by_formula(prompt[0][:, row], prompt[1][:, : row + 1], prompt[2][:, : row + 1], options)
+        torch.testing.assert_close(ours[row], exact, rtol=1e-4, atol=1e-5)
+    shown = tree()
+    ours = plan([shown]).attend(0, *below, options)
+    assert shown.visible is not None
+    for row, seen in enumerate(torch.from_numpy(shown.visible)):
+        keys, values = (torch.cat([prompt[i][:, :LENGTH], below[i][:, seen]], 1) for i in (1, 2))
+        exact = by_formula(below[0][:, row], keys, values, options)
+        torch.testing.assert_close(ours[row], exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("path", [dense, paged, compiled])
+def test_a_path_attends_as_the_formula_says(path: Callable[[], Plan], options: AttentionOptions) -> None:
+    check(path(), options)
