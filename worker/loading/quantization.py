@@ -44,7 +44,7 @@ def refuse_unpacked(model: PreTrainedModel, name: str) -> None:
         return
     if model.device.type == "cpu":
         runs = kernels_for(model) is not None
-        needed = "the compiled CPU kernels, which need gcc and attention heads of a multiple of 32"
+        needed = "the compiled CPU kernels, which need gcc"
     else:
         layers = getattr(getattr(model, "model", None), "layers", None)
         runs = gpu_kernels_for(model.device) is not None and layers is not None and are_known(layers)
