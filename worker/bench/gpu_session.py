@@ -62,11 +62,6 @@ def stages(sizes: SessionSizes) -> list[Stage]:
     short = ("--layers", str(sizes.layers), "--model", sizes.model, "--json")
     times = ("-m", "worker.bench.gpu_steps", *short, "--rounds", steps, "--context", str(sizes.context))
     draws = ("-m", "worker.bench.draws", "--json", "--device", device, "--vocabulary", sizes.vocabulary)
-    curve = ("-m", "worker.bench.acceptance", "curve", "--json", "--model", sizes.model, "--draft", sizes.draft)
-    curve = (*curve, "--batch", sizes.curve_batches, "--acceptance", _ACCEPTANCE)
-    curve = (*curve, "--runs", "2", "--cell-s", "6", "--deadline-s", str(_CURVE_S - _END_S))
-    if sizes.curve_layers:
-        curve = (*curve, "--layers", str(sizes.curve_layers))
     gap = ("-m", "worker.bench.gpu_turns", *short, "--sequences", sizes.sequences, "--steps", steps)
     return [
         Stage("correctness", 150, ("-m", "pytest", "-m", "gpu", "-q", "tests/gpu")),
@@ -76,8 +71,18 @@ def stages(sizes: SessionSizes) -> list[Stage]:
         ),
         Stage("draws", 30, (*draws, "--rows", sizes.sequences)),
         Stage("gap", 90, gap),
-        Stage("acceptance", _CURVE_S, curve),
+        Stage("acceptance", _CURVE_S, _curve(sizes)),
     ]
+
+
+def _curve(sizes: SessionSizes) -> tuple[str, ...]:
+    """Return the command of the speed-ups by acceptance."""
+    layers = ("--layers", str(sizes.curve_layers)) if sizes.curve_layers else ()
+    return (
+        *("-m", "worker.bench.acceptance", "curve", "--json", "--model", sizes.model, "--draft", sizes.draft),
+        *("--batch", sizes.curve_batches, "--acceptance", _ACCEPTANCE, *layers),
+        *("--runs", "2", "--cell-s", "6", "--deadline-s", str(_CURVE_S - _END_S)),
+    )
 
 
 def run(stage: Stage) -> Iterator[dict[str, Any]]:

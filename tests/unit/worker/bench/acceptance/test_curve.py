@@ -75,6 +75,14 @@ def test_the_command_prints_a_line_for_each_cell_of_any_shapes(
     assert isinstance(last["findings"], list)
 
 
+def test_a_text_that_differs_is_an_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair, "calibrate", lambda *_: CostModel({1: 10.0}))
+    monkeypatch.setattr(AcceptanceCurve, "cells", lambda _: [CurveCell("0.7", 0.7, 1, (1.9,), texts_agree=False)])
+    tiny().config.save_pretrained(tmp_path)
+    options = command.CurveOptions(str(tmp_path), "head", "0.7", (1,), 4, 1, as_json=True)
+    assert command.run(options, lambda _: None) == command.TEXTS_DIFFER
+
+
 def test_all_acceptances_are_the_rates_and_every_packaged_profile() -> None:
     assert {"0.5", "0.7", "0.9", "qwen3-32b-eagle3"} < {profile.name for profile in command.parse_acceptance("all")}
     with pytest.raises(InvalidValue, match="no-such-pair"):
