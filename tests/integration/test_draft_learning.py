@@ -30,9 +30,8 @@ def test_a_killed_learning_process_changes_neither_texts_nor_the_head() -> None:
             assert outputs(some) == plain_texts()
         while learner.backlog:  # it reads and trains
             time.sleep(0.05)
-        assert not learner.ended, "the learning process has failed"
         assert learner.pid is not None
-        os.kill(learner.pid, signal.SIGKILL)
+        os.kill(learner.pid, signal.SIGKILL)  # raises if it has ended by itself
         while not learner.ended:
             time.sleep(0.05)
         swaps = []

@@ -48,7 +48,7 @@ class HeadTrainer:
 
     def update(self, texts: Sequence[LearningText]) -> float:
         """Run one optimizer step and return the loss."""
-        losses = []
+        losses: list[Tensor] = []
         for logits, rows, _ in self._unrolled(self.network, texts, self._recipe.unroll):
             known = rows >= 0
             loss = nn.functional.cross_entropy(logits[known], rows[known], reduction="sum") / max(len(rows), 1)
