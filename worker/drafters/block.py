@@ -7,6 +7,7 @@ path head (`block_network`). A node's logits are the base logits of its depth pl
 
 from __future__ import annotations
 
+from collections import deque
 from functools import cache, lru_cache
 
 import numpy as np
@@ -27,6 +28,7 @@ from worker.engine.quantization.weights import QuantizationMethod
 from worker.engine.segments import BoolArray, IntArray, Segment
 from worker.engine.speculation.draft_tree import Candidates, Forest
 
+_RECENT_STEPS = 16  # whose deepest tree, and one layer more, is foreseen in the next: a row of the network each
 _MAX_CHAIN = 16  # committed tokens in the forward of a block; more are fed before, without a mask
 
 
@@ -68,9 +70,9 @@ class PackedBlock(PackedHead):
             self.paths.pack(self._backend.kernels)
 
     @torch.inference_mode()
-    def with_block(self, states: Tensor, counts: tuple[int, ...]) -> Tensor:
-        """Return the states [rows, width] of chains of `counts` tokens, each followed by those of its root's block."""
-        source, moved = (torch.from_numpy(part).to(states.device) for part in _block_rows(counts, self.depth))
+    def with_block(self, states: Tensor, counts: tuple[int, ...], depth: int) -> Tensor:
+        """Return the states [rows, width] of chains of `counts` tokens, each followed by those of a block below it."""
+        source, moved = (torch.from_numpy(part).to(states.device) for part in _block_rows(counts, depth))
         return states.index_select(0, source).add_(self.offsets.index_select(0, moved))
 
 
@@ -83,6 +85,9 @@ class BlockDrafter(HeadDrafter):
         """Use a network with the slot numbers of the target, whose hidden states are in `hidden`."""
         super().__init__(block, hidden, name)
         self._paths = make_paths(block.paths, min(MAX_CHILDREN, len(block.tokens)))
+        self._depth = block.depth  # of this step's tables
+        self._needed = deque([block.depth], _RECENT_STEPS)
+        self._committed: Forest | None = None
 
     def source(self, forest: Forest, roots: IntArray) -> CompiledSource | None:
         """Run the network and return where C finds what `expand` would offer; None where noise or biases decide too.
@@ -100,7 +105,7 @@ class BlockDrafter(HeadDrafter):
         """Offer the best children of the frontier; below the last depth none."""
         if not forest.depth[frontier[0]]:
             self._run(forest, frontier)
-        known = np.flatnonzero(forest.depth[frontier] < self._head.depth)
+        known = np.flatnonzero(forest.depth[frontier] < self._depth)
         nodes = frontier[known]
         if not len(nodes):
             return Candidates(np.zeros((len(frontier), 1), np.int64), np.zeros((len(frontier), 1)))
@@ -114,22 +119,24 @@ class BlockDrafter(HeadDrafter):
         return Candidates(tokens, probabilities)
 
     def commit(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
-        """Do nothing: no node has an entry, and accepted tokens are read with the target's states."""
+        """Learn how deep trees get. No node has an entry, and accepted tokens are read with the target's states."""
+        if forest is not self._committed and self._paths.any_depth:
+            self._committed = forest
+            self._needed.append(min(int(forest.depth.max()) + 1, self._head.depth))
 
     def _run(self, forest: Forest, roots: IntArray) -> None:
         """Run the network over the uncached tokens and the block of each root; keep the tables."""
         trees = forest.tree[roots][np.concatenate(by_slot(forest, roots))]
         sequences = [forest.sequences[tree] for tree in trees.tolist()]
         chains = self._slots.catch_up(sequences, self._feed, self._head.copy_prefix, _MAX_CHAIN)
-        self._paths.begin(
-            torch.empty(0), torch.empty(0), trees
-        )  # the network may write into the memory of the last ones
-        depth = self._head.depth
-        states = self._head.with_block(self._before(chains), tuple(len(one.ids) for one in chains))
+        nothing = torch.empty(0)  # the next tables may take the memory of the last ones
+        self._paths.begin(nothing, nothing, trees, 0)
+        depth = self._depth = max(self._needed)
+        states = self._head.with_block(self._before(chains), tuple(len(one.ids) for one in chains), depth)
         logits, outputs = self._head.forward([_with_block(one, depth) for one in chains], states)
         block_of = np.full(len(forest.sequences), -1)
         block_of[trees] = np.arange(len(trees))
-        self._paths.begin(logits.float(), self._head.paths.gates(outputs), block_of)
+        self._paths.begin(logits.float(), self._head.paths.gates(outputs), block_of, depth)
 
 
 def _with_block(chain: Segment, depth: int) -> Segment:

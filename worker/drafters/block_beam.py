@@ -36,7 +36,7 @@ class BeamLayout(ctypes.Structure):
 class BeamPaths(TorchPaths):
     """`Paths` on a device, and a `CompiledSource` for trees at temperature 0."""
 
-    looks_ahead = True
+    looks_ahead, any_depth = True, False  # the recorded work has one shape
 
     def __init__(
         self,

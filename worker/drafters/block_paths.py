@@ -24,6 +24,7 @@ from worker.engine.segments import IntArray
 from worker.engine.speculation.draft_tree import Forest
 
 _SIZE, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
+_PANEL = 32  # `PANEL` of block.c
 
 
 class PathTables:
@@ -72,10 +73,12 @@ class Paths(Protocol):
     """Looks logits up, layer by layer."""
 
     looks_ahead: bool  # it has a `source`
+    any_depth: bool  # tables may have fewer layers than the network foresees
 
-    def begin(self, base: Tensor, gates: Tensor, block_of: IntArray) -> None:
-        """Take the tables of a step: base logits [blocks * depth, n], gates [blocks * depth, 2 * rank].
+    def begin(self, base: Tensor, gates: Tensor, block_of: IntArray, depth: int) -> None:
+        """Take the tables of a step for `depth` layers: base logits [blocks * depth, n].
 
+        The gates are [blocks * depth, 2 * rank].
         `block_of` [trees] says which block is whose; -1: a tree has none.
         """
 
@@ -89,22 +92,23 @@ class Paths(Protocol):
 class TorchPaths:
     """`Paths` in torch, on any device."""
 
-    looks_ahead = False
+    looks_ahead, any_depth = False, True
 
     def __init__(self, tables: PathTables) -> None:
         self._tables = tables
         self._base = self._gates = self._paths = torch.empty(0)  # paths [parents, rank]
         self._block_of = self._parents = np.empty(0, np.int64)
+        self._depth = tables.depth
 
-    def begin(self, base: Tensor, gates: Tensor, block_of: IntArray) -> None:
+    def begin(self, base: Tensor, gates: Tensor, block_of: IntArray, depth: int) -> None:
         """Take the tables of a step."""
-        self._base, self._gates, self._block_of = base, gates, block_of
+        self._base, self._gates, self._block_of, self._depth = base, gates, block_of, depth
 
     @torch.inference_mode()
     def logits(self, forest: Forest, nodes: IntArray) -> Tensor:
         """Return the logits below nodes: see `PathHead.advance` for their paths."""
         depth, tables, device = forest.depth[nodes], self._tables, self._base.device
-        at = torch.from_numpy(self._block_of[forest.tree[nodes]] * tables.depth + depth).to(device)
+        at = torch.from_numpy(self._block_of[forest.tree[nodes]] * self._depth + depth).to(device)
         logits = self._base.index_select(0, at)
         if depth[0]:
             parents = torch.from_numpy(indices_of(forest.parent[nodes], self._parents)).to(device)
@@ -138,13 +142,13 @@ class _BlockLayout(ctypes.Structure):
 class CompiledPaths:
     """`Paths` in C, and a `CompiledSource` for trees at temperature 0."""
 
-    looks_ahead = True
+    looks_ahead, any_depth = True, True
 
     def __init__(self, compiled: ctypes.CDLL, topk: int, tables: PathTables, children: int) -> None:
         """Offer `children` candidates of a node; `topk` is the address of `topk_rows` of drafts.c."""
-        out = tables.out.weight.detach().T.contiguous()
+        out = _in_panels(tables.out.weight.detach())
         kept = (tables.tokens, tables.token.T.contiguous(), tables.embedding, tables.before.T.contiguous(), out)
-        self._columns = out.shape[1]
+        self._columns = len(tables.ids)
         self._held = (*kept, tables.row, tables.ids.contiguous())
         read, *others = (part.data_ptr() for part in kept)
         self._layout = _BlockLayout(
@@ -158,8 +162,9 @@ class CompiledPaths:
         self.context, self.width = ctypes.addressof(self._layout), children
         self._tables: tuple[object, ...] = ()
 
-    def begin(self, base: Tensor, gates: Tensor, block_of: IntArray) -> None:
+    def begin(self, base: Tensor, gates: Tensor, block_of: IntArray, depth: int) -> None:
         """Take the tables of a step."""
+        self._layout.depth = depth
         base, gates = base.contiguous(), gates.contiguous()
         self._tables = base, gates, block_of
         self._layout.base, self._layout.gates, self._layout.block_of = (
@@ -182,6 +187,12 @@ class CompiledPaths:
         restored = torch.empty_like(logits)
         restored[torch.from_numpy(order)] = logits
         return restored
+
+
+def _in_panels(out: Tensor) -> Tensor:
+    """Return weights [n, rank] as block.c reads them: [panels, rank, _PANEL]."""
+    padded = nn.functional.pad(out, (0, 0, 0, -len(out) % _PANEL))
+    return padded.view(-1, _PANEL, out.shape[1]).transpose(1, 2).contiguous()
 
 
 def compiled_paths(tables: PathTables, children: int) -> CompiledPaths | None:

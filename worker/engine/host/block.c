@@ -20,7 +20,7 @@ typedef struct {
     const float *token;    /* [width, 2 * rank] weights by which it reads others */
     const void *embedding; /* [vocabulary, width] */
     const float *before;   /* [rank, 2 * rank] */
-    const void *out;       /* [rank, columns] */
+    const void *out;       /* [panels, rank, PANEL], zeros behind the last column */
     const i64 *ids;        /* [columns] */
     topk_t *topk;
     i64 children;
@@ -86,44 +86,48 @@ static void advance(const block_t *t, const nodes_t *n, i64 node, const float *g
     for (i64 j = 0; j < rank; j++) path[j] = x[j] / (1.0f + expf(-x[j])) * x[rank + j];
 }
 
-/* Add paths [rows, rank] times `out`, columns first to first + PANEL - 1, to `logits`. */
+/* Add paths [rows, rank] times one panel of `out` to `some` columns of `logits`. */
 #define ADD_PANEL(NAME, TYPE, READ)                                                                                    \
-    static void NAME(const block_t *t, const float *paths, i64 rows, i64 first, float *logits) {                       \
-        const TYPE *out = t->out;                                                                                      \
+    static inline __attribute__((always_inline)) void NAME(const TYPE *out, const float *paths, i64 rank,              \
+                                                           const i64 rows, i64 some, float *logits, i64 columns) {     \
         float sums[ROWS][PANEL] = {{0}};                                                                               \
-        for (i64 k = 0; k < t->rank; k++) {                                                                            \
+        for (i64 k = 0; k < rank; k++) {                                                                               \
             float weights[PANEL];                                                                                      \
-            for (i64 j = 0; j < PANEL; j++) weights[j] = READ(out[k * t->columns + first + j]);                        \
+            for (i64 j = 0; j < PANEL; j++) weights[j] = READ(out[k * PANEL + j]);                                     \
             for (i64 r = 0; r < rows; r++)                                                                             \
-                for (i64 j = 0; j < PANEL; j++) sums[r][j] += paths[r * t->rank + k] * weights[j];                     \
+                for (i64 j = 0; j < PANEL; j++) sums[r][j] += paths[r * rank + k] * weights[j];                        \
         }                                                                                                              \
         for (i64 r = 0; r < rows; r++)                                                                                 \
-            for (i64 j = 0; j < PANEL; j++) logits[r * t->columns + first + j] += sums[r][j];                          \
+            for (i64 j = 0; j < some; j++) logits[r * columns + j] += sums[r][j];                                      \
+    }                                                                                                                  \
+    static void NAME##_of(const block_t *t, const float *paths, i64 rows, i64 panel, float *logits) {                  \
+        const TYPE *out = (const TYPE *)t->out + panel * t->rank * PANEL;                                              \
+        i64 rest = t->columns - panel * PANEL, some = rest < PANEL ? rest : PANEL;                                     \
+        logits += panel * PANEL;                                                                                       \
+        switch (rows) { /* sums of a constant number of rows stay in registers */                                      \
+        case 1: NAME(out, paths, t->rank, 1, some, logits, t->columns); break;                                         \
+        case 2: NAME(out, paths, t->rank, 2, some, logits, t->columns); break;                                         \
+        case 3: NAME(out, paths, t->rank, 3, some, logits, t->columns); break;                                         \
+        case 4: NAME(out, paths, t->rank, 4, some, logits, t->columns); break;                                         \
+        case 5: NAME(out, paths, t->rank, 5, some, logits, t->columns); break;                                         \
+        case 6: NAME(out, paths, t->rank, 6, some, logits, t->columns); break;                                         \
+        case 7: NAME(out, paths, t->rank, 7, some, logits, t->columns); break;                                         \
+        default: NAME(out, paths, t->rank, 8, some, logits, t->columns);                                               \
+        }                                                                                                              \
     }
 #define AS_IT_IS(x) (x)
-ADD_PANEL(add_panel_of_halves, uint16_t, of_half)
-ADD_PANEL(add_panel_of_floats, float, AS_IT_IS)
-
-static void add_rest(const block_t *t, const float *paths, i64 rows, i64 first, float *logits) {
-    for (i64 r = 0; r < rows; r++)
-        for (i64 k = 0; k < t->rank; k++)
-            for (i64 c = first; c < t->columns; c++) {
-                i64 at = k * t->columns + c;
-                float weight = t->halves ? of_half(((const uint16_t *)t->out)[at]) : ((const float *)t->out)[at];
-                logits[r * t->columns + c] += paths[r * t->rank + k] * weight;
-            }
-}
+ADD_PANEL(add_halves, uint16_t, of_half)
+ADD_PANEL(add_floats, float, AS_IT_IS)
 
 static void add_products(const block_t *t, const float *paths, i64 rows, float *logits) {
-    i64 panels = t->columns / PANEL;
+    i64 panels = (t->columns + PANEL - 1) / PANEL;
 #pragma omp parallel for schedule(static) if (rows * t->columns > 8192)
     for (i64 panel = 0; panel < panels; panel++)
         for (i64 row = 0; row < rows; row += ROWS) {
             i64 some = rows - row < ROWS ? rows - row : ROWS;
-            (t->halves ? add_panel_of_halves : add_panel_of_floats)(t, paths + row * t->rank, some, panel * PANEL,
-                                                                    logits + row * t->columns);
+            (t->halves ? add_halves_of : add_floats_of)(t, paths + row * t->rank, some, panel,
+                                                        logits + row * t->columns);
         }
-    if (panels * PANEL < t->columns) add_rest(t, paths, rows, panels * PANEL, logits);
 }
 
 /* Write the logits [rows, columns] below the nodes of a layer, ascending, and keep their paths for the next layer. */

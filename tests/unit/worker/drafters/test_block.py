@@ -77,7 +77,7 @@ def test_compiled_lookups_are_those_of_torch(dtype: torch.dtype) -> None:
     base, gates = torch.randn(2 * tables.depth, len(TOKENS)), torch.randn(2 * tables.depth, 2 * tables.rank)
     forest = Forest(sequences()[:3])
     for paths in both:
-        paths.begin(base, gates, np.array([1, -1, 0]))
+        paths.begin(base, gates, np.array([1, -1, 0]), tables.depth)
     nodes = np.array([0, 2])
     for _ in range(tables.depth):
         looked_up, wanted = (paths.logits(forest, nodes) for paths in both)
@@ -159,6 +159,22 @@ def test_a_step_takes_one_forward_whatever_its_depth() -> None:
     results = decode(engine(target, drafter, options(Mode.PAPER)), sequences([[2, 3, 4, 5, 6]], max_tokens=20))
     assert max(result.stats.tree_depth for result in results) > 1
     assert len(forwards) == sum(result.stats.tree_nodes > 0 for result in results)
+
+
+def test_as_many_depths_are_foreseen_as_trees_have_lately_and_one_more() -> None:
+    _, drafter = with_block(tiny("llama"))
+
+    def foreseen_after(deepest: int, steps: int) -> int:
+        """Return the depths of the next step, after steps whose trees had this depth."""
+        for _ in range(steps):
+            forest, nodes = Forest(sequences([[2, 3, 4]])), np.arange(1)
+            for _ in range(deepest):
+                nodes = forest.add_layer(nodes, Candidates(np.array([[5]]), np.ones((1, 1))))
+            drafter.commit(forest, 0, nodes, [5])
+        return max(drafter._needed)
+
+    assert [foreseen_after(1, 16), foreseen_after(2, 1), foreseen_after(1, 15), foreseen_after(1, 1)] == [2, 3, 3, 2]
+    assert foreseen_after(4, 1) == drafter._head.depth
 
 
 @pytest.mark.parametrize("mode", [Mode.PAPER, Mode.OPT_TREE])
