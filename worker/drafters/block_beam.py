@@ -105,7 +105,7 @@ def expand_beams(tables: PathTables, base: Tensor, gates: Tensor, *, beam: int, 
     tables. Shapes depend on the arguments' shapes alone, and nothing waits for the host.
     """
     depth, dtype = tables.depth, tables.embedding.dtype
-    base, gates = base.unflatten(0, (-1, depth)), gates.unflatten(0, (-1, depth))
+    base, gates = base.view(-1, depth, base.shape[1]), gates.view(-1, depth, gates.shape[1])
     blocks = len(base)
     value = base.new_zeros(blocks, beam, dtype=torch.float64)
     value[:, 0] = 1.0  # the root; the others are none
