@@ -84,8 +84,8 @@ class PackedHead:
 
         `output` are the output weights [n, width] of `tokens`. Both are the target's, unless the head has its own.
 
-        `cpu_kernels` and `paged` are as in `PackedModel`. With `quantization`, round the weights of a head of ours;
-        a published head keeps them.
+        `cpu_kernels` and `paged` are as in `PackedModel`. With `quantization`, round the weights of a head that
+        `basic draft train` made; a published head keeps them.
         """
         self.tokens, self.vocabulary, self.first_token = tokens, len(embedding), network.first_token
         self._embedding = embedding
