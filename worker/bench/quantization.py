@@ -38,7 +38,7 @@ _TEXT_TOKENS = 200  # of a text, at most
 
 
 @dataclass(frozen=True, slots=True)
-class StepTime:
+class FormTime:
     """The fastest step of a form with a number of rows, one of each sequence."""
 
     form: str
@@ -48,7 +48,7 @@ class StepTime:
 
 
 @dataclass(frozen=True, slots=True)
-class Distance:
+class FormDistance:
     """How far the next tokens of a form are from those of the checkpoint's weights, over all tokens of the texts."""
 
     form: str
@@ -60,7 +60,7 @@ class Distance:
     same_top: float  # share of tokens after which the most likely one is the same
 
 
-def measure_steps(models: dict[str, PackedModel], rows: int, rounds: int) -> list[StepTime]:
+def measure_steps(models: dict[str, PackedModel], rows: int, rounds: int) -> list[FormTime]:
     """Return the fastest of a few steps of each form."""
     step = [chain(slot, _CONTEXT, [7], keep_last=True) for slot in range(rows)]
     best = {form: (float("inf"), float("inf")) for form in models}
@@ -71,12 +71,12 @@ def measure_steps(models: dict[str, PackedModel], rows: int, rounds: int) -> lis
             wall, cpu = perf_counter(), process_time()
             model.forward(step)
             best[form] = min(best[form][0], perf_counter() - wall), min(best[form][1], process_time() - cpu)
-    return [StepTime(form, rows, round(wall * 1e3, 2), round(cpu * 1e3, 2)) for form, (wall, cpu) in best.items()]
+    return [FormTime(form, rows, round(wall * 1e3, 2), round(cpu * 1e3, 2)) for form, (wall, cpu) in best.items()]
 
 
 def measure_distances(
     models: dict[str, PackedModel], mib: dict[str, float], texts: Sequence[list[int]]
-) -> list[Distance]:
+) -> list[FormDistance]:
     """Return the distance of each form from the first one."""
     found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {form: [] for form in models}
     for ids in texts:
@@ -91,10 +91,10 @@ def measure_distances(
     return [_distance(form, mib[form], parts) for form, parts in found.items()]
 
 
-def _distance(form: str, mib: float, parts: list[tuple[Tensor, Tensor, Tensor]]) -> Distance:
+def _distance(form: str, mib: float, parts: list[tuple[Tensor, Tensor, Tensor]]) -> FormDistance:
     losses, divergences, same = (torch.cat(column) for column in zip(*parts, strict=True))
     figures = (losses.mean(), divergences.mean(), divergences.quantile(0.99), same.float().mean())
-    return Distance(form, mib, len(same), *(round(float(figure), 5) for figure in figures))
+    return FormDistance(form, mib, len(same), *(round(float(figure), 5) for figure in figures))
 
 
 def main(
