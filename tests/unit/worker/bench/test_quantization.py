@@ -6,7 +6,7 @@ import torch
 
 from tests.unit.worker.engine.cpu.test_kernels import TEXT, quick
 from tests.unit.worker.engine.quantization.test_quantized_models import quick as quantized
-from worker.bench.quantization import measure_distances, measure_steps
+from worker.bench.quantization.measure import measure_distances, measure_steps
 
 
 def test_distances_are_those_from_the_first_form_and_zero_for_the_same_weights() -> None:

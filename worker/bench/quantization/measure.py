@@ -7,34 +7,18 @@ is the same.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from time import perf_counter, process_time
-from typing import Annotated
 
 import numpy as np
 import torch
-import typer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from jobs.settings import read_settings
-from worker.benchmark import parse_batches, read_prompts
-from worker.engine.model.backend import fuse_layers, stored_bytes
-from worker.engine.model.loading import load, native_dtype
 from worker.engine.model.packed_model import PackedModel
-from worker.engine.quantization.weights import QuantizationMethod
 from worker.engine.segments import chain
-from worker.loading.model_store import resolve
-from worker.settings import WorkerSettings
-from worker.text.codec import load_tokenizer
 
-_PLAIN = "none"
-_CONTEXT = 32  # tokens before the rows of a timed step
-_TEXT_TOKENS = 200  # of a text, at most
+CONTEXT = 32  # tokens before the rows of a timed step
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +46,10 @@ class FormDistance:
 
 def measure_steps(models: dict[str, PackedModel], rows: int, rounds: int) -> list[FormTime]:
     """Return the fastest of a few steps of each form."""
-    step = [chain(slot, _CONTEXT, [7], keep_last=True) for slot in range(rows)]
+    step = [chain(slot, CONTEXT, [7], keep_last=True) for slot in range(rows)]
     best = {form: (float("inf"), float("inf")) for form in models}
     for model in models.values():
-        model.forward([chain(slot, 0, [1] * _CONTEXT, keep_last=True) for slot in range(rows)])
+        model.forward([chain(slot, 0, [1] * CONTEXT, keep_last=True) for slot in range(rows)])
     for _ in range(rounds):
         for form, model in models.items():
             wall, cpu = perf_counter(), process_time()
@@ -95,46 +79,3 @@ def _distance(form: str, mib: float, parts: list[tuple[Tensor, Tensor, Tensor]])
     losses, divergences, same = (torch.cat(column) for column in zip(*parts, strict=True))
     figures = (losses.mean(), divergences.mean(), divergences.quantile(0.99), same.float().mean())
     return FormDistance(form, mib, len(same), *(round(float(figure), 5) for figure in figures))
-
-
-def main(
-    texts: Annotated[Path, typer.Option(help="JSON lines with a prompt each: the texts to compare on.")],
-    forms: Annotated[str, typer.Option(help="Weights to compare; the first is what others are compared with.")] = (
-        "none,int8,fp8"
-    ),
-    rows: Annotated[str, typer.Option(help="Sequences of a timed step, comma-separated.")] = "1,8,64",
-    count: Annotated[int, typer.Option(min=1, help="Texts that are read.")] = 60,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of a step.")] = 1,
-    rounds: Annotated[int, typer.Option(min=1, help="Steps per form and number of rows.")] = 12,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
-) -> None:
-    """Measure steps and distances of the target with quantised weights, on a CPU.
-
-    Example: python -m worker.bench.quantization --texts prompts.jsonl --threads 2
-    """
-    settings, batches = read_settings(WorkerSettings), parse_batches(rows)
-    torch.set_num_threads(threads)
-    path, device = resolve(settings.target, settings.cache_dir), torch.device("cpu")
-    models, mib = {}, {}
-    for form in forms.split(","):
-        method = None if form == _PLAIN else QuantizationMethod(form)
-        model = load(path, dtype=native_dtype(device), device=device, quantization=method)
-        fuse_layers(model)
-        mib[form] = round(sum(stored_bytes(model).values()) / 2**20, 1)
-        models[form] = PackedModel(model, slots=max(batches), capacity=_TEXT_TOKENS + _CONTEXT)
-    tokenizer = load_tokenizer(path)
-    ids = [tokenizer(text)["input_ids"][:_TEXT_TOKENS] for text in read_prompts(texts, count)]
-    distances = measure_distances(models, mib, ids)
-    steps = [one for batch in batches for one in measure_steps(models, batch, rounds)]
-    if as_json:
-        print("\n".join(json.dumps(asdict(one)) for one in (*distances, *steps)))
-        return
-    for title, found in (("Distances", distances), ("Steps", steps)):
-        table = Table(*asdict(found[0]), title=f"{title} of {settings.target}")
-        for one in found:
-            table.add_row(*map(str, asdict(one).values()))
-        Console().print(table)
-
-
-if __name__ == "__main__":
-    typer.run(main)

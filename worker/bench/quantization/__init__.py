@@ -1,0 +1,3 @@
+"""Quantised weights beside those of the checkpoint: `python -m worker.bench.quantization`."""
+
+from __future__ import annotations
