@@ -206,7 +206,8 @@ class SpeedupCheck:
     def _variant(self, claim: SpeedupCheckClaim, text: SampledRequest, run_number: int, plain: bool) -> _Variant:
         """Return a variant of a request's first choice.
 
-        Its group differs from the job's and from that of earlier tries, so that their texts do not serve as drafts.
+        Its group differs from the job's, from that of earlier tries and from that of the plain variants, so that their
+        texts do not serve as drafts.
         """
         request, _ = with_defaults(read_request(text.body), text.plan.sampling_defaults or {})
         form = read_answer_format(text.plan.answer_format)
@@ -214,6 +215,7 @@ class SpeedupCheck:
         key = (f"comparison {run_number} of {claim.job_id}", text.request_index, plain)
         sequence = self._codec.sequence(key, prompt, request.sampling, 0, self._codec.grammar(request, form))
         sequence.traced_steps = 0
+        sequence.group = (sequence.group, plain)
         stream = self._codec.stream(request.sampling, prompt, claim.endpoint, form)
         return _Variant(sequence, OutputStream(key, stream))
 

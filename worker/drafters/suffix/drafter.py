@@ -25,6 +25,8 @@ from worker.engine.speculation.drafting import Drafter
 
 _MAX_IDLE_GROUPS = 64  # groups without a sequence that are remembered; more keep one prompt each
 
+_OUTPUT = bytes([TokenKind.OUTPUT])
+
 Ids = tuple[int, ...]
 
 
@@ -77,11 +79,11 @@ class _Text:
     read: int  # tokens that it has read
     forced: set[int] = field(default_factory=set)  # positions of tokens still to be read that a grammar forced
 
-    def kinds(self, end: int) -> bytearray:
+    def kinds(self, end: int) -> bytes | bytearray:
         """Return the kinds of the tokens up to `end` that it has not read."""
         prompt = len(self.prompt.ids)
         if self.read >= prompt and not self.forced:  # as most often
-            return bytearray([TokenKind.OUTPUT]) * (end - self.read)
+            return _OUTPUT * (end - self.read)
         starts = (TokenKind.CONTEXT_ONLY, self.first), (TokenKind.PROMPT, prompt), (TokenKind.OUTPUT, end)
         kinds = bytearray()
         for kind, before in starts:
@@ -170,7 +172,7 @@ class SuffixDrafter:
         tokens: list[int] = []
         kinds = bytearray()
         for sequence in sequences:
-            text = self._text(sequence)
+            text = self._texts.get(sequence.number) or self._text(sequence)
             rows.append(text.row)
             length = len(sequence.ids)
             if length == text.read:
@@ -180,7 +182,8 @@ class SuffixDrafter:
             tokens += sequence.ids[text.read :]
             kinds += text.kinds(length)
             text.read = length
-            text.forced.clear()
+            if text.forced:
+                text.forced.clear()
         if behind:
             self._index.read(behind, counts, tokens, kinds)
         return np.array(rows, np.int64)

@@ -121,10 +121,13 @@ def test_texts_of_the_job_are_not_drafts_of_its_speedup_check(
 ) -> None:
     """Drafts copied from the text would be faster than the drafts of the job were."""
     groups: list[object] = []
+    of_plain: dict[bool, set[object]] = {False: set(), True: set()}
     take = speedup_check._Variant.take
 
     def noted(variant: speedup_check._Variant, result: StepResult) -> None:
         groups.append(variant.sequence.group)
+        assert isinstance(variant.key, tuple)
+        of_plain[variant.key[-1]].add(variant.sequence.group)
         take(variant, result)
 
     monkeypatch.setattr(speedup_check._Variant, "take", noted)
@@ -141,6 +144,7 @@ def test_texts_of_the_job_are_not_drafts_of_its_speedup_check(
     assert groups
     assert "batch_1" not in first | set(groups)
     assert not first & set(groups)
+    assert not of_plain[False] & of_plain[True], "the plain text of a request is not a draft of its twin"
 
 
 def test_the_sample_of_a_job_is_always_the_same(database: Database, tmp_path: Path) -> None:
