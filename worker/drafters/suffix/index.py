@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 
 from worker.drafters.suffix.kernels import SuffixKernels, suffix_kernels
@@ -27,6 +29,11 @@ class SuffixIndex:
     def num_texts(self) -> int:
         """Texts that were started and not ended."""
         return len(self.memory.texts) - len(self._free)
+
+    @property
+    def layout(self) -> int:
+        """The address of `index_t`, for compiled callers of `lookup` in suffix.c."""
+        return ctypes.addressof(self.memory.layout)
 
     def start(self, group: int, prompt: int, output: int) -> int:
         """Start a text and return its row. `prompt` and `output` tell its own tokens from those of other texts."""
