@@ -83,7 +83,7 @@ class ProfileDrafter:
         hit = on & (truth >= 0) & (ranks < width)
         tokens, probabilities = _placed(offered.tokens, probabilities[:, :width], truth, np.where(hit, ranks, width))
         # A node for which the drafter had no memory or no context gets no candidates.
-        return Candidates(tokens, probabilities * offered.probabilities.any(axis=1)[:, None])
+        return Candidates(tokens, probabilities * offered.probabilities.any(axis=1, keepdims=True))
 
 
 def _placed(own: IntArray, probabilities: FloatArray, truth: IntArray, ranks: IntArray) -> tuple[IntArray, FloatArray]:
