@@ -64,7 +64,7 @@ class TreeSource(Protocol):
         """CPU time of the index."""
 
     def trees(self, sequences: Sequence[EngineSequence], nodes: int) -> list[Children]:
-        """Return a tree of at most so many nodes for each sequence; its newest token is the root."""
+        """Return a tree of at most `nodes` nodes for each sequence; its newest token is the root."""
 
     def accept(self, sequence: EngineSequence, emitted: list[int]) -> None:
         """Learn what follows in a text."""
@@ -99,7 +99,7 @@ class OwnTrees:
         return trees
 
     def accept(self, sequence: EngineSequence, emitted: list[int]) -> None:
-        """Let the drafter go on; at the end it drops the sequence."""
+        """Drop a finished sequence; tokens are read when the next ones are asked for."""
         if sequence.finished:
             self._drafter.drop(sequence)
 

@@ -37,7 +37,7 @@ class _Prompt:
     ids: Ids
     writer: int
     first: int  # the tokens before are in the index as those of an earlier prompt
-    shared: int = 0  # as are so many for later prompts as those of this one
+    shared: int = 0  # leading tokens that later prompts have in the index as those of this one
     sequences: int = 0
     lasting: bool = False  # a sequence has finished: the index keeps it
 

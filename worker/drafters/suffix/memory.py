@@ -22,7 +22,7 @@ from worker.engine.host.nodes import FloatArray
 INDEX_BYTES: Final = 32 << 20
 
 ORDERS: Final = (1, 2, 3, 5, 8, 13)  # tokens of contexts. More cost a slot and a cache line each.
-ALWAYS: Final = 3  # contexts of up to so many tokens always get a slot. More learn a text sooner, and take more slots.
+ALWAYS: Final = 3  # contexts of up to this many tokens always get a slot. More learn sooner, and take more slots.
 CONTEXT: Final = max(ORDERS)  # tokens of a text that are kept
 FOLLOWERS: Final = 4  # of a context: a slot is one cache line
 MAX_OFFERS: Final = 12  # candidates of a node before the best are chosen
