@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from worker.engine.model.backend import fuse_layers
 from worker.engine.model.loading import embeddings, output_weights
 from worker.engine.model.packed_model import PackedModel
 from worker.engine.paged.kv import PagedKv
+from worker.engine.quantization.weights import QuantizationMethod
 from worker.engine.segments import Segment, chain
 
 TOKENS = torch.arange(0, VOCAB, 2)  # a head proposes every second token
@@ -31,14 +33,10 @@ def network(target: PreTrainedModel, layers: int = 1, seed: int = 0) -> HeadNetw
     return HeadNetwork(HeadShape.of(target.config, layers, len(TOKENS)))
 
 
-def packed_head(
-    target: PreTrainedModel, net: HeadNetwork, *, slots: int = 4, cpu_kernels: bool = True, paged: bool | None = None
-) -> PackedHead:
+def packed_head(target: PreTrainedModel, net: HeadNetwork, *, slots: int = 4, **given: Any) -> PackedHead:
     """Pack a head with its target's embeddings; call it before the target's layers are fused."""
     rows = output_weights(target)[TOKENS].clone()
-    return PackedHead(
-        net, embeddings(target), rows, TOKENS, slots=slots, capacity=1024, cpu_kernels=cpu_kernels, paged=paged
-    )
+    return PackedHead(net, embeddings(target), rows, TOKENS, slots=slots, capacity=1024, **given)
 
 
 def paged_answers(*, spoilt: bool) -> list[Tensor]:
@@ -68,9 +66,11 @@ def tapped(target: PreTrainedModel, *, slots: int = 4, cpu_kernels: bool = True)
     return PackedModel(target, slots=slots, capacity=512, cpu_kernels=cpu_kernels, tapped=taps)
 
 
-def with_head(target: PreTrainedModel, *, cpu_kernels: bool = True) -> tuple[PackedModel, HeadDrafter]:
+def with_head(
+    target: PreTrainedModel, *, cpu_kernels: bool = True, quantization: QuantizationMethod | None = None
+) -> tuple[PackedModel, HeadDrafter]:
     """Return a target and a drafter with a random head for it."""
-    head = packed_head(target, network(target), cpu_kernels=cpu_kernels)
+    head = packed_head(target, network(target), cpu_kernels=cpu_kernels, quantization=quantization)
     model = tapped(target, cpu_kernels=cpu_kernels)
     assert model.hidden is not None
     return model, HeadDrafter(head, model.hidden, "head")

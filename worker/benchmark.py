@@ -132,7 +132,8 @@ def run(settings: WorkerSettings, plan: BenchmarkPlan, on_message: OnMessage = l
     results: list[Result] = []
     for batch in plan.batches:
         results += _measure(decoders, batch, plan, loaded, on_message)
-    return BenchmarkReport(loaded.device, loaded.dtype, loaded.name, _drafter(loaded), tuple(results))
+    dtype = f"{loaded.dtype}, {loaded.quantization} weights" if loaded.quantization else loaded.dtype
+    return BenchmarkReport(loaded.device, dtype, loaded.name, _drafter(loaded), tuple(results))
 
 
 def encode(loaded: LoadedModel, prompts: Sequence[str], max_tokens: int) -> list[list[int]]:

@@ -56,6 +56,7 @@ class LoadedModel:
     device_type: str  # cpu or cuda
     ranks: int  # devices that share the target (tensor parallel size)
     dtype: str
+    quantization: str | None  # how the weights of linear layers are stored; None: in `dtype`
     codec: Codec
     grammars: GrammarVocabulary
     target: PackedModel
@@ -174,6 +175,7 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
         device_type=device.type,
         ranks=settings.tp,
         dtype=str(dtype).removeprefix("torch."),
+        quantization=quantized,
         codec=codec,
         grammars=grammars,
         target=target,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.heads import with_head
 from tests.models import packed, tiny
 from tests.unit.worker.engine.cpu.test_kernels import TEXT, compiled, tree
 from tests.unit.worker.engine.harness import decode, drafter, engine, options, outputs, sequences
@@ -136,6 +137,18 @@ def test_drafts_never_change_the_text_of_quantised_weights(form: str, kind: str,
     plain, drafted = sequences(sampling=sampling), sequences(sampling=sampling)
     decode(engine(quick(form), None, options(Mode.PLAIN)), plain)
     results = decode(engine(quick(form), drafter(kind), options(Mode.PAPER, max_sequences=2)), drafted[::-1])
+    assert outputs(drafted) == outputs(plain)
+    assert any(result.stats.tree_nodes for result in results), "no tree was verified, so nothing was tested"
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_a_quantised_head_drafts_for_a_quantised_target_and_changes_no_text(form: str) -> None:
+    target = tiny().to(torch.bfloat16)  # type: ignore[arg-type]
+    quantize(target, QuantizationMethod(form))
+    model, head = with_head(target, quantization=QuantizationMethod(form))
+    drafted, plain = sequences(), sequences()
+    decode(engine(quick(form), None, options(Mode.PLAIN)), plain)
+    results = decode(engine(model, head, options(Mode.PAPER, threshold=0)), drafted)
     assert outputs(drafted) == outputs(plain)
     assert any(result.stats.tree_nodes for result in results), "no tree was verified, so nothing was tested"
 
