@@ -118,7 +118,7 @@ def save_tiny(directory: Path, architecture: str = "llama", seed: int = 0, **sha
     return directory
 
 
-def packed(model: PreTrainedModel, slots: int = 4, capacity: int = 512) -> PackedModel:
+def packed(model: PreTrainedModel, slots: int = 5, capacity: int = 512) -> PackedModel:
     """Return a model wrapped for packed decoding."""
     model.set_attn_implementation(ATTENTION_NAME)
     return PackedModel(model, slots=slots, capacity=capacity)

@@ -122,7 +122,7 @@ class Scheduler:
         self._chunks = self._next_chunks(selected)
         decoding = tuple(self._decoding if selected is None else (s for s in self._decoding if s in selected))
         preempted, self._preempted = tuple(self._preempted), []
-        scored = sum(len(chunk.scored) for chunk in self._chunks)
+        scored = sum(len(chunk.scored) for chunk in self._chunks if chunk.sequence.prompt_top is not None)
         return Batch(
             chunks=tuple(self._chunks),
             decoding=decoding,

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.heads import TOKENS, network, packed_head, paged_answers, tapped, with_head
-from tests.models import ARCHITECTURES, VOCAB, packed, tiny
-from tests.unit.worker.engine.harness import decode, engine, options, outputs, sequences
+from tests.models import ARCHITECTURES, VOCAB, tiny
+from tests.unit.worker.engine.harness import decode, engine, options, outputs, plain_texts, sequences
 from worker.drafters.head import HeadDrafter
 from worker.drafters.head_unroll import unroll
 from worker.drafters.mixed import MixedDrafter
@@ -67,12 +67,10 @@ def test_no_bit_of_a_head_depends_on_memory_that_was_never_written() -> None:
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8), Sampling(repetition_penalty=1.3)])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_text_with_a_head_is_the_text_without(architecture: str, sampling: Sampling, mode: Mode) -> None:
-    plain = sequences(sampling=sampling)
-    decode(engine(packed(tiny(architecture)), None, options(Mode.PLAIN)), plain)
     target, drafter = with_head(tiny(architecture))
     drafted = sequences(sampling=sampling)
     decode(engine(target, MixedDrafter(drafter, SuffixDrafter()), options(mode)), drafted)
-    assert outputs(drafted) == outputs(plain)
+    assert outputs(drafted) == plain_texts(architecture, sampling=sampling)
 
 
 def test_a_head_proposes_the_same_in_a_batch_as_alone() -> None:

@@ -12,6 +12,7 @@ from tests.models import ARCHITECTURES, packed, tiny
 from tests.unit.worker.engine.harness import (
     MAX_TOKENS,
     PROMPTS,
+    all_at_once,
     decode,
     drafter,
     engine,
@@ -43,7 +44,7 @@ def reference(architecture: str, max_tokens: int, eos: int | None = None) -> lis
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_plain_greedy_text_equals_transformers_generate(architecture: str) -> None:
     some = sequences()
-    decode(engine(packed(tiny(architecture)), None, options(Mode.PLAIN)), some)
+    decode(engine(packed(tiny(architecture)), None, all_at_once(Mode.PLAIN)), some)
     assert outputs(some) == reference(architecture, MAX_TOKENS)
 
 
@@ -52,7 +53,7 @@ def test_plain_greedy_text_equals_transformers_generate(architecture: str) -> No
 def test_greedy_tree_decoding_equals_transformers_generate(architecture: str, nodes: int, kind: str) -> None:
     model = tiny(architecture)
     some = sequences()
-    results = decode(engine(packed(model), drafter(kind), options(Mode.PAPER, nodes=nodes)), some)
+    results = decode(engine(packed(model), drafter(kind), all_at_once(Mode.PAPER, nodes=nodes)), some)
     assert outputs(some) == reference(architecture, MAX_TOKENS)
     assert any(r.stats.tree_nodes for r in results), "no tree was verified, so nothing was tested"
 
@@ -68,7 +69,7 @@ def test_text_does_not_depend_on_draft_mode_or_batch(sampling: Sampling, kind: s
 
 def test_a_draft_with_the_targets_weights_is_accepted_to_full_depth() -> None:
     some = sequences(max_tokens=16)
-    results = decode(engine(packed(tiny()), drafter("same"), options(Mode.PAPER, threshold=0, nodes=60)), some)
+    results = decode(engine(packed(tiny()), drafter("same"), all_at_once(Mode.PAPER, threshold=0, nodes=60)), some)
     accepted = [r.stats.accepted_tokens for r in results if r.stats.step]
     assert sum(accepted) / len(accepted) > 2.0
 
@@ -76,7 +77,7 @@ def test_a_draft_with_the_targets_weights_is_accepted_to_full_depth() -> None:
 def test_shared_noise_lifts_acceptance_when_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
     def accepted() -> float:
         some = sequences(max_tokens=16, sampling=Sampling(temperature=1.0))
-        results = decode(engine(packed(tiny()), drafter("random"), options(Mode.PAPER, threshold=0)), some)
+        results = decode(engine(packed(tiny()), drafter("random"), all_at_once(Mode.PAPER, threshold=0)), some)
         return sum(r.stats.accepted_tokens for r in results) / len(results)
 
     shared = accepted()
@@ -98,7 +99,7 @@ def test_a_text_ends_exactly_at_its_end_of_sequence_token_inside_an_accepted_pat
     eos = reference("llama", 20)[0][6]
     expected = reference("llama", 20, eos=eos)
     some = sequences(max_tokens=20, eos_ids=[eos])
-    decode(engine(packed(tiny()), drafter("same"), options(mode, nodes=60)), some)
+    decode(engine(packed(tiny()), drafter("same"), all_at_once(mode, nodes=60)), some)
     assert outputs(some) == expected
     assert some[0].finish_reason is FinishReason.STOP
 
@@ -106,7 +107,7 @@ def test_a_text_ends_exactly_at_its_end_of_sequence_token_inside_an_accepted_pat
 @pytest.mark.parametrize("max_tokens", [1, 2, 9])
 def test_max_tokens_cuts_inside_an_accepted_path(max_tokens: int) -> None:
     some = sequences(max_tokens=max_tokens)
-    results = decode(engine(packed(tiny()), drafter("same"), options(Mode.PAPER, nodes=60)), some)
+    results = decode(engine(packed(tiny()), drafter("same"), all_at_once(Mode.PAPER, nodes=60)), some)
     assert outputs(some) == reference("llama", max_tokens)
     assert {s.finish_reason for s in some} == {FinishReason.LENGTH}
     assert sum(r.stats.emitted_tokens for r in results) == max_tokens * len(some)

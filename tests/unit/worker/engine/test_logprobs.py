@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -56,6 +57,7 @@ def alike(some: Sequence[Sequence[TokenLogprobs]], others: Sequence[Sequence[Tok
     return True
 
 
+@cache
 def plainly(sampling: Sampling) -> tuple[list[EngineSequence], list[list[TokenLogprobs]]]:
     some = sequences(sampling=sampling)
     return some, told(decode(engine(packed(tiny()), None, options(Mode.PLAIN)), some), some)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ def some(sampling: Sampling) -> list[EngineSequence]:
     return sequences(max_tokens=12, sampling=sampling, eos_ids=ends())
 
 
+@cache
 def plainly(sampling: Sampling) -> list[EngineSequence]:
     texts = some(sampling)
     decode(engine(packed(tiny()), None, options(Mode.PLAIN)), texts)
