@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from functools import cache, lru_cache
+from statistics import median_high
 
 import numpy as np
 import torch
@@ -28,7 +29,9 @@ from worker.engine.quantization.weights import QuantizationMethod
 from worker.engine.segments import BoolArray, IntArray, Segment
 from worker.engine.speculation.draft_tree import Candidates, Forest
 
-_RECENT_STEPS = 16  # whose deepest tree, and one layer more, is foreseen in the next: a row of the network each
+_RECENT_STEPS = (
+    16  # the next one foresees the median depth of their trees, and one layer more: a row of the network each
+)
 _MAX_CHAIN = 16  # committed tokens in the forward of a block; more are fed before, without a mask
 
 
@@ -131,7 +134,7 @@ class BlockDrafter(HeadDrafter):
         chains = self._slots.catch_up(sequences, self._feed, self._head.copy_prefix, _MAX_CHAIN)
         nothing = torch.empty(0)  # the next tables may take the memory of the last ones
         self._paths.begin(nothing, nothing, trees, 0)
-        depth = self._depth = max(self._needed)
+        depth = self._depth = median_high(self._needed)
         states = self._head.with_block(self._before(chains), tuple(len(one.ids) for one in chains), depth)
         logits, outputs = self._head.forward([_with_block(one, depth) for one in chains], states)
         block_of = np.full(len(forest.sequences), -1)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from tests.heads import TOKENS, block_network
-from tests.models import tiny
+from tests.heads import TOKENS, block_network, network
+from tests.models import byte_tokenizer, tiny
+from worker.drafters.block_network import BlockNetwork
+from worker.drafters.head_file import read_head, target_identity, write_head
 from worker.engine.model.loading import embeddings, output_weights
+from worker.training import trainer
 from worker.training.block_loss import BlockLoss
+from worker.training.config import Kind, Recipe
 from worker.training.features import Example
 from worker.training.losses import TrainingBatch, TrainingVocabulary
+from worker.training.target import Target
+from worker.training.trainable_drafts import trainable_draft
 
 ROOTS = 5
 
@@ -62,3 +70,19 @@ def test_the_loss_falls_and_every_depth_is_learned(loss: BlockLoss, batch: Train
         optimizer.zero_grad()
     assert seen[-1].loss < 0.5 * seen[0].loss
     assert all(after > before for before, after in zip(seen[0].accuracy, seen[-1].accuracy, strict=True))
+
+
+def test_a_block_that_starts_from_a_head_proposes_its_tokens_and_moves_its_weights_less(tmp_path: Path) -> None:
+    model = tiny("llama")
+    identity = target_identity(model, "tiny", {"a": 0})
+    write_head(tmp_path / "head", network(model), TOKENS, identity)
+    target = Target("", model, byte_tokenizer(), identity, embeddings(model), output_weights(model))
+    recipe = Recipe(Kind.BLOCK, depth=4, rank=8, start=str(tmp_path / "head"), learning_rate=1.0, start_rate=0.25)
+    block = trainable_draft(target, recipe, [])
+    new, started = trainer._groups(block.network, recipe)
+    assert (new["lr"], started["lr"]) == (1.0, 0.25)
+    assert len(started["params"]) == sum(weight.requires_grad for weight in network(model).parameters())
+    block.save(tmp_path / "block")
+    written = read_head(str(tmp_path / "block"), identity)
+    assert isinstance(written.network, BlockNetwork)
+    assert written.tokens.tolist() == TOKENS.tolist()
