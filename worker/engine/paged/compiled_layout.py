@@ -80,12 +80,11 @@ class CompiledLayout:
 
     def moved_entries(self, moves: KvMoves, kv: PagedKv) -> tuple[IntArray, bool]:
         """Return the pool's entries that the moves come from and go to [2, entries], and whether the slots own them."""
-        out = np.empty((2, len(moves.sources)), np.int64)
-        columns = map(
-            address, map(np.ascontiguousarray, (moves.slots, moves.destinations, moves.counts, moves.sources))
-        )
-        sizes = (len(moves.slots), len(moves.sources))
-        return out, bool(self._moved_entries(ctypes.addressof(kv.layout), *sizes, *columns, address(out)))
+        given = (moves.slots, moves.destinations, moves.counts, moves.sources)
+        columns = [np.ascontiguousarray(column) for column in given]  # which live until C has read them
+        out, sizes = np.empty((2, len(moves.sources)), np.int64), (len(moves.slots), len(moves.sources))
+        owned = self._moved_entries(ctypes.addressof(kv.layout), *sizes, *map(address, columns), address(out))
+        return out, bool(owned)
 
     def _arrays(self, segments: Segments) -> Any:
         """Return a pointer to the C structure of the segments, which it keeps."""

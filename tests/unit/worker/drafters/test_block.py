@@ -110,13 +110,13 @@ def test_trees_over_a_beam_are_those_of_layers_if_it_holds_what_they_expand(rows
     assert max(nodes for nodes, _ in over_beams) > 1
 
 
-class _Recording(TorchDispatchMode):
+class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the operations; refuses those that wait for a device, or whose shapes depend on values."""
 
     waits = ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "_to_cpu")
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

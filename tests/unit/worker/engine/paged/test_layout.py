@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from tests.unit.worker.engine.paged.test_attention import STEPS
+from worker.engine.paged import kv as paged_kv
 from worker.engine.paged import rows
 from worker.engine.paged.attention import reserve
 from worker.engine.paged.compiled_layout import CompiledLayout, compiled_layout
 from worker.engine.paged.kv import PagedKv
 from worker.engine.paged.rows import BucketNeeds, Shape, bucket_needs, exact_shape, laid_out, laid_out_in_numpy
 from worker.engine.paged.shape_buckets import BucketedForward
-from worker.engine.segments import Segment, Segments, chain
+from worker.engine.segments import KvMove, KvMoves, Segment, Segments, chain
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +80,14 @@ def test_blocks_are_reserved_exactly_where_they_are_not_writable(
     ends = np.array([segment.end])
     ready = kv.writable(segments.slots, segments.starts, ends) & ~kv.holds_beyond(segments.slots, ends)
     assert bool(ready[0]) is prepared
+
+
+def test_moves_go_between_the_same_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = small_blocks()
+    moves = KvMoves.of([KvMove(0, 40, np.array([41, 45, 46])), KvMove(2, 30, np.array([31]))])
+    found, owned = some.moved_entries(moves)
+    monkeypatch.setattr(paged_kv, "compiled_layout", lambda: None)
+    wanted, wanted_owned = some.moved_entries(moves)
+    assert found.tolist() == wanted.tolist()
+    assert (owned, wanted_owned) == (False, False), "slot 2 shares the block of its entry 30"
+    assert some.moved_entries(KvMoves.of([moves[0]]))[1]
