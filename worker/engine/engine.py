@@ -200,10 +200,10 @@ class Engine:
         for sequence in sequences:
             sequence.cached = len(sequence.ids) - 1
         if self._drafter is not None and plan.layers:  # without layers it has no tree, and it catches up lazily
-            nodes, tokens = plan.nodes[accepted.visited], emitted.lists()
-            spans = zip((accepted.firsts + 1).tolist(), accepted.counts.tolist(), strict=True)
-            for tree, (first, count) in enumerate(spans):
+            nodes, tokens, first = plan.nodes[accepted.visited], emitted.lists(), 1  # behind the root
+            for tree, count in enumerate(accepted.counts.tolist()):
                 self._drafter.commit(plan.drafted, tree, nodes[first : first + count], tokens[tree])
+                first += count + 1
 
     def _results(
         self,

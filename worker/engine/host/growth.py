@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,8 +48,7 @@ class GrowthLayout(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Emittable:
+class Emittable(NamedTuple):
     """What may be emitted below nodes: `end_keys` of the trees' columns, and the tokens left in each tree."""
 
     groups: IntArray  # [trees]
@@ -58,8 +56,7 @@ class Emittable:
     remaining: IntArray  # [trees]
 
 
-@dataclass(frozen=True, slots=True)
-class Correction:
+class Correction(NamedTuple):
     """How offered probabilities become the estimates that trees are built on."""
 
     bins: Bins
@@ -67,24 +64,21 @@ class Correction:
     limit: float  # the highest estimate
 
 
-@dataclass(frozen=True, slots=True)
-class Decay:
+class Decay(NamedTuple):
     """How counts of acceptance are forgotten, once a step."""
 
     weight: float  # of the counts so far
     prior: float  # what they decay to
 
 
-@dataclass(frozen=True, slots=True)
-class FixedRules:
+class FixedRules(NamedTuple):
     """The rules of `FixedBudget`."""
 
     nodes: int  # of one tree
     threshold: float  # growth of E(A) above which a tree grows on
 
 
-@dataclass(frozen=True, slots=True)
-class PricedRules:
+class PricedRules(NamedTuple):
     """The rules of `CostAwareBudget`, for one step."""
 
     nodes: int  # of one tree

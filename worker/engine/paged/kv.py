@@ -101,6 +101,7 @@ class PagedKv:
         shape = (layers, self.pool.count + 1, block_size, kv_heads, head_dim)
         self.keys = lazy_zeros(shape, dtype, device)
         self.values = lazy_zeros(shape, dtype, device)
+        self._pools = [store.flatten(1, 2) for store in (self.keys, self.values)]  # views [layers, entries, …]
         # Block tables: the blocks of each slot, in order. The last row is that of padding rows.
         self.tables = np.full((slots + 1, width), SCRATCH, np.int64)
         self.device_tables = torch.from_numpy(self.tables).to(device)  # on a CPU the same memory
@@ -189,9 +190,9 @@ class PagedKv:
             return
         moved, owned = self.moved_entries(some)
         assert owned, "`reserve` unshared these blocks when the entries were written"
-        source, target = torch.from_numpy(moved).to(self.keys.device)
-        for store in (self.keys, self.values):
-            entries = store.flatten(1, 2)
+        places = torch.from_numpy(moved).to(self.keys.device)
+        source, target = places[0], places[1]
+        for entries in self._pools:
             # The entries are gathered before anything is written: overlapping moves are safe.
             entries.index_copy_(1, target, entries.index_select(1, source))
 
