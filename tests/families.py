@@ -101,6 +101,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["full_attention"] * 2},  # as in the dense models; others have Mamba layers
     "hunyuan_v1_moe": {"head_dim": 16, "moe_topk": [2, 2], "num_shared_expert": [1, 1], "num_key_value_heads": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "llama4_text": {"head_dim": 16, "intermediate_size_mlp": 96, "num_experts_per_tok": 1},
 }
 # Models of a family under the names that people know.

@@ -28,10 +28,10 @@ def pack(model: nn.Module, kernels: Kernels) -> int:
             if packed is not None:
                 setattr(parent, name, packed)
                 count += 1
-    for module in list(model.modules()):
-        make_stable(module)
+    for module in model.modules():
         if not isinstance(module, _KEPT):
             _wrap_weights(module)
+    make_stable(model)
     return count
 
 

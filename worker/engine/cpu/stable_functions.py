@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import pad
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
 _VECTOR = 64  # elements: two vectors of the widest instructions, which torch computes at once
 _PART = 32768  # elements that torch gives to one thread (at::internal::GRAIN_SIZE)
@@ -60,18 +61,41 @@ def is_activation(module: nn.Module) -> bool:
     return type(module).__module__ in _ACTIVATIONS and not any(True for _ in module.parameters())
 
 
-def make_stable(module: nn.Module) -> bool:
-    """Run the forward of a module with stable functions if its code calls any of them; return whether."""
-    if isinstance(module, StableActivation) or not _calls_functions(type(module)):  # type: ignore[arg-type]  # classes are hashable
-        return False
-    forward, mode = module.forward, StableFunctions()
+def make_stable(model: nn.Module) -> None:
+    """Run the forwards of modules whose own code calls elementwise functions with stable ones.
 
-    def stable(*args: Any, **kwargs: Any) -> Any:
-        with mode:
+    The modules that those call run without, unless their own code calls some, too: each call of torch takes twice as
+    long in Python while the functions are replaced.
+    """
+    callers = [module for module in model.modules() if _calls_functions(type(module))]  # type: ignore[arg-type]
+    for module in callers:
+        _wrap(module, StableFunctions)
+    for module in {called: None for caller in callers for called in _children(caller)}:
+        _wrap(module, _without)
+
+
+def _wrap(module: nn.Module, context: Callable[[], AbstractContextManager[Any]]) -> None:
+    forward = module.forward
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with context():
             return forward(*args, **kwargs)
 
-    module.forward = stable
-    return True
+    module.forward = wrapped
+
+
+def _without() -> AbstractContextManager[Any]:
+    """Leave the innermost mode if it is `StableFunctions`."""
+    active = _get_current_function_mode()  # type: ignore[no-untyped-call]
+    return _pop_mode_temporarily() if isinstance(active, StableFunctions) else nullcontext()
+
+
+def _children(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        elif not isinstance(child, StableActivation):
+            yield child
 
 
 def _in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -91,4 +115,5 @@ def _calls_functions(kind: Any) -> bool:
         source = inspect.getsource(inspect.unwrap(kind.forward))
     except (OSError, TypeError):
         return False
-    return not kind.__module__.startswith("torch.") and _CALLED.search(source) is not None
+    ours = kind.__module__.startswith(("torch.", "worker."))
+    return not ours and _CALLED.search(source) is not None
