@@ -17,7 +17,7 @@ from sqlalchemy.exc import OperationalError
 from jobs.api.app import make_api
 from jobs.api.auth.revocation import RevocationMonitor
 from jobs.api.http.h11_protocol import TimeoutH11Protocol
-from jobs.api.routes import job_outputs
+from jobs.api.routes.job_outputs import OutputSource
 from jobs.settings import JobsSettings
 from jobs.streaming import sse
 from storage import files, keys
@@ -119,8 +119,8 @@ ERRORS = [RuntimeError("a bug"), OperationalError("SELECT", {}, Exception("gone"
 @pytest.mark.parametrize(
     ("path", "place", "name"),
     [
-        ("/v1/jobs/job-1/outputs", job_outputs, "_line"),
-        ("/v1/jobs/job-1/outputs?follow=true", job_outputs, "_line"),
+        ("/v1/jobs/job-1/outputs", OutputSource, "_line"),
+        ("/v1/jobs/job-1/outputs?follow=true", OutputSource, "_line"),
         ("/v1/jobs/job-1/events", sse, "encode_event"),
     ],
 )

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from jobs.api.routes.completions import _line as completion_event
-from jobs.api.routes.job_outputs import _line as output_line
+from jobs.api.routes.job_outputs import OutputSource
 from jobs.batch_files.output_lines import result_line
 from jobs.client.results import Output
 from jobs.json_lines import json_line
@@ -29,6 +30,7 @@ def an_output(custom_id: str = "a", error: str | None = None) -> OutputView:
 
 
 BATCH = BatchClaim("batch_1", 1, CHAT_ENDPOINT, "", "file-1", None, "tiny", 1.0, None)
+SOURCE = OutputSource(cast(Any, None), cast(Any, SimpleNamespace(id=BATCH.job_id, endpoint=CHAT_ENDPOINT)))
 EVENT = PartialEvent(job_id="batch_1", type="tokens", request=TEXT, text=TEXT)
 
 
@@ -40,8 +42,8 @@ EVENT = PartialEvent(job_id="batch_1", type="tokens", request=TEXT, text=TEXT)
         json_line(Output(custom_id=TEXT, index=0, status="failed")),
         result_line(BATCH, an_output()).decode().removesuffix("\n"),
         result_line(BATCH, an_output(TEXT, TEXT)).decode().removesuffix("\n"),
-        output_line(an_output(TEXT), CHAT_ENDPOINT, "job_1").removesuffix("\n"),
-        output_line(an_output(TEXT, TEXT), CHAT_ENDPOINT, "job_1", cursor="1.2").removesuffix("\n"),
+        SOURCE._line(an_output(TEXT)).removesuffix("\n"),
+        SOURCE._line(an_output(TEXT, TEXT), cursor="1.2").removesuffix("\n"),
         completion_event({"choices": [{"delta": {"content": TEXT}}]}).removeprefix("data: ").removesuffix("\n\n"),
         encode_event(EVENT).decode().partition("data: ")[2].removesuffix("\n\n"),
     ],
@@ -63,7 +65,7 @@ def test_a_line_of_a_batch_and_one_of_the_job_have_the_same_calls() -> None:
     choice = replace(an_output().choices[0], text=HERMES.calls([("f", "{}"), ("g", '{"a": 1}')]))
     output = replace(an_output(), choices=(choice,), answer_format=form)
     (answered,) = json.loads(result_line(BATCH, output))["response"]["body"]["choices"]
-    (listed,) = json.loads(output_line(output, CHAT_ENDPOINT, BATCH.job_id))["choices"]
+    (listed,) = json.loads(SOURCE._line(output))["choices"]
     assert [call["function"]["name"] for call in answered["message"]["tool_calls"]] == ["f", "g"]
     assert answered["message"]["tool_calls"] == listed["tool_calls"]
     assert answered["finish_reason"] == listed["finish_reason"] == "tool_calls"

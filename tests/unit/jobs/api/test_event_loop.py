@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from jobs.api.app import make_api
 from jobs.api.http import multipart
 from jobs.api.http.body import SMALL_BYTES, Body
-from jobs.api.routes import job_outputs
+from jobs.api.routes.job_outputs import OutputSource
 from jobs.openai import completions
 from jobs.openai.logprobs import logprobs_object
 from jobs.settings import JobsSettings
@@ -82,7 +82,7 @@ def test_a_list_is_rendered_in_the_thread_that_read_it(
 def test_outputs_and_events_are_written_in_a_thread(api: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     job = submitted(api, "Hello", "Bye")["id"]
     found: list[bool] = []
-    monkeypatch.setattr(job_outputs, "_line", on_loop(job_outputs._line, found))
+    monkeypatch.setattr(OutputSource, "_line", on_loop(OutputSource._line, found))
     monkeypatch.setattr("jobs.streaming.hub.encode_page", on_loop(encode_page, found))
     assert len(api.get(f"/v1/jobs/{job}/outputs").text.splitlines()) == 2
     assert len(api.get(f"/v1/jobs/{job}/outputs?follow=true").text.splitlines()) == 2
