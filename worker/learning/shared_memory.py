@@ -21,6 +21,7 @@ MAX_TEXTS = 1024  # records of a ring
 MAX_TEXT_TOKENS = 512  # of a longer text the last are kept
 _RECORD = 3  # numbers: first row, tokens, prompt tokens
 _LINE = 64  # bytes: parts begin at cache lines
+_INDEX_BYTES, _TENSOR_BYTES = 64, 256  # at most, of the safetensors header: for all tensors, and for each
 
 
 def anonymous_file(size: int) -> int:
@@ -150,8 +151,8 @@ class SharedTensors:
 
     @staticmethod
     def size_of(tensors: Mapping[str, Tensor]) -> int:
-        """Return the bytes of a file for such tensors."""
-        return _LINE + len(save(dict(tensors)))
+        """Return the bytes of a file that holds such tensors."""
+        return _LINE + _INDEX_BYTES + sum(_TENSOR_BYTES + tensor.nbytes for tensor in tensors.values())
 
     @property
     def version(self) -> int:

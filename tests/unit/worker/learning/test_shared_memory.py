@@ -64,7 +64,7 @@ def test_tensors_come_back_with_their_version_and_damaged_ones_are_refused() -> 
     written.write(tensors)
     assert read.version == 1
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in read.read().items())
-    os.pwrite(descriptor, b"\x55", os.fstat(descriptor).st_size - 2)
+    read._memory[200] ^= 0x40
     with pytest.raises(ValueError, match="checksum"):
         read.read()
     written.write({"a": torch.full((3, 5), torch.nan), "b": torch.arange(4)})
