@@ -101,7 +101,8 @@ def train(
             if accelerator.is_main_process:
                 completed = state.update / per_epoch
                 on_report(Report(completed, state.update, updates, rate, means.loss, means.accuracy, expected))
-            if state.update % _CLOCK_UPDATES == 0 and _from_main(monotonic() - saved > _CHECKPOINT_S):
+            within = state.update % per_epoch > 0  # the end of an epoch is saved with its evaluation
+            if within and state.update % _CLOCK_UPDATES == 0 and _from_main(monotonic() - saved > _CHECKPOINT_S):
                 _save(accelerator, checkpoint)
                 saved = monotonic()
         if accelerator.is_main_process:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,21 @@ def test_an_interrupted_training_ends_with_the_same_weights(
     assert reports[0].update == 9  # the ninth update was not in the checkpoint
     for name, weight in whole.network.state_dict().items():
         assert torch.equal(weight, rest.network.state_dict()[name]), name
+
+
+def test_an_evaluation_that_was_interrupted_is_made_up_for(
+    dataset: FeatureDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "_CHECKPOINT_S", 0.0)
+    monkeypatch.setattr(trainer, "_CLOCK_UPDATES", 1)
+    recipe, loss = replace(RECIPE, epochs=1), head_loss()
+
+    def interrupted() -> float:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train(loss, loss.network, dataset, recipe, tmp_path, interrupted, lambda _: None)
+    assert train(loss, loss.network, dataset, recipe, tmp_path, lambda: 1.5, lambda _: None) == (1.5,)
 
 
 def test_training_stops_when_held_out_acceptance_no_longer_grows(dataset: FeatureDataset, tmp_path: Path) -> None:
