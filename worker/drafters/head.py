@@ -111,7 +111,7 @@ class PackedHead:
         """Replace layers with fused implementations for this processor; return them as one network."""
         net: Any = self._network
         fuse(net, compiled)
-        pack(net, compiled)
+        pack(net)
         net.unit = FusedNorm(net.unit, compiled)
         return CpuNetwork(
             net.model.layers[0],

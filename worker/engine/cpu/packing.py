@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from worker.engine.cpu.experts import packed_experts
-from worker.engine.cpu.kernels import Kernels
+from worker.engine.cpu.kernels import kernels
 from worker.engine.cpu.packed_linear import PackedLinear
 from worker.engine.cpu.stable_functions import StableActivation, is_activation, make_stable
 from worker.engine.cpu.stable_weight import StableWeight, packed_weight
@@ -19,12 +19,12 @@ from worker.engine.cpu.stable_weight import StableWeight, packed_weight
 _KEPT = (nn.Embedding, nn.modules.conv._ConvNd, PackedLinear)  # parameters that no row is multiplied with
 
 
-def pack(model: nn.Module, kernels: Kernels) -> int:
+def pack(model: nn.Module) -> int:
     """Replace every layer with a weight of a CPU model by a packed one; return how many."""
     count = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            packed = _packed(parent, name, child, kernels)
+            packed = _packed(parent, name, child)
             if packed is not None:
                 setattr(parent, name, packed)
                 count += 1
@@ -35,7 +35,7 @@ def pack(model: nn.Module, kernels: Kernels) -> int:
     return count
 
 
-def _packed(parent: nn.Module, name: str, child: nn.Module, kernels: Kernels) -> nn.Module | None:
+def _packed(parent: nn.Module, name: str, child: nn.Module) -> nn.Module | None:
     if type(child) is Conv1D:
         return packed_weight(child.weight.detach().t().contiguous(), child.bias)
     if is_activation(child):
@@ -43,10 +43,11 @@ def _packed(parent: nn.Module, name: str, child: nn.Module, kernels: Kernels) ->
     if type(child) is not nn.Linear:
         return packed_experts(child)
     # bfloat16 is packed in pairs; a parent that reads the weight multiplies it by itself
-    if child.in_features % 2 or f"{name}.weight" in _weights_read(type(parent)):  # type: ignore[arg-type]  # classes are hashable
+    if child.in_features % 2 or f"{name}.weight" in _weights_read(type(parent)):  # type: ignore[arg-type]  # hashable
         return None
+    own = kernels(child.weight.dtype)  # a router may be in float32 where the model is in bfloat16
     # Logits stay float32: rounding them would create ties.
-    return PackedLinear([child], kernels, floats=name == "lm_head" and child.bias is None)
+    return None if own is None else PackedLinear([child], own, floats=name == "lm_head" and child.bias is None)
 
 
 def _wrap_weights(module: nn.Module) -> None:

@@ -109,7 +109,7 @@ def fuse_layers(model: PreTrainedModel) -> None:
         if stored == head_dim_of(model):
             fuse(model, compiled)
         setattr(model, STORED_HEAD_DIM, stored)
-        pack(model, compiled)
+        pack(model)
 
 
 def batch_dependence(model: PreTrainedModel) -> str | None:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from worker.engine.cpu.kernels import kernels
+from worker.engine.cpu.packing import pack
 from worker.engine.cpu.stable_functions import StableFunctions
 from worker.engine.cpu.stable_weight import StableWeight
 
@@ -69,3 +70,12 @@ def test_experts_that_are_stacked_in_one_parameter_have_products_of_their_own() 
     torch.testing.assert_close(found, torch.bmm(x, plain), rtol=1e-4, atol=1e-4)
     assert torch.equal(found[1], x[1] @ weight[1])
     assert torch.equal(found[:, :1], torch.bmm(x[:, :1], weight))
+
+
+@pytest.mark.skipif(kernels(torch.bfloat16) is None, reason="no compiled kernels")
+def test_a_router_in_float32_stays_exact_in_a_bfloat16_model() -> None:
+    layer = nn.Linear(64, 8, bias=False).requires_grad_(False)
+    model = nn.ModuleDict({"mlp": nn.Linear(64, 64).requires_grad_(False).to(torch.bfloat16), "gate": layer})
+    assert pack(model) == 2
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model["gate"](x), layer(x))
