@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.settings import read_settings
-from worker.bench.quantization.measure import CONTEXT, measure_distances, measure_steps
+from worker.bench.quantization.measure import CONTEXT, FormDistance, FormTime, measure_distances, measure_steps
 from worker.benchmark import parse_batches, read_prompts
 from worker.engine.model.backend import fuse_layers, stored_bytes
 from worker.engine.model.loading import load, native_dtype
@@ -59,7 +60,8 @@ def main(
     if as_json:
         print("\n".join(json.dumps(asdict(one)) for one in (*distances, *steps)))
         return
-    for title, found in (("Distances", distances), ("Steps", steps)):
+    sections: dict[str, Sequence[FormDistance | FormTime]] = {"Distances": distances, "Steps": steps}
+    for title, found in sections.items():
         table = Table(*asdict(found[0]), title=f"{title} of {settings.target}")
         for one in found:
             table.add_row(*map(str, asdict(one).values()))
