@@ -112,7 +112,7 @@ def kv_heads_of(model: PreTrainedModel) -> int:
 
 
 def head_dim_of(model: PreTrainedModel) -> int:
-    """Return the number of dimensions of one attention head, of keys or values, whichever are larger."""
+    """Return the number of dimensions of one attention head: the larger of those of keys and values."""
     known: AttentionShape | None = getattr(model, ATTENTION_SHAPE, None)
     if known:
         return known.head_dim
