@@ -13,6 +13,7 @@ bias by the parent's token): its gates also read the row's output. It runs per n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,7 @@ class BlockNetwork(HeadNetwork):
     def start_from(self, head: HeadNetwork) -> None:
         """Take the weights of a head for the same target; further layers start without an effect."""
         self.load_state_dict(head.state_dict(), strict=False)
-        for layer in list(self.model.layers)[head.shape.layers :]:
+        further: list[Any] = list(self.model.layers)[head.shape.layers :]
+        for layer in further:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()

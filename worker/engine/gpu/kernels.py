@@ -397,8 +397,9 @@ def _multiply(
     span = SCALE_BLOCK if blocks else tile["INPUTS"]
     grid = (triton.cdiv(n, tile["ROWS"]) * triton.cdiv(columns, tile["COLUMNS"]), parts)
     share = triton.cdiv(triton.cdiv(inputs, _INPUTS), parts) * _INPUTS
+    scale = weight.scale if isinstance(weight, QuantizedWeight) else None
     _multiply_tile[grid](
-        x, _values(weight).view(torch.uint8) if fp8 else weight, weight.scale if fp8 else None, bias, out,
+        x, _values(weight).view(torch.uint8) if fp8 else weight, scale, bias, out,
         n, columns, inputs, share,
         BIASED=bias is not None, GATED=gated, EVEN=inputs % span == 0, FP8=fp8, BLOCKS=blocks, SPAN=span, **tile,
     )  # fmt: skip
