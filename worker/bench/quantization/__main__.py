@@ -57,10 +57,10 @@ def main(
     ids = [tokenizer(text)["input_ids"][:_TEXT_TOKENS] for text in read_prompts(texts, count)]
     distances = measure_distances(models, mib, ids)
     steps = [one for batch in batches for one in measure_steps(models, batch, rounds)]
-    if as_json:
-        print("\n".join(json.dumps(asdict(one)) for one in (*distances, *steps)))
-        return
     sections: dict[str, Sequence[FormDistance | FormTime]] = {"Distances": distances, "Steps": steps}
+    if as_json:
+        print("\n".join(json.dumps(asdict(one)) for found in sections.values() for one in found))
+        return
     for title, found in sections.items():
         table = Table(*asdict(found[0]), title=f"{title} of {settings.target}")
         for one in found:
