@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
+from jobs.errors import InvalidValue
 from jobs.tables.readers import Row, rows_of_batches
 
 _ROWS_PER_SLICE: Final = 1_000
 
 
 def is_frame(value: Any) -> bool:
-    """Return whether a value is a frame: it has named columns and can yield its rows."""
+    """Return whether a value is a frame: it has named columns and can yield its rows. Raise InvalidValue for a plan."""
+    if hasattr(type(value), "collect_schema") and not hasattr(type(value), "iter_slices"):
+        raise InvalidValue("A lazy frame has no rows yet; pass frame.collect().")
     return not isinstance(value, type) and any(hasattr(value, name) for name in ("column_names", "columns"))
 
 

@@ -83,6 +83,12 @@ def test_frames_have_the_same_rows(frame: Any) -> None:
     assert [dict(row) for row in rows_of_frame(frame)] == ROWS
 
 
+def test_a_frame_that_is_only_planned_is_refused() -> None:
+    lazy = type("LazyFrame", (), {"collect_schema": None, "columns": []})()
+    with pytest.raises(InvalidValue, match=r"frame\.collect\(\)"):
+        is_frame(lazy)
+
+
 def requests(rows: list[dict[str, Any]], columns: Columns) -> list[Any]:
     names = list(dict.fromkeys(name for row in rows for name in row))
     read = columns.reader(names, {"seed", "stop", "top_p"}, "t.csv")
