@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -80,7 +81,7 @@ def kill_when(stack: Stack, condition: Callable[[], bool], *arguments: str) -> N
 def test_twenty_thousand_rows_go_from_a_bucket_to_a_bucket(stack: Stack, bucket: str, tmp_path: Path) -> None:
     import fsspec
 
-    table = {
+    table: dict[str, list[Any]] = {
         "id": list(range(ROWS)),
         "text": [f"river {n}" for n in range(ROWS)],
         "note": [f"{n} {NOTE}" for n in range(ROWS)],
