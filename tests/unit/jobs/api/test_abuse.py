@@ -86,7 +86,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("custom_id", "a\0"),
     ("custom_id", ""),
     ("custom_id", "x" * 65),
-    ("custom_id", 7),
+    ("custom_id", 7.5),
     ("model", "../../etc/passwd"),
     ("model", "http://169.254.169.254/"),
     ("max_tokens", 0),
