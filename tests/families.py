@@ -241,14 +241,15 @@ name and with the reason. None loads and differs.
   expert are multiplied in the compiled kernels, and a row's experts are summed in the order of its router. Softcap,
   sinks and the heads of latent attention are parts of every attention path.
 - **fused**: all layers run in one C call on a CPU, and in nine kernels a layer on a GPU. Other families run through
-  transformers' layers, on a CPU with attention, products and activations of ours. Without a C compiler, bits there may
+  transformers' layers, on a CPU with the compiled attention, products and activations. Without a C compiler, bits there may
   depend on the batch; the worker says so at start.
 - **bits may depend on the batch**: on a GPU, the products of a family that is not fused run in libraries that choose an
   algorithm by the number of rows. The worker says so at start.
 
-Weights are float32 or bfloat16. GGUF files are converted; other quantised formats are refused by name
-([operations](operations.md#which-models-load)). Texts end where another text of the batch could change them: models
-with longrope or dynamic rotary embeddings at their original positions, Llama 4 at the end of one chunk of attention.
+Weights are float32, bfloat16 or FP8, or int8 on a CPU ([quantised weights](quantization.md)). GGUF files are converted
+to bfloat16; other quantised formats are refused by name ([operations](operations.md#which-models-load)). Texts end
+where another text of the batch could change them: models with longrope or dynamic rotary embeddings at their original
+positions, Llama 4 at the end of one chunk of attention.
 
 | family | models | CPU | GPU | why not |
 |---|---|---|---|---|"""
