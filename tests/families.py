@@ -241,8 +241,8 @@ name and with the reason. None loads and differs.
   expert are multiplied in the compiled kernels, and a row's experts are summed in the order of its router. Softcap,
   sinks and the heads of latent attention are parts of every attention path.
 - **fused**: all layers run in one C call on a CPU, and in nine kernels a layer on a GPU. Other families run through
-  transformers' layers, on a CPU with the compiled attention, products and activations. Without a C compiler, bits there may
-  depend on the batch; the worker says so at start.
+  transformers' layers, on a CPU with the compiled attention, products and activations. Without a C compiler, bits
+  there may depend on the batch; the worker says so at start.
 - **bits may depend on the batch**: on a GPU, the products of a family that is not fused run in libraries that choose an
   algorithm by the number of rows. The worker says so at start.
 
