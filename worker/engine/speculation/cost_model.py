@@ -137,6 +137,19 @@ class PlainStepTimes:
         unknown = partial(RunningMean, TIME_WEIGHT, 1.0)
         self._plain: defaultdict[int, RunningMean] = defaultdict(unknown)
         self._forwards: defaultdict[int, RunningMean] = defaultdict(unknown)  # by load class of their rows
+        self._passed_over: set[int] = set()  # load classes
+
+    def passes_over(self, batch_size: int) -> bool:
+        """Return whether a step right after a prefill, which is slower than others, is not to be learned from.
+
+        It would count for half of the first judgement of drafts. Only the first of a load class is passed over, or
+        a load that never decodes twice without a prefill between would stay unknown.
+        """
+        load = load_class(batch_size)
+        if self._plain[load].samples or load in self._passed_over:
+            return False
+        self._passed_over.add(load)
+        return True
 
     def unknown(self, batch_size: int) -> bool:
         """Return whether drafts can't be judged yet: too few plain steps of this load class were taken."""

@@ -115,6 +115,7 @@ class Planner:
         self._costs = costs
         self._state = state
         self._columns = SequenceColumns(())  # of the sequences of the last step
+        self._after_prefill = False  # the last step read prompts
         self._acceptance = state.acceptance
         self._calibrated = options.mode is Mode.OPT_TREE or options.calibrated
         self._strategies = [] if drafter is None else [_Strategy.of(drafter, state.whole)]
@@ -214,8 +215,11 @@ class Planner:
         """
         if plan.layers:
             self._learn_acceptance(plan, accepted)
+        after_prefill, self._after_prefill = self._after_prefill, bool(batch.chunks)
         if self._costs is None or batch.chunks:
             return None
+        if plan.plain and after_prefill and self._state.plain_steps.passes_over(len(batch.decoding)):
+            return times.step_ms - plan.lookup_ms
         batch_size, rows, plain_entries = len(batch.decoding), plan.selected.size, batch.entries
         entries = plain_entries * rows / batch_size
         plain_ms = self._plain_ms(plan, self._costs, times, plain_entries, entries)

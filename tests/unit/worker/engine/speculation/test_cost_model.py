@@ -12,6 +12,15 @@ def costs() -> CostModel:
     return CostModel({1: 10.0, 8: 12.0, 16: 20.0}, entry_ms=0.001)
 
 
+def test_the_first_step_of_a_load_after_a_prefill_is_passed_over_once() -> None:
+    times = PlainStepTimes()
+    assert times.passes_over(3)
+    assert not times.passes_over(4), "the same load: it must become known"
+    times.observe_plain(8, calibrated_ms=5.0, step_ms=5.0)
+    assert not times.passes_over(7), "it is known"
+    assert times.passes_over(16)
+
+
 def test_the_curve_passes_through_its_points_and_is_extended_beyond_them() -> None:
     assert costs().step_ms([1, 8, 12, 16, 24]).tolist() == [10.0, 12.0, 16.0, 20.0, 28.0]
 
