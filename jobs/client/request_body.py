@@ -48,10 +48,23 @@ class PromptFile:
 
 
 class Frame(Protocol):
-    """A data frame of pandas or polars, a table of pyarrow, or a dataset of Hugging Face."""
+    """A data frame of pandas or polars."""
 
-    def __iter__(self) -> Iterator[Any]:
-        """Iterate over rows or columns: which of them is up to the package."""
+    @property
+    def columns(self) -> Any:
+        """Column names, in order."""
+
+    @property
+    def to_dict(self) -> Any:
+        """The method that returns its rows."""
+
+
+class Dataset(Protocol):
+    """A table of pyarrow, or a dataset of Hugging Face."""
+
+    @property
+    def column_names(self) -> Any:
+        """Column names, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +85,7 @@ Prompts = (
     | IO[bytes]
     | DataFile
     | Frame
+    | Dataset
 )
 
 _MAX_UNPACKED_BYTES = 1 << 30  # of a gzip file; services take less
