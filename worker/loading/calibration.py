@@ -1,7 +1,8 @@
 """Calibrate at start-up: measure step and draft times on this machine, in ms, for a few seconds.
 
 The results, a `CostModel` of the target and `DraftTimes` of the drafter, are the engine's first estimates; the steps of
-jobs then correct them. They are cached on disk under a key of everything that changes them.
+jobs then correct them. They are cached on disk under a key of everything that changes them, unless other programs
+disturbed the measurement: sizes that look too dear are never used, so steps would not correct them.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ _Measured = TypeVar("_Measured")
 _ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _SHORT_CONTEXT, _LONG_CONTEXT = 32, 1024  # tokens in the KV cache before the timed rows
 _LONG_ROWS = 16  # rows per step at _LONG_CONTEXT
-_ROUNDS = 4
+_MIN_ROUNDS, _MAX_ROUNDS = 4, 12  # of all sizes
+# Share, and ms, by which a time must fall below the fastest before: then the machine was disturbed until now.
+_CLEARLY_FASTER, _CLEARLY_FASTER_MS = 0.05, 0.1
 _DRAFT_BATCHES = (1, 2, 4, 8, 16, 32)  # sequences per timed draft layer
 _PROMPT_TOKENS = 64
 _DISTINCT_TOKENS = 32  # in a prompt; it repeats, so that the suffix index finds drafts
@@ -72,15 +75,22 @@ def _cached(
     folder: Path,
     key: Seq[object],
     read: Callable[[Mapping[str, Any]], _Measured],
-    run: Callable[[], _Measured],
+    run: Callable[[], tuple[_Measured, bool]],
     as_json: Callable[[_Measured], dict[str, Any]],
 ) -> _Measured:
-    """Return the cached measurement of a key, or run and cache it."""
+    """Return the cached measurement of a key, or run it, and cache it if it has settled."""
     file = folder / f"{hashlib.sha256(repr(tuple(key)).encode()).hexdigest()[:16]}.json"
     try:
         return read(json.loads(file.read_text()))
     except (OSError, ValueError, KeyError):
-        measured = run()
+        measured, settled = run()
+    if not settled:
+        log.warning(
+            "Other programs disturbed the calibration: draft trees may have the wrong size. "
+            "The next start measures again",
+            extra={"action": "calibration"},
+        )
+        return measured
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({**as_json(measured), "key": [str(part) for part in key]}, indent=1))
@@ -89,23 +99,42 @@ def _cached(
     return measured
 
 
-def measure(target: LanguageModel, capacity: int, clock: Callable[[], float] = perf_counter) -> CostModel:
-    """Measure forwards; take the fastest of a few rounds, as slower ones are noise of the machine."""
+def _rounds(run: Callable[[], bool]) -> bool:
+    """Measure in rounds until one finds nothing clearly faster; return whether that came in `_MAX_ROUNDS`.
+
+    `run` measures each size once, and returns whether any was clearly faster than before.
+    """
+    return any(not run() and number >= _MIN_ROUNDS for number in range(1, _MAX_ROUNDS + 1))
+
+
+def measure(target: LanguageModel, capacity: int, clock: Callable[[], float] = perf_counter) -> tuple[CostModel, bool]:
+    """Measure forwards, and return whether the times have settled.
+
+    Take the fastest of several rounds, as slower ones are noise of the machine.
+    """
     short, long = min(_SHORT_CONTEXT, capacity // 4), min(_LONG_CONTEXT, capacity - _LONG_ROWS)
     target.forward([chain(0, 0, [0] * long, keep_last=True)])
     sizes = [(rows, short) for rows in _ROWS if short + rows <= capacity] + [(_LONG_ROWS, long)]
     fastest = dict.fromkeys(sizes, float("inf"))
-    for _ in range(_ROUNDS):  # all sizes per round: a slow moment then affects them alike
+
+    def run() -> bool:  # all sizes: a slow moment then affects them alike
+        before = dict(fastest)
         for rows, context in sizes:
             started = clock()
             target.forward([_tree_rows(rows, context)])[0, 0].item()  # .item() waits for a GPU
             fastest[rows, context] = min(fastest[rows, context], (clock() - started) * 1e3)
+        return _clearly_faster(before, fastest)
+
+    settled = _rounds(run)
     target.truncate(0, 0)
     more = fastest[_LONG_ROWS, long] - fastest[_LONG_ROWS, short]
     entry_ms = max(more, 0.0) / (_LONG_ROWS * max(long - short, 1))
-    return CostModel(
-        {rows: ms - rows * short * entry_ms for (rows, at), ms in fastest.items() if at == short}, entry_ms
-    )
+    times = {rows: ms - rows * short * entry_ms for (rows, at), ms in fastest.items() if at == short}
+    return CostModel(times, entry_ms), settled
+
+
+def _clearly_faster(before: Mapping[Any, float], after: Mapping[Any, float]) -> bool:
+    return any(before[n] - after[n] > max(_CLEARLY_FASTER * after[n], _CLEARLY_FASTER_MS) for n in after)
 
 
 def _tree_rows(rows: int, context: int) -> Segment:
@@ -116,16 +145,19 @@ def _tree_rows(rows: int, context: int) -> Segment:
 
 def measure_drafts(
     drafter: Drafter, slots: int, capacity: int, clock: Callable[[], float] = perf_counter
-) -> DraftTimes:
+) -> tuple[DraftTimes, bool]:
     """Measure the first draft layer and a further one per batch size, and the catch-up cost per uncached token.
 
-    Take the fastest of a few rounds. `clock` returns seconds.
+    Return whether the times have settled too. Take the fastest of several rounds. `clock` returns seconds.
     """
     length = min(_PROMPT_TOKENS, capacity // 4)
     first_ms = {count: float("inf") for count in _DRAFT_BATCHES if count <= slots}
     further_ms = dict(first_ms)
     row_ms = float("inf")
-    for _ in range(_ROUNDS):
+
+    def run() -> bool:
+        nonlocal row_ms
+        before = first_ms | {-count: ms for count, ms in further_ms.items()}
         for count in first_ms:
             sequences = [_sequence(slot, length) for slot in range(count)]
             catch_up_ms, _ = _layers_ms(drafter, sequences, clock)  # reads the prompts first
@@ -135,7 +167,10 @@ def measure_drafts(
             first_ms[count] = min(first_ms[count], usual_ms)
             further_ms[count] = min(further_ms[count], next_ms)
             row_ms = min(row_ms, max(catch_up_ms - usual_ms, 0.0) / (count * length))
-    return DraftTimes(first_ms, further_ms, row_ms)
+        return _clearly_faster(before, first_ms | {-count: ms for count, ms in further_ms.items()})
+
+    settled = _rounds(run)
+    return DraftTimes(first_ms, further_ms, row_ms), settled
 
 
 def _sequence(slot: int, length: int) -> Sequence:

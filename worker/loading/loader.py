@@ -72,7 +72,7 @@ class LoadedModel:
         if make_drafter is None:
             return SpeculationState.of(*self.draft_times)
         slots = (self.options.max_sequences, self.options.draft_slot_tokens)
-        return SpeculationState.of(*_of_parts(make_drafter(), lambda drafter: measure_drafts(drafter, *slots)))
+        return SpeculationState.of(*_of_parts(make_drafter(), lambda drafter: measure_drafts(drafter, *slots)[0]))
 
     def engine(
         self,

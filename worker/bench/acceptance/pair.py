@@ -123,7 +123,7 @@ def random_pair(
         make_drafter = _model_drafter(smaller, draft, vocabulary, options)
     with TemporaryDirectory() as folder:
         costs = calibrate(target, options.slot_tokens, (), Path(folder), clock)
-    times = measure_drafts(make_drafter(), options.max_sequences, options.draft_slot_tokens, clock)
+    times, _ = measure_drafts(make_drafter(), options.max_sequences, options.draft_slot_tokens, clock)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} thread(s)"
     dtype = str(network.dtype).removeprefix("torch.")
     return RandomPair(target, make_drafter, vocabulary, options, costs, times, name, dtype, options.max_sequences, note)

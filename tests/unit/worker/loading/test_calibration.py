@@ -52,7 +52,8 @@ class Timed:
 
 def test_times_of_a_first_layer_a_further_one_and_catch_up_are_separated() -> None:
     drafter = Timed(Clock())
-    times = measure_drafts(drafter, slots=4, capacity=200, clock=drafter.clock)
+    times, settled = measure_drafts(drafter, slots=4, capacity=200, clock=drafter.clock)
+    assert settled
     assert times.first_ms == pytest.approx(dict.fromkeys((1, 2, 4), _LAYER_S * 1e3))
     assert times.layer_ms == pytest.approx(dict.fromkeys((1, 2, 4), _LOOKUP_S * 1e3))
     assert times.row_ms == pytest.approx(_ROW_S * 1e3)
@@ -65,6 +66,29 @@ def test_a_measurement_is_cached_by_its_key(tmp_path: Path) -> None:
     assert calibrate_drafts(other, 8, 200, ("one",), tmp_path, other.clock).as_json() == first.as_json()
     measured = calibrate_drafts(other, 8, 200, ("other",), tmp_path, other.clock)
     assert measured.first_ms[1] == pytest.approx(_LAYER_S * 1e3)
+
+
+class Disturbed(Timed):
+    """A drafter on a machine with other programs, which leave one after the other until some number of calls."""
+
+    def __init__(self, clock: Clock, calls: int) -> None:
+        super().__init__(clock)
+        self.calls = calls
+
+    def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
+        self.calls -= 1
+        self.clock.advance(1e-3 * (2.0 ** max(self.calls / 12, 0) - 1))
+        return super().expand(forest, frontier)
+
+
+def test_a_disturbed_measurement_takes_more_rounds_and_is_not_cached_if_it_never_settles(tmp_path: Path) -> None:
+    quiet_soon, never_quiet = Disturbed(Clock(), 40), Disturbed(Clock(), 400)
+    times = calibrate_drafts(quiet_soon, 4, 200, ("soon",), tmp_path, quiet_soon.clock)
+    assert times.first_ms == pytest.approx(dict.fromkeys((1, 2, 4), _LAYER_S * 1e3))
+    calibrate_drafts(never_quiet, 4, 200, ("never",), tmp_path, never_quiet.clock)
+    quiet = Timed(Clock())
+    later = calibrate_drafts(quiet, 4, 200, ("never",), tmp_path, quiet.clock)
+    assert later.first_ms == pytest.approx(dict.fromkeys((1, 2, 4), _LAYER_S * 1e3)), "it measured again"
 
 
 def test_draft_costs_start_from_the_calibration() -> None:
