@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from sqlalchemy import delete, insert, select, update
 from sqlalchemy.orm import Session
@@ -17,8 +16,6 @@ from storage import files
 from storage.dialect import database_now, owned_by
 from storage.files import ABANDONED_S
 from storage.models import File, FileChunk, UploadPartRow, UploadRow
-
-_FINAL: Final = ("completed", "cancelled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +74,7 @@ def upload(session: Session, upload_id: str, owner: str | None = None, *, lock: 
         .where(UploadPartRow.upload_id == upload_id)
         .order_by(UploadPartRow.created_at, UploadPartRow.id)
     )
-    expired = row.status not in _FINAL and row.expires_at <= database_now(session)
+    expired = row.status == "pending" and row.expires_at <= database_now(session)
     return Upload(
         id=row.id,
         filename=row.filename,

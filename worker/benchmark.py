@@ -67,12 +67,10 @@ class Result:
     runs: int
     tokens_per_s_of_runs: tuple[float, ...]
     same_text: bool | None  # greedy only: same token ids as plain decoding
-    host_share: float | None = (
-        None  # share of the step time outside the networks: planning and bookkeeping; median over runs
-    )
-    expected_over_accepted: float | None = (
-        None  # draft tokens of the last run, when drafts are known; None: none result
-    )
+    # Share of the step time outside the networks: planning and bookkeeping; median over runs.
+    host_share: float | None = None
+    # Draft tokens of the last run, when drafts are known; None: none result.
+    expected_over_accepted: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

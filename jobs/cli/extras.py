@@ -12,14 +12,7 @@ from jobs.errors import SetupError
 
 # The commands of `worker.cli`, for an installation that can't import it.
 _WORKER_COMMANDS = ("worker", "generate", "bench", "plan", "models", "draft")
-_EXTRAS = {
-    "fsspec": "data",
-    "ijson": "data",
-    "pyarrow": "data",
-    "matplotlib": "plot",
-    "pandas": "pandas",
-    "psycopg": "postgres",
-}  # import name -> extra
+_EXTRAS = {"matplotlib": "plot", "pandas": "pandas", "psycopg": "postgres"}  # import name -> extra
 _OWN_PACKAGES = ("jobs", "storage", "worker", "migrations")
 
 

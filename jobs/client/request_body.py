@@ -21,7 +21,7 @@ from jobs.messages import Endpoint
 from jobs.openai.paths import endpoint_of_line
 from jobs.tables.cells import is_missing, python_value
 from jobs.tables.columns import Columns, requests_of
-from jobs.tables.formats import HEAD_BYTES, TABLE_MAGIC, TableFormat, format_of_name
+from jobs.tables.formats import BOM, HEAD_BYTES, TABLE_MAGIC, TableFormat, format_of_name
 from jobs.tables.frames import columns_of_frame, is_frame, rows_of_frame
 from jobs.tables.gunzip import MAGIC, unpack, without_gz
 from jobs.tables.locations import is_url, reading
@@ -93,7 +93,6 @@ _SPOOL_BYTES = 16 << 20  # of a table's requests in memory; more are kept in a t
 _FRAME = "The data frame"
 ALL_COLUMNS: Final = Columns()
 PARAMETER_NAMES: Final = frozenset(Parameters.__annotations__)
-_BOM = b"\xef\xbb\xbf"
 _LINES_INSPECTED = 20
 _FILE_NAME = re.compile(r"\S+\.(?:jsonl|ndjson|json|txt|csv|tsv|parquet|gz|xlsx|pdf)", re.IGNORECASE)
 
@@ -196,7 +195,7 @@ def _file_body(file: PromptFile, columns: Columns) -> SubmissionBody:
     if columns.given or _is_table(name, file.content[:HEAD_BYTES]):
         return _table_body(BytesIO(file.content), name, columns)
     file = replace(file, content=_with_newlines(file.content))
-    content = file.content.removeprefix(_BOM)
+    content = file.content.removeprefix(BOM)
     reject_other_formats(content, file.name, file.suffix)
     if _is_text(content, file.suffix):
         return SubmissionBody(lines=BytesIO(b"".join(_as_json_lines(file))))
@@ -225,7 +224,7 @@ def _with_newlines(content: bytes) -> bytes:
 
 def _as_json_lines(file: PromptFile) -> Iterator[bytes]:
     try:
-        text = file.content.removeprefix(_BOM).decode()
+        text = file.content.removeprefix(BOM).decode()
     except UnicodeDecodeError as exc:
         raise InvalidValue(
             f"{file.name} is neither JSON lines nor text in UTF-8: byte {exc.start} can't be read. Save it as UTF-8."

@@ -36,7 +36,6 @@ _SUFFIXES: Final = {
 _PARQUET: Final = b"PAR1"
 ARROW_FILE: Final = b"ARROW1"
 _ARROW_STREAM: Final = b"\xff\xff\xff\xff"
-_GZIP: Final = b"\x1f\x8b"
 BOM: Final = b"\xef\xbb\xbf"
 
 TABLE_MAGIC: Final = (_PARQUET, ARROW_FILE)
@@ -76,8 +75,3 @@ def _format_of_bytes(head: bytes, named: TableFormat | None) -> TableFormat | No
     if named in (TableFormat.JSON, TableFormat.JSON_LINES):
         return TableFormat.JSON if text.startswith(b"[") else TableFormat.JSON_LINES
     return None
-
-
-def is_gzip(head: bytes) -> bool:
-    """Return whether the bytes begin a gzip file."""
-    return head.startswith(_GZIP)

@@ -12,7 +12,8 @@ from itertools import chain
 from typing import IO, Any, Final, cast
 
 from jobs.errors import InvalidValue
-from jobs.tables.formats import ARROW_FILE, BOM, HEAD_BYTES, TableFormat, check_format, format_of_name, is_gzip
+from jobs.tables.formats import ARROW_FILE, BOM, HEAD_BYTES, TableFormat, check_format, format_of_name
+from jobs.tables.gunzip import MAGIC
 from jobs.tables.locations import reading
 from jobs.tables.packages import load
 
@@ -45,7 +46,7 @@ def table_of(file: IO[bytes], name: str) -> Iterator[Table]:
     """Read an open file, which may be packed with gzip, as a table."""
     buffered = peekable(file)
     head = buffered.peek(HEAD_BYTES)[:HEAD_BYTES]
-    if is_gzip(head):
+    if head.startswith(MAGIC):
         with gzip.open(buffered) as unpacked, table_of(cast(IO[bytes], _checked(unpacked, name)), name) as table:
             yield table
         return

@@ -133,9 +133,7 @@ def main(
     curve_layers: Annotated[
         int | None, typer.Option(min=1, help="Layers of the target of the speed-ups by acceptance; default: all.")
     ] = None,
-    curve_batches: Annotated[
-        str, typer.Option(help="Batch sizes of the speed-ups by acceptance.")
-    ] = "1,8,16,32,64,128",
+    curve_batches: Annotated[str, typer.Option(help="Batch sizes of the speed-ups by acceptance.")] = _BATCHES,
 ) -> None:
     """Run all stages and print a JSON line for each result.
 

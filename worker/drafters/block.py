@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from functools import cache, lru_cache
 from statistics import median_high
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -20,18 +21,16 @@ from worker.drafters.block_network import BlockNetwork
 from worker.drafters.block_paths import PathTables
 from worker.drafters.candidates import MAX_CHILDREN, best_children
 from worker.drafters.eagle3_network import Eagle3Network
-from worker.drafters.head import HeadDrafter, PackedHead
+from worker.drafters.head import HeadDrafter, PackedHead, PackOptions
 from worker.drafters.head_network import HeadNetwork
 from worker.drafters.kv_tracker import by_slot
 from worker.engine.host.sources import CompiledSource
 from worker.engine.kv.hidden_states import HiddenStates
-from worker.engine.quantization.weights import QuantizationMethod
 from worker.engine.segments import BoolArray, IntArray, Segment
 from worker.engine.speculation.draft_tree import Candidates, Forest
 
-_RECENT_STEPS = (
-    16  # the next one foresees the median depth of their trees, and one layer more: a row of the network each
-)
+# The next step foresees the median depth of their trees, and one layer more: a row of the network each.
+_RECENT_STEPS = 16
 _MAX_CHAIN = 16  # committed tokens in the forward of a block; more are fed before, without a mask
 
 
@@ -44,12 +43,7 @@ class PackedBlock(PackedHead):
         embedding: Tensor,
         output: Tensor,
         tokens: Tensor,
-        *,
-        slots: int,
-        capacity: int,
-        cpu_kernels: bool = True,
-        paged: bool | None = None,
-        quantization: QuantizationMethod | None = None,
+        **options: Unpack[PackOptions],
     ) -> None:
         """Wrap a network, which is changed in place; the parameters are those of `PackedHead`."""
         self.depth = network.shape.depth
@@ -57,18 +51,7 @@ class PackedBlock(PackedHead):
         moved = network.offsets.detach().to(embedding.device, embedding.dtype)
         self.offsets = torch.cat([moved.new_zeros(1, moved.shape[1]), moved])  # [depth, width]; none for the root
         del network.path, network.offsets
-        super().__init__(
-            network,
-            embedding,
-            output,
-            tokens,
-            slots=slots,
-            capacity=capacity,
-            cpu_kernels=cpu_kernels,
-            paged=paged,
-            quantization=quantization,
-        )
-
+        super().__init__(network, embedding, output, tokens, **options)
         if self._backend.kernels is not None:
             self.paths.pack(self._backend.kernels)
 
@@ -161,16 +144,12 @@ def pack_head(
     embedding: Tensor,
     output: Tensor,
     tokens: Tensor,
-    *,
-    slots: int,
-    capacity: int,
-    quantization: QuantizationMethod | None = None,
+    **options: Unpack[PackOptions],
 ) -> PackedHead:
     """Pack a head of any kind: see `PackedHead`."""
-    given = (embedding, output, tokens)
     if isinstance(network, BlockNetwork):
-        return PackedBlock(network, *given, slots=slots, capacity=capacity, quantization=quantization)
-    return PackedHead(network, *given, slots=slots, capacity=capacity, quantization=quantization)
+        return PackedBlock(network, embedding, output, tokens, **options)
+    return PackedHead(network, embedding, output, tokens, **options)
 
 
 def head_drafter(packed: PackedHead, hidden: HiddenStates, name: str) -> HeadDrafter:

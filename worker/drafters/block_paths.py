@@ -76,9 +76,8 @@ class Paths(Protocol):
     any_depth: bool  # tables may have fewer layers than the network foresees
 
     def begin(self, base: Tensor, gates: Tensor, block_of: IntArray, depth: int) -> None:
-        """Take the tables of a step for `depth` layers: base logits [blocks * depth, n].
+        """Take the tables of a step for `depth` layers: logits `base` [blocks * depth, n] and gates [.., 2 * rank].
 
-        The gates are [blocks * depth, 2 * rank].
         `block_of` [trees] says which block is whose; -1: a tree has none.
         """
 
@@ -164,14 +163,10 @@ class CompiledPaths:
 
     def begin(self, base: Tensor, gates: Tensor, block_of: IntArray, depth: int) -> None:
         """Take the tables of a step."""
-        self._layout.depth = depth
-        base, gates = base.contiguous(), gates.contiguous()
+        layout, base, gates = self._layout, base.contiguous(), gates.contiguous()
         self._tables = base, gates, block_of
-        self._layout.base, self._layout.gates, self._layout.block_of = (
-            base.data_ptr(),
-            gates.data_ptr(),
-            address(block_of),
-        )
+        layout.depth = depth
+        layout.base, layout.gates, layout.block_of = base.data_ptr(), gates.data_ptr(), address(block_of)
 
     def source(self) -> CompiledSource:
         """Return this: C reads the tables themselves."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from typing import Any, Protocol
+from typing import Any, Protocol, Required, TypedDict
 
 import numpy as np
 import torch
@@ -62,6 +62,16 @@ class Learner(Protocol):
 
     def take(self, ids: list[int], num_prompt: int, states: Tensor) -> None:
         """Learn from a finished text; `states` [n - 1, size] are the target's after each token but the last."""
+
+
+class PackOptions(TypedDict, total=False):
+    """The keyword parameters of `PackedHead`."""
+
+    slots: Required[int]
+    capacity: Required[int]  # tokens of a slot
+    cpu_kernels: bool
+    paged: bool | None
+    quantization: QuantizationMethod | None
 
 
 class PackedHead:

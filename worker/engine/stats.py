@@ -243,7 +243,8 @@ def _restored(count: int, tokens: int, ints: bytes, floats: bytes, others: tuple
     """Return the batch that was pickled; its arrays are read-only."""
     columns = np.frombuffer(ints, np.int64)
     first = count * len(_INTS)
-    given: dict[str, Any] = dict(zip(_OTHERS, others, strict=False)) | {"decision": Decision(others[-1])}
+    *values, decision = others
+    given: dict[str, Any] = dict(zip(_OTHERS, values, strict=True)) | {"decision": Decision(decision)}
     given |= zip(_INTS, columns[:first].reshape(len(_INTS), count), strict=True)
     given |= zip(_FLOATS, np.frombuffer(floats, np.float64).reshape(len(_FLOATS), count), strict=True)
     return StepBatch(tokens=columns[first : first + tokens], reached=columns[first + tokens :].reshape(-1, 2), **given)

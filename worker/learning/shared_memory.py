@@ -78,9 +78,8 @@ class TextRing:
         self._memory = mmap.mmap(descriptor, self.size_of(shape))
         parts = iter(_offsets(_part_bytes(shape)))
         rows, dtype = shape.rows, shape.torch_dtype
-        self._counts = np.frombuffer(
-            self._memory, np.int64, 3, next(parts)
-        )  # texts appended; rows taken for them; texts learned
+        # Texts appended; rows taken for them; texts learned.
+        self._counts = np.frombuffer(self._memory, np.int64, 3, next(parts))
         records = np.frombuffer(self._memory, np.int64, MAX_TEXTS * _RECORD, next(parts))
         self._records = records.reshape(MAX_TEXTS, _RECORD)
         self._ids = np.frombuffer(self._memory, np.int64, rows, next(parts))

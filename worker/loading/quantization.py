@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from jobs.errors import SetupError
-from worker.engine.cpu.fused_layers import are_known
+from worker.engine.cpu.fused_layers import are_known, decoder_layers
 from worker.engine.model.backend import kernels_for
 from worker.engine.paged.attention import gpu_kernels_for
 from worker.engine.quantization.weights import QuantizationMethod, quantization_method
@@ -46,7 +46,7 @@ def refuse_unpacked(model: PreTrainedModel, name: str) -> None:
         runs = kernels_for(model) is not None
         needed = "the compiled CPU kernels, which need gcc"
     else:
-        layers = getattr(getattr(model, "model", None), "layers", None)
+        layers = decoder_layers(model)
         runs = gpu_kernels_for(model.device) is not None and layers is not None and are_known(layers)
         needed = "fused layers, which are made for Llama, Mistral, Qwen2 and Qwen3"
     if not runs:

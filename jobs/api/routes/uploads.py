@@ -28,7 +28,7 @@ from storage.uploads import Upload
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"], responses=ERRORS)
 
-MAX_PART_BYTES: Final = 64 << 20
+_MAX_PART_BYTES: Final = 64 << 20
 _MAX_PARTS: Final = 10_000
 _MAX_BODY_BYTES: Final = 1 << 20  # a part id has 37 characters
 _DAY_S: Final = 86_400.0
@@ -72,7 +72,7 @@ def retrieve(upload_id: str, services: CurrentServices, caller: CurrentCaller) -
 )
 async def add_part(upload_id: str, request: Request, services: CurrentServices, caller: CurrentCaller) -> Response:
     """Send the bytes of a part, at most 64 MiB. Parts may arrive in any order, and several at once."""
-    form = UploadForm(request.headers.get("content-type", ""), MAX_PART_BYTES, "data")
+    form = UploadForm(request.headers.get("content-type", ""), _MAX_PART_BYTES, "data")
     writer = FileWriter(services, caller, f"part_{secrets.token_hex(16)}", unpack=False)
 
     def record() -> Response:
@@ -138,11 +138,12 @@ def _complete(services: Services, upload_id: str, part_ids: list[str], md5: str 
 
 
 def _check_parts(session: Session, found: Upload, part_ids: list[str], md5: str | None) -> None:
-    sizes = {one.id: one.bytes for one in found.parts}
+    sizes, seen = {one.id: one.bytes for one in found.parts}, set[str]()
     for index, part_id in enumerate(part_ids):
-        if part_id not in sizes or part_id in part_ids[:index]:
+        if part_id not in sizes or part_id in seen:
             why = "is given twice" if part_id in sizes else "is not a part of this upload"
             raise InvalidValue(f"{part_id[:80]!r} {why}.", param=f"part_ids[{index}]")
+        seen.add(part_id)
     if (total := sum(sizes[part_id] for part_id in part_ids)) != found.bytes:
         raise InvalidValue(f"The parts have {total} bytes; {found.bytes} were announced.", param="part_ids")
     if (files.chunk(session, part_ids[0], 0) or b"").startswith(MAGIC):

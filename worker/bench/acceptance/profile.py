@@ -104,9 +104,8 @@ class AcceptanceProfile:
 
     name: str
     recorded: tuple[RecordedDepth, ...]  # the last one holds for all deeper depths
-    rates: tuple[float, ...] | None = (
-        None  # of the first candidate by depth, the last one for deeper; None: as recorded
-    )
+    # Of the first candidate by depth, the last one for deeper; None: as recorded.
+    rates: tuple[float, ...] | None = None
 
     @property
     def acceptance(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,8 +38,7 @@ def tables(title: str, cells: Sequence[CurveCell]) -> list[Table]:
     ]
 
 
-def _table(title: str, cells: Sequence[CurveCell], text: object) -> Table:
-    assert callable(text)
+def _table(title: str, cells: Sequence[CurveCell], text: Callable[[CurveCell], str]) -> Table:
     table = Table("acceptance", title=title)
     batches = sorted({cell.batch for cell in cells})
     for batch in batches:

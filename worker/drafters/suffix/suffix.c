@@ -1,7 +1,8 @@
 /* The suffix index: which tokens followed a context of 1, 2, 3, 5 … tokens, how often, and how often that was right.
  *
  * A slot is one cache line: a context of one group and its last followers, the newest first. Slots are in pairs; of a
- * full pair the one that was not written for longer gives way. Pairs are taken as they are needed. `python_kernels.py` computes the same, bit for bit. */
+ * full pair the one that was not written for longer gives way. Pairs are taken as they are needed.
+ * `python_kernels.py` computes the same, bit for bit. */
 
 #include <stdint.h>
 #include <string.h>
@@ -18,21 +19,21 @@ typedef struct {
     u32 count;  /* 0: none */
 } follower_t;
 
-/* `SLOT` of index.py */
+/* `SLOT` of memory.py */
 typedef struct {
     u64 hash; /* of the context; 0: empty */
     u32 group, stamp;
     follower_t followers[FOLLOWERS];
 } slot_t;
 
-/* `TEXT` of index.py: a sequence that is decoded */
+/* `TEXT` of memory.py: a sequence that is decoded */
 typedef struct {
     u32 group, prompt, output; /* the last two as writers */
     u32 length;                /* tokens in `tail`, which ends with the newest */
     i32 tail[CONTEXT];
 } text_t;
 
-/* `IndexLayout` of index.py */
+/* `IndexLayout` of memory.py */
 typedef struct {
     slot_t *slots;
     text_t *texts;

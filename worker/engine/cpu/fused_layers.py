@@ -174,12 +174,18 @@ def _norm_weights(layer: Any) -> list[Tensor | None]:
     return [None if norm is None else norm.weight.detach() for norm in norms]
 
 
+def decoder_layers(model: nn.Module) -> nn.ModuleList | None:
+    """Return the list of a model's decoder layers; None if it has none where most models have it."""
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    return layers if isinstance(layers, nn.ModuleList) else None
+
+
 def fuse(model: nn.Module, kernels: Kernels) -> bool:
     """Replace the decoder layers and last norm of a model if its layers are known; return whether."""
-    body: Any = getattr(model, "model", None)
-    layers = getattr(body, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not are_known(layers):
+    layers = decoder_layers(model)
+    if layers is None or not are_known(layers):
         return False
+    body: Any = model.model
     # The model calls the modules in its list of layers one after the other; now there is one that runs all layers.
     body.layers = nn.ModuleList([FusedLayers(layers, kernels)])
     body.norm = FusedNorm(body.norm, kernels)
@@ -191,9 +197,8 @@ def tap(model: nn.Module, layers: Sequence[int]) -> None:
 
     Raises ModelRefused for a model without a list of layers.
     """
-    body: Any = getattr(model, "model", None)
-    stack = getattr(body, "layers", None)
-    if not isinstance(stack, nn.ModuleList):
+    stack = decoder_layers(model)
+    if stack is None:
         raise ModelRefused(f"the hidden states of a {type(model).__name__} can't be read: it has no list of layers")
     first = stack[0]
     if isinstance(first, LayerStack):

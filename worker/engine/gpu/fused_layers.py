@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from worker.engine.attention_options import AttentionOptions
-from worker.engine.cpu.fused_layers import LayerStack, are_known, window_of
+from worker.engine.cpu.fused_layers import LayerStack, are_known, decoder_layers, window_of
 from worker.engine.paged.attention import PagedAttentionPlan
 from worker.engine.quantization.weights import QuantizedWeight, quantized_weights
 
@@ -145,10 +145,10 @@ def fuse_on_gpu(model: nn.Module, kernels: ModuleType) -> bool:
 
     `kernels` is the module `worker.engine.gpu.kernels`, which can only be imported with Triton.
     """
-    body: Any = getattr(model, "model", None)
-    layers = getattr(body, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not are_known(layers):
+    layers = decoder_layers(model)
+    if layers is None or not are_known(layers):
         return False
+    body: Any = model.model
     # The model calls the modules in its list of layers one after the other; now there is one that runs all layers.
     body.layers = nn.ModuleList([GpuLayers(layers, body.norm, kernels)])
     body.norm = nn.Identity()

@@ -171,8 +171,8 @@ static i64 bin_of(const nodes_t *n, const bins_t *bins, i64 sampled, i64 node, d
 
 /* Write the token that was drawn at each node of the frontier [rows]; -1: at none. Nodes of the trees that were verified
  * have the numbers `kept` in those that were drafted, and `visited` [count] ones drew the `tokens`. */
-static void find_drawn(const buffer_t *b, const i64 *kept, const i64 *visited, const i64 *tokens, i64 count, const i64 *frontier,
-              i64 rows, i64 *out) {
+static void find_drawn(const buffer_t *b, const i64 *kept, const i64 *visited, const i64 *tokens, i64 count,
+                       const i64 *frontier, i64 rows, i64 *out) {
     i64 *drawn = scratch(b->size * sizeof *drawn);
     for (i64 i = 0; i < b->size; i++) drawn[i] = -1;
     for (i64 i = 0; i < count; i++) drawn[kept[visited[i]]] = tokens[i];
@@ -180,14 +180,16 @@ static void find_drawn(const buffer_t *b, const i64 *kept, const i64 *visited, c
 }
 
 /* Add the candidates of the rows whose `drawn` token [rows] is known to their bins. */
-static void count_draws(const buffer_t *b, const bins_t *bins, const u8 *sampled, const i64 *frontier, i64 rows, i64 width,
-                    const i64 *tokens, const double *probabilities, const i64 *source, const i64 *drawn) {
+static void count_draws(const buffer_t *b, const bins_t *bins, const u8 *sampled, const i64 *frontier, i64 rows,
+                        i64 width, const i64 *tokens, const double *probabilities, const i64 *source,
+                        const i64 *drawn) {
     nodes_t n = nodes_of(b);
     double *sums = scratch_for(1, 2 * bins->count * sizeof *sums);
     memset(sums, 0, 2 * bins->count * sizeof *sums);
     for (i64 row = 0; row < rows; row++)
         for (i64 i = row * width; drawn[row] >= 0 && i < (row + 1) * width; i++) {
-            i64 node = frontier[row], bin = bin_of(&n, bins, sampled[n.tree[node]], node, probabilities[i], source ? source[i] : 0);
+            i64 node = frontier[row], label = source ? source[i] : 0;
+            i64 bin = bin_of(&n, bins, sampled[n.tree[node]], node, probabilities[i], label);
             sums[bin] += tokens[i] == drawn[row] && probabilities[i] > 0.0;
             sums[bins->count + bin] += probabilities[i];
         }

@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from worker.engine.cpu.attention import CpuAttentionPlan
-from worker.engine.cpu.fused_layers import FusedLayers, LayerStack, fuse
+from worker.engine.cpu.fused_layers import FusedLayers, LayerStack, decoder_layers, fuse
 from worker.engine.cpu.kernels import Kernels, kernels
 from worker.engine.cpu.kv import CpuKv
 from worker.engine.cpu.packed_linear import PackedLinear
@@ -121,8 +120,8 @@ def batch_dependence(model: PreTrainedModel) -> str | None:
         return "its layers are spread over several devices"
     if model.device.type == "cpu":
         return None if kernels_for(model) is not None else "the kernels of this CPU need a C compiler; install gcc"
-    layers = getattr(getattr(model, "model", None), "layers", None)
-    if isinstance(layers, nn.ModuleList) and isinstance(layers[0], LayerStack):
+    layers = decoder_layers(model)
+    if layers is not None and isinstance(layers[0], LayerStack):
         return None
     return f"a {type(model).__name__} runs through transformers' layers on a GPU; see docs/models.md"
 

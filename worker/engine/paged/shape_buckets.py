@@ -85,9 +85,8 @@ class BucketedForward:
     def _replay(self, segments: Segments, shape: Shape) -> Outputs:
         self._kv.sync_tables()
         rows = laid_out(segments, self._kv, shape)
-        self._flat[: len(rows)].copy_(
-            torch.from_numpy(rows)
-        )  # from pageable memory: it has read it when it returns, so it may be freed
+        # A copy from pageable memory has read it when it returns, so it may be freed.
+        self._flat[: len(rows)].copy_(torch.from_numpy(rows))
         replay = self._replays.get(shape)
         if replay is None:
             replay = self._replays[shape] = self._captured(shape)

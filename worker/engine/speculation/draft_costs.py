@@ -57,9 +57,8 @@ class _LayerTimes:
     def __init__(self, calibrated: Mapping[int, float]) -> None:
         settled = partial(RunningMean.settled, TIME_WEIGHT)
         self._means = {load_class(nodes): settled(ms) for nodes, ms in calibrated.items()}
-        self.known: FloatArray = np.full(
-            LOAD_CLASSES, np.nan
-        )  # ms by load class, as `of` knows them, for compiled growth
+        # ms by load class, as `of` knows them, for compiled growth
+        self.known: FloatArray = np.full(LOAD_CLASSES, np.nan)
         self._publish()
 
     def of(self, nodes: int) -> float:
@@ -135,8 +134,8 @@ class DraftCosts:
 
         Return the part that went into reading `num_uncached_tokens`: 0 if the drafter had not fallen behind.
         """
-        times = [self._first, *[self._further] * (len(layers) - 1)]
-        known = [time.of(nodes) for time, nodes in zip(times, layers, strict=False)]
+        times = [self._further if layer else self._first for layer in range(len(layers))]
+        known = [time.of(nodes) for time, nodes in zip(times, layers, strict=True)]
         if num_uncached_tokens > MIN_CATCH_UP_TOKENS * max(layers[:1], default=1):
             catch_up_ms = max(ms - sum(known), 0.0)
             self._row_ms.add(catch_up_ms / num_uncached_tokens)
@@ -144,7 +143,7 @@ class DraftCosts:
         if not all(known):  # not measured yet: a layer's time hardly depends on its nodes
             known = [1.0] * len(layers)
         together = sum(known)
-        for time, nodes, part in zip(times, layers, known, strict=False):
+        for time, nodes, part in zip(times, layers, known, strict=True):
             time.observe(nodes, ms * part / together)
         return 0.0
 

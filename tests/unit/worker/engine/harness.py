@@ -14,15 +14,32 @@ from worker.engine.engine import Engine
 from worker.engine.model.packed_model import LanguageModel
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.sampling.parameters import Sampling, noise_key
+from worker.engine.segments import IntArray
 from worker.engine.sequence import Sequence as EngineSequence
 from worker.engine.speculation.cost_model import CostModel
+from worker.engine.speculation.draft_tree import Forest
 from worker.engine.speculation.drafting import Drafter
 from worker.engine.stats import StepResult
 
 OPTIONS = EngineOptions(max_sequences=4, max_context=256, prefill_rows=7, nodes=12, threshold=0.1, max_depth=5)
 FLAT_COSTS = CostModel({1: 10.0, 64: 11.0})  # trees are nearly free: they are always worth growing
-MAX_TOKENS = 9  # long enough for paths of three tokens to be accepted, and for what is resumed to go on
+MAX_TOKENS = 9  # enough to accept paths of three tokens, and to continue a resumed text
 PROMPTS = [[2, 3, 4, 5, 6], [7, 8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [18], [2, 3, 4, 5, 6, 7]]
+
+
+class Unverified:
+    """What a drafter does not need while trees only grow."""
+
+    forward_free = None
+
+    def num_uncached_tokens(self, sequence: EngineSequence) -> int:
+        return 0
+
+    def commit(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
+        raise AssertionError("nothing is verified here")
+
+    def drop(self, sequence: EngineSequence) -> None:
+        raise AssertionError("nothing is verified here")
 
 
 def options(mode: Mode, **changes: Any) -> EngineOptions:

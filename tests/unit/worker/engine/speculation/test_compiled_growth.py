@@ -9,13 +9,12 @@ from functools import partial
 import numpy as np
 import pytest
 
-from tests.unit.worker.engine.harness import sequences
+from tests.unit.worker.engine.harness import Unverified, sequences
 from tests.unit.worker.engine.host.test_tree_kernels import same
 from worker.engine.host.growth import CompiledGrowth, bigram_source, growth_library
 from worker.engine.host.nodes import FloatArray
 from worker.engine.host.sources import CompiledSource
 from worker.engine.segments import IntArray
-from worker.engine.sequence import Sequence
 from worker.engine.speculation.acceptance_model import AcceptanceModel
 from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.draft_costs import DraftCosts, DraftTimes
@@ -39,11 +38,10 @@ SEEDS = range(8)
 DEPTH = 5
 
 
-class Bigrams:
+class Bigrams(Unverified):
     """A drafter whose candidates depend on the token above them."""
 
     name = "bigrams"
-    forward_free = None
 
     def __init__(self, seed: int, width: int, kind: type = np.float64) -> None:
         rng = np.random.default_rng(seed)
@@ -57,15 +55,6 @@ class Bigrams:
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
         above = forest.token[frontier]
         return Candidates(self.tokens[above], self.probabilities[above])
-
-    def num_uncached_tokens(self, sequence: Sequence) -> int:
-        return 0
-
-    def commit(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
-        raise AssertionError("nothing is verified here")
-
-    def drop(self, sequence: Sequence) -> None:
-        raise AssertionError("nothing is verified here")
 
 
 class CompiledBigrams(Bigrams):

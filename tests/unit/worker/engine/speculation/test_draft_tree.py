@@ -7,10 +7,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from tests.unit.worker.engine.harness import FLAT_COSTS, sequences
+from tests.unit.worker.engine.harness import FLAT_COSTS, Unverified, sequences
 from worker.engine.host.nodes import FloatArray
 from worker.engine.segments import BoolArray, IntArray
-from worker.engine.sequence import Sequence
 from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.draft_costs import DraftCosts, DraftTimes
 from worker.engine.speculation.draft_tree import Candidates, Forest
@@ -20,10 +19,9 @@ from worker.engine.speculation.tree_budget import CostAwareBudget, FixedBudget
 WIDTH = 3
 
 
-class TableDrafter:
+class TableDrafter(Unverified):
     """A drafter with the same conditional probabilities below every node of a depth, or with random ones."""
 
-    forward_free = None
     name = "table"
 
     def __init__(self, rng: np.random.Generator | None = None, row: tuple[float, ...] = (0.5, 0.3, 0.2)) -> None:
@@ -42,15 +40,6 @@ class TableDrafter:
             else self._rng.dirichlet([0.5] * WIDTH, len(frontier))
         )
         return Candidates(np.tile(np.arange(WIDTH), (shape[0], 1)), rows)
-
-    def num_uncached_tokens(self, sequence: Sequence) -> int:
-        return 0
-
-    def commit(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
-        raise AssertionError("nothing is verified here")
-
-    def drop(self, sequence: Sequence) -> None:
-        raise AssertionError("nothing is verified here")
 
 
 def full_forest(rng: np.random.Generator, trees: int = 1, depth: int = 3) -> Forest:
