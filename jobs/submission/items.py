@@ -18,7 +18,7 @@ from jobs.errors import InvalidJsonLine
 from jobs.input_format import wide_encoding
 from jobs.submission.input_lines import Line, Sample, find_custom_id, split_lines
 
-MAX_JSON_NODES = 1_000_000  # lists and objects of one JSON text: 2 bytes each as text, up to 240 in memory
+MAX_JSON_NODES = 500_000  # lists and objects of one JSON text: 2 bytes each or more as text, up to 240 in memory
 _CHUNK_BYTES = 1 << 20  # of a file, per read
 _NO_NUMBER = re.compile(rb"-?(?:NaN|Infinity)")
 

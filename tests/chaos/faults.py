@@ -20,8 +20,9 @@ from redis.exceptions import RedisError
 from jobs.celery_app import KEY_PREFIX, NOTIFY_TASK
 from jobs.messages import model_queue
 from storage.session import Database
+from tests.chaos.request_process import MODULE
 from tests.chaos.stack import Stack
-from tests.processes import children_of
+from tests.processes import child_that_runs
 
 Fault = Callable[[Stack, random.Random], None]
 
@@ -233,10 +234,10 @@ def small_disk(directory: Path, megabytes: int = 128) -> Iterator[bool]:
 
 def _signal_request_process(stack: Stack, dice: random.Random, number: signal.Signals) -> int | None:
     """Send a signal to the request process of a worker; return its process id, None if there is none."""
-    with suppress(ProcessLookupError, FileNotFoundError):
-        for child in children_of(stack.children[dice.choice(stack.workers())].pid):
-            os.kill(child, number)
-            return child
+    with suppress(ProcessLookupError, FileNotFoundError, LookupError):
+        child = child_that_runs(MODULE, stack.children[dice.choice(stack.workers())].pid)
+        os.kill(child, number)
+        return child
     return None
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jobs.messages import GenerationRequest
     from worker.text.codec import Codec
 
+MODULE = "tests.chaos.request_process"
 DEADLY_TEXT = "the prompt that kills its tokenizer"
 ENDLESS_TEXT = "the prompt that freezes its tokenizer"
 

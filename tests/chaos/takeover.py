@@ -15,10 +15,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.chaos.request_process import MODULE
 from tests.chaos.run import tiny_model
 from tests.chaos.stack import Stack
 from tests.integration.test_worker_process import rows, submit
-from tests.processes import children_of
+from tests.processes import child_that_runs
 
 RUNS = 3
 
@@ -54,7 +55,7 @@ def _once(stack: Stack, job_id: str, *, apart: bool) -> float:
     assert {row[0] for row in rows(stack, job_id)} == {"running"}, "the victim was too quick"
     victim = stack.children["worker-0"].pid
     killed_at = time.monotonic()
-    os.kill(children_of(victim)[0] if apart else victim, signal.SIGKILL)
+    os.kill(child_that_runs(MODULE, victim) if apart else victim, signal.SIGKILL)
     stack.wait_for(lambda: all(row[2] == 2 for row in rows(stack, job_id)), "the second claim")
     took_s = time.monotonic() - killed_at
     stack.wait_for(lambda: all(row[0] == "completed" for row in rows(stack, job_id)), "the end of the job")

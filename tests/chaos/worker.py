@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 from jobs.messages import CHAT_ENDPOINT, GenerationRequest, SamplingParameters
+from tests.chaos.request_process import MODULE
 from worker import start, tasks
 from worker.engine.engine import Engine
 from worker.engine.sequence import Sequence
@@ -52,7 +53,7 @@ def main() -> int:
         time.sleep(step_s)
         return step(engine, *given, **named)
 
-    request_process.MODULE = "tests.chaos.request_process"
+    request_process.MODULE = MODULE
     tasks.load_engine = noted_load  # type: ignore[attr-defined]
     Engine.add = deadly_add  # type: ignore[assignment, method-assign]
     Engine.step = slow_step  # type: ignore[assignment, method-assign]

@@ -15,7 +15,7 @@ import pytest
 from storage import schema
 from tests.models import packed, save_tiny, tiny
 from tests.nodes import Cluster
-from tests.processes import children_of, ended
+from tests.processes import child_that_runs, ended
 from tests.split import texts
 
 BASIC = Path(sys.executable).with_name("basic")
@@ -60,10 +60,7 @@ def cluster(tmp_path: Path, redis_url: str) -> Cluster:
 
 def follower_of(replica: int) -> int:
     """Return the second rank; the replica has a request process, too."""
-    (follower,) = (
-        pid for pid in children_of(replica) if "worker.node.rank_main" in Path(f"/proc/{pid}/cmdline").read_text()
-    )
-    return follower
+    return child_that_runs("worker.node.rank_main", replica)
 
 
 @pytest.mark.long

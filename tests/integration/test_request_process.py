@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.request_process import DEADLY_TEXT, ENDLESS_TEXT
+from tests.chaos.request_process import DEADLY_TEXT, ENDLESS_TEXT, MODULE
 from tests.chaos.stack import Stack
 from tests.integration.test_worker_process import ended, rows, submit, text_of
-from tests.processes import children_of
+from tests.processes import child_that_runs
 from tests.processes import ended as process_ended
 
 
@@ -28,8 +28,7 @@ def log_of(stack: Stack) -> str:
 
 
 def request_process(stack: Stack) -> int:
-    (child,) = children_of(stack.children["worker-0"].pid)
-    return child
+    return child_that_runs(MODULE, stack.children["worker-0"].pid)
 
 
 def test_a_killed_request_process_is_replaced_and_its_requests_go_on_with_the_same_text(stack: Stack) -> None:
