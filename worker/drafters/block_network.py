@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from worker.drafters.head_network import HeadNetwork, HeadShape
 from worker.engine.errors import ModelRefused
+from worker.engine.options import MAX_BLOCK_DEPTH
 
-MAX_DEPTH, MAX_RANK = 16, 4096
+MAX_RANK = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class BlockShape(HeadShape):
 
     def __post_init__(self) -> None:
         """Raise ModelRefused for sizes that no block drafter has."""
-        for name, size, highest in (("depth", self.depth, MAX_DEPTH), ("rank", self.rank, MAX_RANK)):
+        for name, size, highest in (("depth", self.depth, MAX_BLOCK_DEPTH), ("rank", self.rank, MAX_RANK)):
             if not isinstance(size, int) or not 2 <= size <= highest:
                 raise ModelRefused(f"a block drafter's {name} is a number from 2 to {highest}, not {size!r}")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 MAX_STEP_NODES = 256  # draft nodes of one step, all trees together
+MAX_BLOCK_DEPTH = 16  # tokens that a block drafter foresees
 
 
 class Mode(StrEnum):

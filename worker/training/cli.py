@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from worker.drafters.block_network import MAX_DEPTH
+from worker.engine.options import MAX_BLOCK_DEPTH
 from worker.terminal import ProgressBars, print_message, readable_errors, settings_of
 from worker.training.config import Kind, Recipe
 
@@ -45,7 +45,7 @@ def train(
     epochs: Annotated[int | None, typer.Option(min=1, help="Maximum passes over the training text.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers of the draft.")] = None,
     depth: Annotated[
-        int | None, typer.Option(min=2, max=MAX_DEPTH, help="Of a block: tokens that it foresees.")
+        int | None, typer.Option(min=2, max=MAX_BLOCK_DEPTH, help="Of a block: tokens that it foresees.")
     ] = None,
     start: Annotated[
         Path | None,

@@ -77,6 +77,8 @@ def test_every_package_of_the_extras_is_blocked() -> None:
     [
         ("import jobs", {"asyncio", "httpx", "pydantic", "rich", "typer"}),
         ("import jobs.messages, jobs.producer", {"httpx", "rich", "typer"}),
+        # Every `basic` command loads the commands of the worker, so that its help names them.
+        ("import jobs.cli, worker.cli", {"torch", "transformers", "numpy", "sqlalchemy"}),
         # httpx's __init__ imports its command line, and rich with it, if click is installed (httpx 0.28.1). We do not.
         (
             "sys.modules['click'] = None; import jobs; jobs.Client(api_key='sk-x'), jobs.AsyncClient(api_key='sk-x')",
