@@ -13,7 +13,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Select, bindparam, exists, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
-from storage.dialect import clock, database_now, dialect_of
+from storage.dialect import AnyRow, clock, database_now, dialect_of
 from storage.models import ApiKey, JobRow
 from storage.records import NewKey
 from storage.statuses import QUOTA_JOB_STATUSES
@@ -27,6 +27,10 @@ _TOKENS: Final = _JOBS.tokens_asked * _LEFT / func.nullif(_JOBS.requests_total, 
 # Built once: they run with every submission.
 _ALL_WORK: Final = select(func.coalesce(func.sum(_LEFT), 0), func.coalesce(func.sum(_TOKENS), 0)).where(
     _JOBS.status.in_(QUOTA_JOB_STATUSES)
+)
+_LIMITED: Final = or_(ApiKey.max_requests_queued.is_not(None), ApiKey.max_tokens_queued.is_not(None))
+_LIMITS: Final = select(ApiKey.max_requests_queued, ApiKey.max_tokens_queued).where(
+    ApiKey.id == bindparam("key_id"), _LIMITED
 )
 _WORK: Final = _ALL_WORK.where(_JOBS.api_key_id == bindparam("key_id"))
 
@@ -113,16 +117,20 @@ def open_work(session: Session, key_id: str | None = None) -> OpenWork:
 
 def enforce_limits(session: Session, key_id: str) -> None:
     """Raise QuotaExceeded if the open work of a key, the job just written included, exceeds its limits."""
-    if not key_id:
-        return
-    limits = session.execute(
-        select(ApiKey.max_requests_queued, ApiKey.max_tokens_queued)
-        .where(ApiKey.id == key_id, or_(ApiKey.max_requests_queued.is_not(None), ApiKey.max_tokens_queued.is_not(None)))
-        .with_for_update()  # serialises the submissions of one key
-    ).first()
-    if limits is None:
-        return
-    work = open_work(session, key_id)
+    limits = session.execute(_LIMITS.with_for_update(), {"key_id": key_id}).first() if key_id else None
+    if limits is not None:  # the lock serialises the submissions of one key
+        _enforce(limits, open_work(session, key_id))
+
+
+def enforce_limits_with(session: Session, key_id: str, more: OpenWork) -> None:
+    """Raise QuotaExceeded if the open work of a key and `more` exceed its limits."""
+    limits = session.execute(_LIMITS, {"key_id": key_id}).first() if key_id else None
+    if limits is not None:
+        work = open_work(session, key_id)
+        _enforce(limits, OpenWork(work.requests + more.requests, work.tokens + more.tokens))
+
+
+def _enforce(limits: AnyRow, work: OpenWork) -> None:
     for what, limit, asked in (
         ("requests", limits.max_requests_queued, work.requests),
         ("tokens", limits.max_tokens_queued, work.tokens),

@@ -57,6 +57,7 @@ class NewRequest:
     body: Mapping[str, Any] | None = None
     failure: RequestFailure | None = None
     tokens: int = 0  # upper bound of prompt plus completion tokens, estimated at submission
+    prompt_tokens: int = 0  # of them, the prompt's, estimated from its bytes; not stored
     timeout_s: float | None = None  # from creation; the request fails after it, even if its job still has time
     size_bytes: int = 0  # approximate size of the body, to limit the size of one INSERT; 0: small
 

@@ -10,12 +10,14 @@ from typing import Annotated
 import typer
 
 from jobs.cli import lookup
+from jobs.cli.checking import prompt_counter, report_check
 from jobs.cli.lookup import NO_JOB, find_job
 from jobs.cli.options import FAILED, AsJson, JobId, print_json
 from jobs.cli.output_files import append_outputs, refuse_output_file, write_outputs
 from jobs.cli.render import choice_lines, closing_table, jobs_table, make_console, make_view, status_table
 from jobs.client import Client, Job
 from jobs.client.outcome import job_status_text
+from jobs.client.parameters import Parameters
 from jobs.client.request_body import DataFile, PromptFile
 from jobs.client.response_format import schema_file
 from jobs.client.results import JobInfo
@@ -77,6 +79,9 @@ def submit(
             help="After the job, decode this many requests with and without drafts and compare the times.",
         ),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print rows, tokens and refusals, and submit nothing.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Submit a job: a file with one request per line.
@@ -90,6 +95,8 @@ def submit(
     Example: basic submit reviews.parquet --template "Translate: {text}" --keep label -o answers.parquet
 
     Example: basic submit prompts.txt --schema person.schema.json --output people.jsonl
+
+    Example: basic submit prompts.jsonl --dry-run
     """
     if output is not None:
         refuse_output_file(output)
@@ -102,7 +109,17 @@ def submit(
     )
     prompts = _source(file)
     form = None if schema is None else schema_file(schema)
+    parameters: Parameters = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "seed": seed,
+        "response_format": form,
+    }
     with lookup.connect() as client:
+        if dry_run:
+            count = prompt_counter()
+            check = client.check(prompts, model=model, endpoint=endpoint, columns=columns, count=count, **parameters)
+            raise typer.Exit(report_check(check, as_json))
         job = client.submit(
             prompts,
             model=model,
@@ -110,10 +127,7 @@ def submit(
             idempotency_key=idempotency_key,
             columns=columns,
             compare_plain=compare_plain,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            seed=seed,
-            response_format=form,
+            **parameters,
         )
         if follow:
             raise typer.Exit(_follow(client, job, as_json, output))

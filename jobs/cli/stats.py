@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from jobs.cli import lookup
-from jobs.cli.csv_export import write_csv
 from jobs.cli.extras import needs
 from jobs.cli.lookup import find_job
 from jobs.cli.options import AsJson, JobId, print_json
@@ -19,6 +18,7 @@ from jobs.client import Client
 from jobs.client.results import Statistics
 from jobs.input_format import reject_output_suffix
 from jobs.reports.stats_tables import stats_tables
+from jobs.tables.csv_export import write_csv
 
 
 def stats(

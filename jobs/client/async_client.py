@@ -17,7 +17,7 @@ from jobs.client.parameters import Parameters
 from jobs.client.progress_bar import ProgressCallback, progress_reporter
 from jobs.client.request_body import ALL_COLUMNS, Prompts, build_body
 from jobs.client.response_format import ResponseFormat, adapter_of, response_format
-from jobs.client.results import JobInfo, Output, Statistics, output_rows, to_dataframe
+from jobs.client.results import JobCheck, JobInfo, Output, Statistics, output_rows, to_dataframe
 from jobs.client.retries import RETRIED_STATUS_CODES, Backoff, ServiceBusy
 from jobs.client.service_errors import error_of
 from jobs.client.service_location import default_api_key, default_api_url
@@ -30,6 +30,8 @@ from jobs.tables.columns import Columns
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+# Counts the prompt tokens of JSON lines, given the parameters of the job and its check; None: no tokenizer is at hand.
+CountPrompts = Callable[[IO[bytes], Mapping[str, Any], JobCheck], JobCheck | None]
 Connect = Callable[[str, Mapping[str, str]], Connection]  # from the API URL and the headers of every request
 
 
@@ -104,27 +106,51 @@ class AsyncClient:
             "completion_window": completion_window,
             "compare_plain": compare_plain,
         }
-        form = parameters.get("response_format")
-        settings = {name: value for name, value in parameters.items() if value is not None}
-        settings |= {} if form is None else {"response_format": response_format(form)}
-        fields = {name: value for name, value in job.items() if value is not None}
+        fields, settings = _given(job), _settings(parameters)
         if body.lines is not None:
             with body.lines as lines:
                 reply = await self._submit_lines(lines, fields, settings, idempotency_key)
         else:
             content = fields | settings | {"requests": body.requests}
             reply = await self._call("POST", "/v1/jobs", json=content, headers=_key(idempotency_key))
-        return AsyncJob(self, reply["id"], form)
+        return AsyncJob(self, reply["id"], parameters.get("response_format"))
+
+    async def check(
+        self,
+        prompts: Prompts,
+        *,
+        model: str | None = None,
+        endpoint: Endpoint | None = None,
+        columns: Columns = ALL_COLUMNS,
+        count: CountPrompts | None = None,
+        **parameters: Unpack[Parameters],
+    ) -> JobCheck:
+        """Check what `submit` would send, and store nothing: requests, tokens, and what would be refused.
+
+        `count` counts the prompt tokens of a file with the model's tokenizer, if it is on this machine; without it
+        they are estimated from bytes. Raises JobRefused for what refuses the job as a whole. A file may have as many
+        bytes as the service takes in one body.
+        """
+        body = await self._connection.run_slow(lambda: build_body(prompts, columns))
+        fields = _given({"model": model, "endpoint": endpoint or body.endpoint})
+        settings = _settings(parameters)
+        if body.lines is None:
+            content = fields | settings | {"requests": body.requests}
+            return JobCheck.model_validate(await self._call("POST", "/v1/jobs/check", json=content))
+        with body.lines as lines:
+            reply = await self._send_lines("/v1/jobs/check", lines, fields, settings, {})
+            check = JobCheck.model_validate(reply)
+            if count is None:
+                return check
+            lines.seek(0)
+            return await self._connection.run_slow(lambda: count(lines, settings, check) or check)
 
     async def _submit_lines(
         self, lines: IO[bytes], fields: dict[str, Any], settings: dict[str, Any], idempotency_key: str | None
     ) -> dict[str, Any]:
         """Submit the lines of a file: a large one is uploaded in parts before, and continues after an interruption."""
         if lines.seek(0, os.SEEK_END) < PARTED_BYTES:
-            headers = _key(idempotency_key) | {"content-type": "application/x-ndjson"}
-            head, query = _parameter_line(settings)
-            file = FileContent(head, lines)
-            return await self._call("POST", "/v1/jobs", file=file, params=_query(fields) | query, headers=headers)
+            return await self._send_lines("/v1/jobs", lines, fields, settings, _key(idempotency_key))
         upload = await self._connection.run_slow(lambda: ResumedUpload(self._call, self.api_url, lines))
         content = fields | settings | {"input_file_id": await upload.run()}
         headers = _key(idempotency_key or upload.state.idempotency_key)
@@ -132,6 +158,19 @@ class AsyncClient:
         upload.forget()
         await self._call("DELETE", f"/v1/files/{content['input_file_id']}")  # the job has its lines
         return reply
+
+    async def _send_lines(
+        self,
+        path: str,
+        lines: IO[bytes],
+        fields: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        headers: dict[str, str],
+    ) -> dict[str, Any]:
+        """Post the lines of a file, with the fields of the job in the query."""
+        head, query = _parameter_line(settings)
+        arguments = {"file": FileContent(head, lines), "params": _query(fields) | query}
+        return await self._call("POST", path, **arguments, headers=headers | {"content-type": "application/x-ndjson"})
 
     def job(self, job_id: str, response_format: ResponseFormat | None = None) -> AsyncJob:
         """Return the handle of a job that was submitted before. Sends nothing.
@@ -376,6 +415,16 @@ class AsyncJob:
 
 def _key(idempotency_key: str | None) -> dict[str, str]:
     return {"idempotency-key": idempotency_key or str(uuid.uuid4())}
+
+
+def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _settings(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sampling parameters of a job as JSON values."""
+    form = parameters.get("response_format")
+    return _given(parameters) | ({} if form is None else {"response_format": response_format(form)})
 
 
 def _query(fields: Mapping[str, Any]) -> dict[str, str]:

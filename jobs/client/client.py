@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 import httpx
 
-from jobs.client.async_client import AsyncClient
+from jobs.client.async_client import AsyncClient, CountPrompts
 from jobs.client.connection import BlockingConnection, run_without_loop
 from jobs.client.parameters import Parameters
 from jobs.client.progress_bar import ProgressCallback
 from jobs.client.request_body import ALL_COLUMNS, Prompts
 from jobs.client.response_format import ResponseFormat
-from jobs.client.results import JobInfo, Output, Statistics
+from jobs.client.results import JobCheck, JobInfo, Output, Statistics
 from jobs.messages import Endpoint, PartialEvent
 from jobs.tables.columns import Columns
 
@@ -101,6 +101,21 @@ class Client:
             )
         )
         return Job(self, submitted.id, submitted.response_format)
+
+    def check(
+        self,
+        prompts: Prompts,
+        *,
+        model: str | None = None,
+        endpoint: Endpoint | None = None,
+        columns: Columns = ALL_COLUMNS,
+        count: CountPrompts | None = None,
+        **parameters: Unpack[Parameters],
+    ) -> JobCheck:
+        """Check what `submit` would send, and store nothing; arguments as for AsyncClient.check."""
+        return run_without_loop(
+            self._client.check(prompts, model=model, endpoint=endpoint, columns=columns, count=count, **parameters)
+        )
 
     def job(self, job_id: str, response_format: ResponseFormat | None = None) -> Job:
         """Return the handle of a job that was submitted before; arguments as for AsyncClient.job."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, TypeAdapter
 
@@ -59,6 +59,45 @@ class JobInfo(Reply):
     metadata: dict[str, str] | None = None
     retry_of: str | None = None  # the job whose requests without a result this job runs
     sampling_defaults: dict[str, Any] | None = None  # that the model's generation config gave to its first request
+
+
+class CheckCounts(Reply):
+    """Requests of a submission that was only checked."""
+
+    total: int
+    accepted: int
+    refused: int
+
+
+class RefusedRequest(Reply):
+    """A request that would be refused: its place, the field and the reason."""
+
+    index: int
+    line: int | None = None  # 1-based, of a file of lines; None: the requests came as a list
+    custom_id: str
+    code: str
+    param: str | None = None
+    message: str
+
+
+class JobCheck(Reply):
+    """What a submission would become. Nothing was stored."""
+
+    model: str
+    endpoint: str
+    context_tokens: int | None = None  # of the workers that serve the model; None: no worker has reported it
+    request_counts: CheckCounts
+    prompt_tokens: int  # of the accepted requests
+    prompt_tokens_source: Literal["bytes", "tokenizer"]  # bytes: an estimate, a token for each four
+    max_output_tokens: int  # at most, over all texts
+    requests_without_max_tokens: int = 0  # only the context bounds these
+    refused: tuple[RefusedRequest, ...] = ()  # the first hundred
+    limit: str | None = None  # the limit of the key or the queue that refuses the job now
+
+    @property
+    def passes(self) -> bool:
+        """True if nothing would be refused."""
+        return not self.request_counts.refused and self.limit is None
 
 
 class ErrorDetails(Reply):

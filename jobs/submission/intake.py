@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Engine
@@ -92,15 +92,10 @@ def create_job(submission: Submission, *, database: Database, notify: Notify, se
     Return the id of the earlier job if the idempotency key was used before. Raise JobRefused for an invalid job, and
     LimitReached if the queue or the key is at its limit.
     """
-    items = iter(submission.items)
-    models = known_models(database, settings)
-    head, model = _find_model(items, submission.model, models, settings.max_requests)
-    if not head:
-        raise EmptyJob
-    rules = _rules(submission, model, endpoint_of_line(head[-1].value), models, database, settings)
+    rules, items = open_submission(submission, database, settings)
     with span("ingest", submission.traceparent, job_id=rules.job_id) as traceparent, RequestBuffer() as buffer:
-        job = replace(_new_job(submission, rules, settings), traceparent=traceparent)
-        ids = _parse_all(chain(_drain(head), items), rules, settings.max_requests, buffer)
+        job = replace(new_job(submission, rules, settings), traceparent=traceparent)
+        ids = parse_all(items, rules, settings.max_requests, buffer)
         depth = _queue_depth(database)
         fits = depth.reserve(len(buffer), settings.max_requests_queued)
         max_queued = None if fits else settings.max_requests_queued
@@ -110,6 +105,17 @@ def create_job(submission: Submission, *, database: Database, notify: Notify, se
     if recorded.created:
         notify(recorded.job_id, rules.model)
     return recorded.job_id
+
+
+def open_submission(submission: Submission, database: Database, settings: JobsSettings) -> tuple[Rules, Iterator[Item]]:
+    """Return the rules of a job and all its items; raise JobRefused without items, or for an unknown model."""
+    items = iter(submission.items)
+    models = known_models(database, settings)
+    head, model = _find_model(items, submission.model, models, settings.max_requests)
+    if not head:
+        raise EmptyJob
+    rules = _rules(submission, model, endpoint_of_line(head[-1].value), models, database, settings)
+    return rules, chain(_drain(head), items)
 
 
 def retry_job(
@@ -130,7 +136,7 @@ def retry_job(
         raise NotRetryable(f"The job is {job.status}. Wait until it has ended, or cancel it.")
     models = known_models(database, settings)
     context_tokens = models.context_tokens(models.resolve(job.model))
-    new_job = NewJob(
+    again = NewJob(
         id=new_job_id(),
         model=job.model,
         endpoint=job.endpoint,
@@ -143,13 +149,13 @@ def retry_job(
         body_version=MESSAGE_VERSION,
     )
     try:
-        with span("ingest", job_id=new_job.id) as traceparent, database.write() as session:
+        with span("ingest", job_id=again.id) as traceparent, database.write() as session:
             found = queries.requests_to_retry(session, job.id)
             requests = (_with_tokens(request, context_tokens) for request in found)
             first = next(requests, None)
             if first is None:
                 raise NotRetryable
-            recorded = writes.insert_job(session, replace(new_job, traceparent=traceparent), chain([first], requests))
+            recorded = writes.insert_job(session, replace(again, traceparent=traceparent), chain([first], requests))
             if recorded.created:
                 check_queue_limit(session, settings.max_requests_queued)
     except QuotaExceeded as exceeded:
@@ -183,7 +189,7 @@ def create_interactive_job(
     if waits and rules.context_tokens is None:
         raise ServiceUnavailable(f"No worker serves {rules.model} right now; try again in a few seconds.")
     with span("ingest", submission.traceparent, job_id=rules.job_id) as traceparent:
-        job = replace(_new_job(submission, rules, settings), priority=int(waits), traceparent=traceparent)
+        job = replace(new_job(submission, rules, settings), priority=int(waits), traceparent=traceparent)
         _store(job, [request], database, None if waits else settings.max_requests_queued)
     notify(job.id, job.model)
     return job.id
@@ -263,7 +269,17 @@ def _with_ids(requests: Iterable[NewRequest], ids: Mapping[int, str]) -> Iterato
         yield replace(request, custom_id=ids[index]) if index in ids else request
 
 
-def _parse_all(items: Iterable[Item], rules: Rules, limit: int, buffer: RequestBuffer) -> Mapping[int, str]:
+class RequestSink(Protocol):
+    """Takes the requests of a job, in order, and counts them."""
+
+    def __len__(self) -> int:
+        """Return the number of requests."""
+
+    def add(self, request: NewRequest) -> None:
+        """Take the next request."""
+
+
+def parse_all(items: Iterable[Item], rules: Rules, limit: int, buffer: RequestSink) -> Mapping[int, str]:
     """Parse all items into the buffer; return generated ids, by index, for requests without a valid one."""
     ids = CustomIds()
     for item in items:
@@ -306,7 +322,8 @@ def _rules(
     )
 
 
-def _new_job(submission: Submission, rules: Rules, settings: JobsSettings) -> NewJob:
+def new_job(submission: Submission, rules: Rules, settings: JobsSettings) -> NewJob:
+    """Return the job of a submission; raise InvalidValue for its fields."""
     return NewJob(
         id=rules.job_id,
         model=rules.model,
@@ -377,12 +394,12 @@ def _queue_depth(database: Database) -> QueueDepth:
     return _depth_by_engine.setdefault(database.engine, QueueDepth())
 
 
-def check_queue_limit(session: Session, max_queued: int) -> int:
-    """Return the number of queued requests; raise QueueFull, which rolls back the transaction, above `max_queued`.
+def check_queue_limit(session: Session, max_queued: int, more: int = 0) -> int:
+    """Return the queued requests and `more`; raise QueueFull, which rolls back the transaction, above `max_queued`.
 
     Call this after the job is stored, so that a repeated submission, which adds no requests, is not rejected.
     """
-    depth = keys.open_work(session).requests
+    depth = keys.open_work(session).requests + more
     if depth > max_queued:
         raise QueueFull(
             f"The queue would have {depth} requests with this job; the limit is {max_queued}.",

@@ -37,7 +37,8 @@ class RequestBuffer:
     def add(self, request: NewRequest) -> None:
         """Append a request."""
         failure = None if request.failure is None else asdict(request.failure)
-        packed = to_json((request.custom_id, request.body, failure, request.tokens, request.timeout_s))
+        fields = (request.tokens, request.prompt_tokens, request.timeout_s)
+        packed = to_json((request.custom_id, request.body, failure, *fields))
         self._file.write(packed + b"\n")  # JSON strings contain no newline
         self._count += 1
 
@@ -45,12 +46,13 @@ class RequestBuffer:
         """Yield the requests, each with its size in bytes."""
         self._file.seek(0)
         for line in self._file:
-            custom_id, body, failure, tokens, timeout_s = from_json(line)
+            custom_id, body, failure, tokens, prompt_tokens, timeout_s = from_json(line)
             yield NewRequest(
                 custom_id,
                 body,
                 None if failure is None else RequestFailure(**failure),
                 tokens,
+                prompt_tokens,
                 timeout_s,
                 size_bytes=len(line),
             )

@@ -99,8 +99,8 @@ def parse_item(item: Item, rules: Rules) -> NewRequest:
         if "keep" in fields:
             body = body.model_copy(update={"keep": read_keep(fields["keep"])})
         timeout_s = _timeout_s(fields.get("timeout_s"))
-        tokens = max_total_tokens(body, rules.context_tokens)
-        return NewRequest(_id_of(item), body=body.stored(), tokens=tokens, timeout_s=timeout_s)
+        prompt, output = token_bounds(body, rules.context_tokens)
+        return NewRequest(_id_of(item), body.stored(), None, prompt + output, prompt, timeout_s)
     except RequestRefused as refused:
         return refused_request(refused, item)
     except MemoryError:
@@ -158,16 +158,22 @@ def _input_fields(endpoint: Endpoint) -> frozenset[str]:
 
 def max_total_tokens(request: GenerationRequest, context_tokens: int | None) -> int:
     """Return the maximum number of tokens of a request, prompt and output, estimated before it is tokenized."""
+    return sum(token_bounds(request, context_tokens))
+
+
+def token_bounds(request: GenerationRequest, context_tokens: int | None) -> tuple[int, int]:
+    """Return the prompt tokens of a request, estimated from its bytes, and the most tokens that its texts can have."""
     text = request.prompt or "".join(_texts(request))
     prompts = [prompt if isinstance(prompt, tuple) else prompt.encode() for prompt in request.prompts or (text,)]
     context = context_tokens or _CONTEXT_TOKENS
-    total = 0
+    total_prompt = total_output = 0
     for prompt in prompts:
         length = len(prompt) if isinstance(prompt, tuple) else len(prompt) // _BYTES_PER_TOKEN + 1
         room = max(1, context - length)
         cap = room if request.sampling.max_tokens is None else request.sampling.max_tokens
-        total += length + request.sampling.n * (cap if context_tokens is None else min(cap, room))
-    return total
+        total_prompt += length
+        total_output += request.sampling.n * (cap if context_tokens is None else min(cap, room))
+    return total_prompt, total_output
 
 
 def _texts(request: GenerationRequest) -> Iterator[str]:

@@ -19,13 +19,14 @@ from jobs.api.http.stored_file import open_stored
 from jobs.api.routes.job_outputs import CURSOR, OutputSource
 from jobs.api.schemas import serializers
 from jobs.api.schemas.openapi import ERRORS, JOB_BODY
-from jobs.api.schemas.route_responses import EVENTS, JOB, JOBS, LINES, STATISTICS
+from jobs.api.schemas.route_responses import EVENTS, JOB, JOB_CHECK, JOBS, LINES, STATISTICS
 from jobs.api.submissions import max_body_bytes, read_submission
 from jobs.api.write_threads import run_write
 from jobs.errors import InvalidValue, NotFound
 from jobs.messages import JobStatus
 from jobs.streaming.sse import decode_cursor
-from jobs.submission.intake import create_job, retry_job
+from jobs.submission.checking import check_job
+from jobs.submission.intake import Submission, create_job, retry_job
 from jobs.tracing import submit_span
 from storage import files, queries
 
@@ -42,15 +43,7 @@ async def submit(request: Request, services: CurrentServices, caller: CurrentCal
 
     def accept(body: Body) -> Response:
         with submit_span(request.headers) as traceparent:
-            submission = read_submission(
-                body,
-                request.query_params,
-                request.headers,
-                caller.key_id,
-                services.settings.max_line_bytes,
-                lambda file_id: _open_file(services, caller, file_id),
-            )
-            submission = replace(submission, traceparent=traceparent)
+            submission = replace(_read(body, request, services, caller), traceparent=traceparent)
             job_id = create_job(
                 submission, database=services.database, notify=services.notify, settings=services.settings
             )
@@ -58,6 +51,32 @@ async def submit(request: Request, services: CurrentServices, caller: CurrentCal
 
     async with services.bodies.received(request, max_bytes) as body:
         return await run_write(accept, body)
+
+
+@router.post("/check", response_model=None, openapi_extra=JOB_BODY, responses=JOB_CHECK)
+async def check(request: Request, services: CurrentServices, caller: CurrentCaller) -> Response:
+    """Check a submission and store nothing: requests, tokens, and what would be refused."""
+    max_bytes = max_body_bytes(request.headers, services.settings)
+
+    def accept(body: Body) -> Response:
+        submission = _read(body, request, services, caller)
+        return JSONResponse(
+            serializers.check(check_job(submission, database=services.database, settings=services.settings))
+        )
+
+    async with services.bodies.received(request, max_bytes) as body:
+        return await run_write(accept, body)
+
+
+def _read(body: Body, request: Request, services: Services, caller: Caller) -> Submission:
+    return read_submission(
+        body,
+        request.query_params,
+        request.headers,
+        caller.key_id,
+        services.settings.max_line_bytes,
+        lambda file_id: _open_file(services, caller, file_id),
+    )
 
 
 def _open_file(services: Services, caller: Caller, file_id: str) -> IO[bytes]:

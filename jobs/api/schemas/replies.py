@@ -147,6 +147,41 @@ class JobReply(_Reply):
     sampling_defaults: Json | None = None
 
 
+class CheckCounts(_Reply):
+    """Requests of a submission that was only checked."""
+
+    total: int
+    accepted: int
+    refused: int
+
+
+class RefusedRequestReply(_Reply):
+    """A request that would be refused: its place, the field and the reason."""
+
+    index: int
+    line: int | None
+    custom_id: str
+    code: str
+    param: str | None
+    message: str
+
+
+class JobCheckReply(_Reply):
+    """What a submission would become; nothing is stored."""
+
+    object: Literal["job.check"]
+    model: str
+    endpoint: Endpoint
+    context_tokens: int | None
+    request_counts: CheckCounts
+    prompt_tokens: int
+    prompt_tokens_source: Literal["bytes"]
+    max_output_tokens: int
+    requests_without_max_tokens: int
+    refused: list[RefusedRequestReply]
+    limit: str | None
+
+
 class JobPage(_Reply):
     """A page of the list of jobs, in the requested order."""
 

@@ -15,6 +15,7 @@ from jobs.api.schemas.replies import (
     FileDeleted,
     FileReply,
     HealthReply,
+    JobCheckReply,
     JobPage,
     JobReply,
     JobRowList,
@@ -49,6 +50,7 @@ def _streamed(content_type: str, part: str, model: type[BaseModel], description:
 
 
 JOB: Final = _replied(JobReply, "The job.")
+JOB_CHECK: Final = _replied(JobCheckReply, "The check.")
 JOBS: Final = _replied(JobPage, "A page of the list.")
 STATISTICS: Final = _replied(JobStats, "The statistics.")
 LINES: Final = _streamed("application/x-ndjson", "x-line", OutputLine, "JSON lines, one request per line.")

@@ -13,6 +13,7 @@ from jobs.openai.errors import error_body
 from jobs.openai.logprobs import logprobs_object
 from jobs.openai.prompt_details import PromptDetails
 from jobs.reports.progress import elapsed_s, time_left_s
+from jobs.submission.checking import JobCheck
 from storage.files import FileView
 from storage.queries import ChoiceView, JobStats, JobView, OutputView, WorkerView
 from storage.statuses import FINAL_JOB_STATUSES
@@ -37,6 +38,27 @@ def job(view: JobView) -> Json:
         "metadata": view.metadata,
         "retry_of": view.retry_of,
         **({} if view.sampling_defaults is None else {"sampling_defaults": dict(view.sampling_defaults)}),
+    }
+
+
+def check(checked: JobCheck) -> Json:
+    """Return the check of a submission. Tokens of prompts are estimated from their bytes: no tokenizer is here."""
+    return {
+        "object": "job.check",
+        "model": checked.model,
+        "endpoint": checked.endpoint,
+        "context_tokens": checked.context_tokens,
+        "request_counts": {
+            "total": checked.total,
+            "accepted": checked.total - checked.refused,
+            "refused": checked.refused,
+        },
+        "prompt_tokens": checked.prompt_tokens,
+        "prompt_tokens_source": "bytes",
+        "max_output_tokens": checked.max_output_tokens,
+        "requests_without_max_tokens": checked.without_max_tokens,
+        "refused": [asdict(refused) for refused in checked.refusals],
+        "limit": checked.limit,
     }
 
 

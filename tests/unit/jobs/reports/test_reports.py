@@ -13,10 +13,10 @@ import pandas
 import pytest
 
 from jobs.api.app import make_api
-from jobs.cli.csv_export import cell, write_csv
 from jobs.client import Client
 from jobs.reports.plots import PLOTS, svg
 from jobs.settings import JobsSettings
+from jobs.tables.csv_export import cell, write_csv
 from storage import speedup_checks
 from storage.records import SpeedupCheckResult
 from storage.session import Database

@@ -443,7 +443,7 @@ def test_a_bug_fails_only_the_request_that_hits_it(monkeypatch: pytest.MonkeyPat
         raise TypeError("unforeseen")
 
     with monkeypatch.context() as patch:
-        patch.setattr("jobs.submission.request_parser.max_total_tokens", fail)
+        patch.setattr("jobs.submission.request_parser.token_bounds", fail)
         request = parsed({"custom_id": "a", "prompt": "Hello"})
     assert request.failure is not None
     assert (request.custom_id, request.failure.code, request.failure.status_code) == ("a", "server_error", 500)
