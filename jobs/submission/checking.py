@@ -18,7 +18,7 @@ MAX_REFUSED: Final = 100  # refused requests that a check lists
 
 
 @dataclass(frozen=True, slots=True)
-class RefusedRequest:
+class Refusal:
     """A request that would be refused, with its place and field."""
 
     index: int
@@ -30,7 +30,7 @@ class RefusedRequest:
 
 
 @dataclass(slots=True)
-class JobCheck:
+class SubmissionCheck:
     """What a submission would become."""
 
     model: str
@@ -41,7 +41,7 @@ class JobCheck:
     prompt_tokens: int = 0  # of the accepted requests, estimated from their bytes
     max_output_tokens: int = 0  # at most, over all texts
     without_max_tokens: int = 0  # accepted requests that only the context bounds
-    refusals: list[RefusedRequest] = field(default_factory=list)  # the first MAX_REFUSED
+    refusals: list[Refusal] = field(default_factory=list)  # the first MAX_REFUSED
     limit: str | None = None  # the limit of the key or the queue that refuses the job now
     line: int | None = None  # of the item that is being parsed
 
@@ -60,7 +60,7 @@ class JobCheck:
         self.refused += 1
         if len(self.refusals) < MAX_REFUSED:
             place = (index, self.line, request.custom_id)
-            self.refusals.append(RefusedRequest(*place, failure.code, failure.param, failure.message))
+            self.refusals.append(Refusal(*place, failure.code, failure.param, failure.message))
 
     def noted(self, items: Iterable[Item]) -> Iterator[Item]:
         """Yield the items; remember the line of each."""
@@ -70,14 +70,14 @@ class JobCheck:
             del item  # before the next one is read
 
 
-def check_job(submission: Submission, *, database: Database, settings: JobsSettings) -> JobCheck:
+def check_job(submission: Submission, *, database: Database, settings: JobsSettings) -> SubmissionCheck:
     """Check a submission as `create_job` does, and write nothing.
 
     Raise JobRefused, or InvalidValue for a field of the job, as the submission itself would.
     """
     rules, items = open_submission(submission, database, settings)
     new_job(submission, rules, settings)
-    check = JobCheck(rules.model, rules.endpoint, rules.context_tokens)
+    check = SubmissionCheck(rules.model, rules.endpoint, rules.context_tokens)
     ids = parse_all(check.noted(items), rules, settings.max_requests, check)
     check.refusals = [_renamed(refused, ids.get(refused.index)) for refused in check.refusals]
     accepted, tokens = check.total - check.refused, check.prompt_tokens + check.max_output_tokens
@@ -86,7 +86,7 @@ def check_job(submission: Submission, *, database: Database, settings: JobsSetti
     return check
 
 
-def _renamed(refused: RefusedRequest, custom_id: str | None) -> RefusedRequest:
+def _renamed(refused: Refusal, custom_id: str | None) -> Refusal:
     return refused if custom_id is None else replace(refused, custom_id=custom_id)
 
 

@@ -147,7 +147,7 @@ class JobReply(_Reply):
     sampling_defaults: Json | None = None
 
 
-class CheckCounts(_Reply):
+class CheckCountsReply(_Reply):
     """Requests of a submission that was only checked."""
 
     total: int
@@ -173,7 +173,7 @@ class JobCheckReply(_Reply):
     model: str
     endpoint: Endpoint
     context_tokens: int | None
-    request_counts: CheckCounts
+    request_counts: CheckCountsReply
     prompt_tokens: int
     prompt_tokens_source: Literal["bytes"]
     max_output_tokens: int

@@ -13,7 +13,7 @@ from jobs.openai.errors import error_body
 from jobs.openai.logprobs import logprobs_object
 from jobs.openai.prompt_details import PromptDetails
 from jobs.reports.progress import elapsed_s, time_left_s
-from jobs.submission.checking import JobCheck
+from jobs.submission.checking import SubmissionCheck
 from storage.files import FileView
 from storage.queries import ChoiceView, JobStats, JobView, OutputView, WorkerView
 from storage.statuses import FINAL_JOB_STATUSES
@@ -41,7 +41,7 @@ def job(view: JobView) -> Json:
     }
 
 
-def check(checked: JobCheck) -> Json:
+def check(checked: SubmissionCheck) -> Json:
     """Return the check of a submission. Tokens of prompts are estimated from their bytes: no tokenizer is here."""
     return {
         "object": "job.check",
