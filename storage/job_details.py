@@ -33,6 +33,7 @@ class ChoiceDetails:
     tokens: int
     accepted: int
     finish_reason: str | None
+    numerics: str | None = None  # what fixed its bits (storage.numerics), of a finished one
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +189,7 @@ def _output_texts(session: Session, job_id: str, indexes: Sequence[int]) -> dict
             ChoiceOutput.completion_tokens,
             ChoiceOutput.accepted_tokens,
             ChoiceOutput.finish_reason,
+            ChoiceOutput.numerics,
         ).where(and_(ChoiceOutput.job_id == job_id, ChoiceOutput.request_index.in_(indexes)))
     )
     return {(row[0], row[1]): ChoiceDetails(row[1], cut(row.pieces), *row[3:]) for row in rows}

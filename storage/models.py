@@ -221,6 +221,7 @@ class Partial(Base):
     worker_id: Mapped[str]
     committed_at: Mapped[float]
     event_number: Mapped[int] = mapped_column(BigInteger, server_default="0")  # event number of its commit
+    numerics: Mapped[str | None]  # fingerprint of the worker (storage.numerics)
 
     __table_args__ = (_of_a_request(), Index("ix_partials_job_id_event_number", "job_id", "event_number"))
 
@@ -253,6 +254,9 @@ class ChoiceOutput(Base):
     # [event number, seq, characters, tokens, accepted] of its checkpoints, for readers that have received some.
     checkpoints: Mapped[list[Any] | None]
     reasoning_tokens: Mapped[int | None]  # of the completion, markers included; NULL: the model marks no reasoning
+    # What fixed the bits of the text: a fingerprint (storage.numerics), or several with commas between them, in order,
+    # if it was resumed where other bits were possible. NULL: computed by an older version.
+    numerics: Mapped[str | None]
 
     __table_args__ = (
         _of_a_request(),
@@ -576,6 +580,17 @@ class Worker(Base):
     load: Mapped[dict[str, Any] | None]  # last reported load
     process: Mapped[str | None]  # process identity, to detect its death on the same host at once
     lost_at: Mapped[float | None]  # found dead or silent; NULL again after the next heartbeat
+    numerics: Mapped[str | None]  # fingerprint (storage.numerics)
+
+
+class NumericsRow(Base):
+    """The parts of a numerics fingerprint: weights, dtype, device kind, kernels, libraries (storage.numerics)."""
+
+    __tablename__ = "numerics"
+
+    fingerprint: Mapped[str] = mapped_column(primary_key=True)
+    parts: Mapped[dict[str, Any]]
+    created_at: Mapped[float]
 
 
 class Served(Base):

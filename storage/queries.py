@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from storage.dialect import AnyRow, clock, dialect_of, owned_by
 from storage.models import ChoiceOutput, JobRow, Request, Worker
+from storage.numerics import joined
 from storage.records import HEARTBEAT_TIMEOUT_S, NewRequest
 from storage.statistics import DepthAcceptance as DepthAcceptance  # re-exported
 from storage.statistics import JobStats as JobStats
@@ -84,6 +85,7 @@ class ChoiceView:
     reasoning_tokens: int | None = None  # None: the model marks no reasoning
     prompt: Mapping[str, Any] | None = None  # what the answer returns of its prompt
     token_ids: list[int] | None = None  # where it returns anything of its prompt
+    numerics: str | None = None  # what fixed its bits (storage.numerics)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,11 @@ class OutputView:
     def prompt_tokens(self) -> int:
         """Prompt tokens; each prompt counts once, for all its choices."""
         return sum(choice.prompt_tokens for choice in self.choices if choice.first_of_prompt)
+
+    @property
+    def numerics(self) -> str | None:
+        """What fixed the bits of its texts, as `ChoiceView.numerics`."""
+        return joined(choice.numerics for choice in self.choices)
 
     @property
     def completion_tokens(self) -> int:
@@ -147,6 +154,7 @@ class WorkerView:
     calibration: Mapping[str, Any]
     load: Mapping[str, Any] | None  # last reported load
     lost_at: float | None  # found dead or silent
+    numerics: str | None = None  # fingerprint of what fixes the bits of its texts (storage.numerics)
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +289,7 @@ def outputs(
             ChoiceOutput.reasoning_tokens,
             ChoiceOutput.prompt,
             case((ChoiceOutput.prompt.is_not(None), ChoiceOutput.token_ids)).label("token_ids"),
+            ChoiceOutput.numerics,
         )
         .outerjoin(
             ChoiceOutput,

@@ -272,3 +272,4 @@ class NewWorker:
     context_tokens: int  # max. prompt plus completion tokens of one sequence
     calibration: Mapping[str, Any]
     process: str | None = None  # process identity, to detect its death on the same host; None: unknown
+    numerics: str | None = None  # fingerprint (storage.numerics)

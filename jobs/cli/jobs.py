@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,15 @@ from jobs.cli.checking import prompt_counter, report_check
 from jobs.cli.lookup import NO_JOB, find_job
 from jobs.cli.options import FAILED, AsJson, JobId, print_json
 from jobs.cli.output_files import append_outputs, refuse_output_file, write_outputs
-from jobs.cli.render import choice_lines, closing_table, jobs_table, make_console, make_view, status_table
+from jobs.cli.render import (
+    choice_lines,
+    closing_table,
+    jobs_table,
+    make_console,
+    make_view,
+    numerics_lines,
+    status_table,
+)
 from jobs.client import Client, Job
 from jobs.client.outcome import job_status_text
 from jobs.client.parameters import Parameters
@@ -202,16 +211,20 @@ def results(
         if output is not None:
             write_outputs(outputs, output)
             return
+        numerics: Counter[str] = Counter()
         for item in outputs:
             if as_json:
                 typer.echo(json_line(item))
                 continue
+            numerics.update(choice.numerics for choice in item.choices if choice.numerics is not None)
             typer.echo(f"{safe(item.custom_id)} ({item.status})")
             for choice in item.choices:
                 for line in choice_lines(choice):
                     typer.echo(line)
             if item.error is not None:
                 typer.echo(safe(item.error.message))
+        for line in numerics_lines(numerics):
+            typer.echo(line, err=True)
 
 
 def retry(

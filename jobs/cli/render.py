@@ -332,6 +332,15 @@ def choice_lines(choice: Choice) -> Iterator[str]:
         yield safe(f"{call.function.name}({call.function.arguments})")
 
 
+def numerics_lines(texts: Mapping[str, int]) -> Iterator[str]:
+    """Yield what fixed the bits of texts: how many have which fingerprints, and what several of one text mean."""
+    if texts:
+        yield f"Numerics: {', '.join(f'{safe(name)} ({count:,d})' for name, count in texts.items())}"
+    resumed = sum(count for name, count in texts.items() if "," in name)
+    if resumed:
+        yield f"{resumed:,d} of these texts were resumed where other bits are possible: docs/exactness.md"
+
+
 def status_text(info: JobInfo) -> Text:
     """Return the status of a job; yellow if requests of a completed job failed."""
     return Text(

@@ -132,6 +132,7 @@ class Choice(Reply):
     tool_calls: tuple[ChoiceCall, ...] = ()
     finish_reason: str
     completion_tokens: int
+    numerics: str | None = None  # what fixed the bits of the text; None: an older version computed it
     logprobs: dict[str, Any] | None = None  # in OpenAI's format, if requested
     token_ids: tuple[int, ...] | None = None  # if requested, as are the next two
     prompt_token_ids: tuple[int, ...] | None = None
@@ -192,7 +193,7 @@ class Output(Reply):
 
 OUTPUT_COLUMNS = (
     *("custom_id", "index", "status", "choice", "text", "finish_reason", "completion_tokens", "error"),
-    *("content", "reasoning_content", "tool_calls"),
+    *("content", "reasoning_content", "tool_calls", "numerics"),
 )
 _TAKEN = frozenset({*OUTPUT_COLUMNS, "parsed", "prompt"})
 Statistics = dict[str, Any]  # what `/v1/stats` returns; field names as in the SQL views
@@ -223,6 +224,7 @@ def output_rows(output: Output, parsed: bool = False) -> Iterator[dict[str, Any]
             "content": choice.answer,
             "reasoning_content": choice.reasoning_content,
             "tool_calls": _calls_json(choice.tool_calls),
+            "numerics": choice.numerics,
             **({"parsed": _value_or_none(choice)} if parsed else {}),
             **carried,
         }

@@ -316,7 +316,10 @@ class RequestsTab:
         for choice in request.choices:
             ui.html(html.colored(choice.pieces), sanitize=False)
             end = f", ended by {choice.finish_reason}" if choice.finish_reason else ""
-            ui.label(f"{choice.tokens:,d} tokens, {choice.accepted:,d} from the draft{end}").classes("dim small")
+            numerics = f", numerics {choice.numerics}" if choice.numerics else ""
+            ui.label(f"{choice.tokens:,d} tokens, {choice.accepted:,d} from the draft{end}{numerics}").classes(
+                "dim small"
+            )
 
     async def _first_page(self) -> None:
         self._after = [-1]

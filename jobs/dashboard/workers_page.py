@@ -72,7 +72,10 @@ def _card(worker: WorkerView) -> None:
         draft = f"drafts by {worker.draft}" if worker.draft else "no draft model"
         devices = ", ".join(map(str, worker.devices))
         context = f"context of {worker.context_tokens:,d} tokens"
-        ui.label(f"{devices} · {draft} · {context} · started {format.ago(worker.started_at)}").classes("dim small")
+        numerics = f" · numerics {worker.numerics}" if worker.numerics else ""
+        ui.label(f"{devices} · {draft} · {context} · started {format.ago(worker.started_at)}{numerics}").classes(
+            "dim small"
+        )
         with ui.element("dl").classes("figures"):
             for name, value in _figures(load):
                 with ui.element("div"):

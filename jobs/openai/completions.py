@@ -41,7 +41,7 @@ class ResponseHeader:
             "created": self.created,
             "model": self.model,
             "choices": choices,
-            "system_fingerprint": None,
+            "system_fingerprint": None,  # of a stream, until its text has ended
             **more,
         }
 
@@ -52,7 +52,8 @@ def answer(header: ResponseHeader, output: OutputView) -> Json:
     form = answer_format(output)
     call = partial(call_id, header.job_id, output.request_index)
     choices = [_choice(header, choice, form, call) | _tokens(header, choice) for choice in output.choices]
-    return header.object(kind, choices, usage=usage(output), **_prompt_of_chat(header, output))
+    more = _prompt_of_chat(header, output)
+    return header.object(kind, choices, usage=usage(output), system_fingerprint=output.numerics, **more)
 
 
 def chunk(header: ResponseHeader, index: int, finish_reason: str | None = None, **new: Any) -> Json:
@@ -70,13 +71,14 @@ def detail_chunks(header: ResponseHeader, output: OutputView) -> Iterator[Json]:
         if logprobs is not None or tokens or prompt:
             content: Json = {"delta": {}} if header.chat else {"text": ""}
             base = {"index": choice.choice_index, "logprobs": logprobs, "finish_reason": None}
-            yield header.object(_chunk_kind(header), [base | content | tokens], **prompt)
+            chosen = [base | content | tokens]
+            yield header.object(_chunk_kind(header), chosen, system_fingerprint=output.numerics, **prompt)
             prompt = {}
 
 
 def usage_chunk(header: ResponseHeader, output: OutputView) -> Json:
     """Return the last chunk of a stream with `include_usage`: no choices, and the token counts."""
-    return header.object(_chunk_kind(header), [], usage=usage(output))
+    return header.object(_chunk_kind(header), [], usage=usage(output), system_fingerprint=output.numerics)
 
 
 def _chunk_kind(header: ResponseHeader) -> str:

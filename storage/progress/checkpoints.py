@@ -37,18 +37,29 @@ class StoredCheckpoint:
     logprobs: list[Any] | None
     worker_id: str
     event_number: int
+    numerics: str | None
 
 
 def write_checkpoints(
-    session: Session, worker_id: str, progress: Iterable[RequestProgress], now: float, numbers: Mapping[str, int]
+    session: Session,
+    worker_id: str,
+    progress: Iterable[RequestProgress],
+    now: float,
+    numbers: Mapping[str, int],
+    numerics: str | None = None,
 ) -> Counter[str]:
     """Write the checkpoints that are not there yet; return how many tokens the new ones have, by job.
 
-    `numbers` are the event numbers of this flush, by job.
+    `numbers` are the event numbers of this flush, by job; `numerics` is the fingerprint of the worker.
     """
     rows, tokens = {}, {}
     for entry in progress:
-        common = {"worker_id": worker_id, "committed_at": now, "event_number": numbers[entry.lease.job_id]}
+        common = {
+            "worker_id": worker_id,
+            "committed_at": now,
+            "event_number": numbers[entry.lease.job_id],
+            "numerics": numerics,
+        }
         for checkpoint in entry.checkpoints:
             key = (*entry.lease.key, checkpoint.choice_index, checkpoint.seq)
             rows[key], tokens[key] = _columns(checkpoint) | common, len(checkpoint.token_ids)
@@ -87,6 +98,7 @@ _CONTENT: Final = (
     Partial.seq,
     Partial.worker_id,
     Partial.event_number,
+    Partial.numerics,
     Partial.text,
     *(
         cast(column, Text)  # `from_json` reads it
@@ -106,6 +118,7 @@ def _stored(
     seq: int,
     worker_id: str,
     event_number: int,
+    numerics: str | None,
     text: str,
     token_ids: str,
     accepted: str,
@@ -119,6 +132,7 @@ def _stored(
         seq=seq,
         worker_id=worker_id,
         event_number=event_number,
+        numerics=numerics,
         num_chars=len(text),
         num_tokens=len(from_json(token_ids)),
         accepted_tokens=sum(from_json(accepted)),

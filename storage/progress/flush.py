@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy import bindparam, select, update
 from sqlalchemy.orm import Session
 
+from storage import numerics as fingerprints
 from storage import rollups
 from storage.dialect import (
     insert_into,
@@ -41,13 +42,18 @@ from storage.transitions import cancel_requests, end_finished_jobs, error_column
 
 
 def flush(
-    session: Session, worker_id: str, lease_s: float, progress: Sequence[RequestProgress], held: Sequence[Lease]
+    session: Session,
+    worker_id: str,
+    lease_s: float,
+    progress: Sequence[RequestProgress],
+    held: Sequence[Lease],
+    numerics: str | None = None,
 ) -> FlushResult:
     """Renew a worker's leases and write the progress of its requests; return the lost leases and the ended jobs.
 
     A lapsed lease is renewed if no other worker has claimed the request. A lease is lost if the request has a new
     owner, was ended by another process or is past its deadline, or if the job is cancelled or has ended. Progress under
-    a lost lease is not written.
+    a lost lease is not written. `numerics` is the worker's fingerprint, noted with all that it writes.
     """
     leases = set(held).union(entry.lease for entry in progress)
     if not leases:
@@ -59,10 +65,10 @@ def flush(
     _clear_suspects(session, worker_id, {e.lease.key for e in ours if e.checkpoints} & check.unproven, now)
     counts = _JobCounts()
     _write_plans(session, ours)
-    written = write_checkpoints(session, worker_id, ours, now, numbers)
+    written = write_checkpoints(session, worker_id, ours, now, numbers, numerics)
     counts.completion_tokens.update(written)
     counts.changed |= written.keys()
-    _write_outputs(session, worker_id, ours, numbers, counts)
+    _write_outputs(session, _Writer(worker_id, numerics), ours, numbers, counts)
     _end_requests(session, ours, now, numbers, counts)
     cancelled = check.keys(LeaseState.CANCELLED)
     cancel_requests(session, cancelled, now)
@@ -71,6 +77,14 @@ def flush(
         lost=frozenset(check.keys(LeaseState.LOST) | cancelled),
         ended_jobs=tuple(end_finished_jobs(session, {job_id for job_id, _ in counts.ended | cancelled})),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Writer:
+    """The worker that flushes."""
+
+    worker_id: str
+    numerics: str | None
 
 
 @dataclass(slots=True)
@@ -123,7 +137,7 @@ def _write_plans(session: Session, progress: Iterable[RequestProgress]) -> None:
 
 def _write_outputs(
     session: Session,
-    worker_id: str,
+    writer: _Writer,
     progress: Iterable[RequestProgress],
     numbers: Mapping[str, int],
     counts: _JobCounts,
@@ -134,7 +148,7 @@ def _write_outputs(
         return
     checkpoints = take_checkpoints(session, finished)
     rows = {
-        key: {**_output_columns(choice, checkpoints[key], worker_id), "event_number": numbers[key[0]]}
+        key: {**_output_columns(choice, checkpoints[key], writer), "event_number": numbers[key[0]]}
         for key, choice in finished.items()
     }
     written = set(insert_new(session, ChoiceOutput, rows))
@@ -147,7 +161,7 @@ def _write_outputs(
 _CHOICE_COLUMNS = tuple(column.name for column in fields(FinishedChoice) if column.name != "choice_index")
 
 
-def _output_columns(choice: FinishedChoice, checkpoints: Sequence[StoredCheckpoint], worker_id: str) -> dict[str, Any]:
+def _output_columns(choice: FinishedChoice, checkpoints: Sequence[StoredCheckpoint], writer: _Writer) -> dict[str, Any]:
     logprobs = _all_logprobs(checkpoints)
     return {
         **{name: getattr(choice, name) for name in _CHOICE_COLUMNS},  # asdict() would copy each token
@@ -157,7 +171,8 @@ def _output_columns(choice: FinishedChoice, checkpoints: Sequence[StoredCheckpoi
         "pieces": to_json(merge_pieces(piece for part in checkpoints for piece in part.pieces)),
         "logprobs": None if logprobs is None else to_json(logprobs),
         "prompt": None if choice.prompt is None else to_json(choice.prompt),
-        "worker_id": worker_id,
+        "worker_id": writer.worker_id,
+        "numerics": fingerprints.joined([part.numerics for part in checkpoints] or [writer.numerics]),
         "checkpoints": to_json(
             [
                 (part.event_number, part.seq, part.num_chars, part.num_tokens, part.accepted_tokens)

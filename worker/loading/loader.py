@@ -17,13 +17,15 @@ from transformers.utils import logging as transformers_logging
 
 from jobs.errors import SetupError
 from jobs.messages import model_name
+from storage.numerics import Numerics
 from storage.speculation_states import DraftIdentity
 from worker.engine.cpu.compiler import processor
 from worker.engine.engine import Engine
 from worker.engine.grammar.vocabulary import GrammarVocabulary
 from worker.engine.model.architecture import max_positions
 from worker.engine.model.backend import batch_dependence, fuse_layers, stored_bytes
-from worker.engine.model.loading import gather_embeddings, load, native_dtype
+from worker.engine.model.checkpoint import weight_files
+from worker.engine.model.loading import gather_embeddings, load, local_folder, native_dtype
 from worker.engine.model.offload import OffloadOptions
 from worker.engine.model.packed_model import LanguageModel, PackedModel
 from worker.engine.options import EngineOptions, Mode
@@ -38,8 +40,10 @@ from worker.loading.calibration import calibrate, calibrate_drafts, measure_draf
 from worker.loading.capacity import choose_capacity
 from worker.loading.drafts import load_draft, uses_head
 from worker.loading.model_store import OnMessage, resolve
+from worker.loading.numerics import numerics_of
 from worker.loading.quantization import chosen_quantization, refuse_unpacked, weights_sentence
 from worker.loading.tensor_parallel import NOT_EXACT, TARGET, RankGroup
+from worker.loading.weights_hash import weights_hash
 from worker.settings import WorkerSettings
 from worker.text.codec import Codec, eos_ids, load_tokenizer
 from worker.text.generation_config import sampling_defaults
@@ -57,6 +61,7 @@ class LoadedModel:
     ranks: int  # devices that share the target (tensor parallel size)
     dtype: str
     quantization: str | None  # how the weights of linear layers are stored; None: in `dtype`
+    numerics: Numerics  # what fixes the bits of its texts
     codec: Codec
     grammars: GrammarVocabulary
     target: PackedModel
@@ -133,7 +138,8 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
     fuse_layers(model)
     if quantized is not None:
         on_message(weights_sentence(stored_bytes(model)))
-    if settings.tp == 1 and (cause := batch_dependence(model)) is not None:
+    cause = batch_dependence(model) if settings.tp == 1 else None
+    if cause is not None:
         on_message(f"Warning: the bits of a text may depend on the others in its batch: {cause}")
     options = choose_capacity(settings, model, draft, ranks, on_message)
     vocabulary = min(len(tokenizer), config.vocab_size)
@@ -157,14 +163,25 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
     codec = Codec(tokenizer, ends, options.max_context, vocabulary, *modes)
     for finding in (*codec.findings, *ignored):
         on_message(finding)
+    folder = local_folder(path)
+    numerics = numerics_of(
+        model,
+        codec,
+        folder,
+        weights=weights_hash(weight_files(folder), settings.cache_dir, on_message),
+        quantization=quantized,
+        kv_dtype=model.dtype,
+        ranks=settings.tp,
+        depends_on_batch=cause is not None or (settings.tp > 1 and dtype == torch.bfloat16),
+    )
     on_message("Calibrating")
     key = _cost_key(settings, options, target, device, draft.taps, quantized)
     make_drafter = draft.make(target.hidden, options.max_sequences, options.draft_slot_tokens, options.draft_kv_tokens)
-    folder = settings.cache_dir / "costs"
-    costs = calibrate(target, min(options.slot_tokens, max_positions(config) or options.slot_tokens), key, folder)
+    cached = settings.cache_dir / "costs"
+    costs = calibrate(target, min(options.slot_tokens, max_positions(config) or options.slot_tokens), key, cached)
     draft_slots = (options.max_sequences, options.draft_slot_tokens)
     draft_times = _of_parts(
-        make_drafter(), lambda drafter: calibrate_drafts(drafter, *draft_slots, (*key, drafter.name), folder)
+        make_drafter(), lambda drafter: calibrate_drafts(drafter, *draft_slots, (*key, drafter.name), cached)
     )
     name = model_name(settings.target)
     shown_device = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
@@ -176,6 +193,7 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
         ranks=settings.tp,
         dtype=str(dtype).removeprefix("torch."),
         quantization=quantized,
+        numerics=numerics,
         codec=codec,
         grammars=grammars,
         target=target,

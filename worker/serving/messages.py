@@ -59,6 +59,7 @@ class Setup:
     model: str
     codec: CodecOptions
     reserved: int  # slots that are kept for interactive requests
+    numerics: str | None = None  # fingerprint of what fixes the bits of its texts
 
 
 @dataclass(frozen=True, slots=True)

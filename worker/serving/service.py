@@ -24,7 +24,7 @@ from jobs.processes import RESTART_STATUS
 from jobs.producer import Notify
 from jobs.streaming.pubsub import Publisher
 from jobs.upkeep.reconciler import Reconciler
-from storage import writes
+from storage import numerics, writes
 from storage.records import NewWorker
 from storage.session import DATABASE_UNAVAILABLE, LONG_STATEMENT_TIMEOUT_S, Database, unavailable_reason
 from worker.loading.loader import LoadedModel
@@ -101,6 +101,7 @@ class EngineService:
             log.warning("This model decodes no grammars: %s", refusal, extra={"action": "grammars_refused"})
         self._requests.wait_until_ready(_READY_S)  # a registered worker is one that serves
         with self._database.write() as session:
+            numerics.record(session, self._loaded.numerics)
             writes.register_worker(session, self._registration())
         self._engine_thread.start()
         self._housekeeping.start()
@@ -278,6 +279,7 @@ class EngineService:
             codec=self._loaded.codec.options,
             # An engine with a single slot reserves none.
             reserved=min(self._settings.interactive_sequences, self._loaded.options.max_sequences - 1),
+            numerics=self._loaded.numerics.fingerprint,
         )
 
     def _registration(self) -> NewWorker:
@@ -291,6 +293,7 @@ class EngineService:
             context_tokens=self._loaded.options.max_context,
             calibration=self._loaded.costs.as_json(),
             process=identity(),
+            numerics=self._loaded.numerics.fingerprint,
         )
 
 

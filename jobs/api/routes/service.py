@@ -15,10 +15,10 @@ from jobs.api.auth.caller import CurrentCaller
 from jobs.api.dependencies import CurrentServices
 from jobs.api.schemas import serializers
 from jobs.api.schemas.openapi import ERRORS
-from jobs.api.schemas.route_responses import HEALTH, JOB_ROWS, MODEL, MODELS, READY, STATISTICS, WORKERS
+from jobs.api.schemas.route_responses import HEALTH, JOB_ROWS, MODEL, MODELS, NUMERICS, READY, STATISTICS, WORKERS
 from jobs.errors import NotFound
 from jobs.submission.models import known_models
-from storage import queries
+from storage import numerics, queries
 from storage.statistics import job_summaries
 
 router = APIRouter(tags=["service"], responses=ERRORS)
@@ -54,6 +54,16 @@ def workers(services: CurrentServices) -> Response:
     with services.database.read() as session:
         found = queries.workers(session)
     return JSONResponse({"object": "list", "data": [serializers.worker(worker) for worker in found]})
+
+
+@router.get("/v1/numerics/{fingerprint}", response_model=None, responses=NUMERICS)
+def read_numerics(fingerprint: str, services: CurrentServices) -> Response:
+    """Read what a fingerprint of an output stands for: weights, dtype, device kind, kernels, libraries."""
+    with services.database.read() as session:
+        found = numerics.find(session, fingerprint)
+    if found is None:
+        raise NotFound(f"There are no numerics {fingerprint[:80]!r}.", param="fingerprint")
+    return JSONResponse(serializers.numerics(found))
 
 
 @router.get("/v1/models", response_model=None, responses=MODELS)

@@ -218,6 +218,9 @@ class OutputChoice(_Reply):
     tool_calls: list[MessageCall] | None = None  # if the model called functions
     finish_reason: str
     completion_tokens: int
+    # What fixed the bits of the text (/v1/numerics); two with a comma between them: it was resumed on another kind of
+    # device or by another version.
+    numerics: str | None = None
     logprobs: Json | None = None  # if requested, as are the next three
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
@@ -506,6 +509,14 @@ class WorkerList(_Reply):
 
     object: Literal["list"]
     data: list[WorkerView]
+
+
+class NumericsReply(_Reply):
+    """What a fingerprint in outputs stands for: everything that fixes the bits of a text."""
+
+    fingerprint: str
+    object: Literal["numerics"]
+    parts: Json  # weights, dtype, device kind, kernels, libraries and others, by name
 
 
 class JobRowList(_Reply):

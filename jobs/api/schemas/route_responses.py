@@ -21,6 +21,7 @@ from jobs.api.schemas.replies import (
     JobRowList,
     ModelList,
     ModelReply,
+    NumericsReply,
     OutputLine,
     ReadyReply,
     TextChunk,
@@ -52,6 +53,7 @@ def _streamed(content_type: str, part: str, model: type[BaseModel], description:
 JOB: Final = _replied(JobReply, "The job.")
 JOB_CHECK: Final = _replied(JobCheckReply, "The check.")
 JOBS: Final = _replied(JobPage, "A page of the list.")
+NUMERICS: Final = _replied(NumericsReply, "The parts of the fingerprint.")
 STATISTICS: Final = _replied(JobStats, "The statistics.")
 LINES: Final = _streamed("application/x-ndjson", "x-line", OutputLine, "JSON lines, one request per line.")
 EVENTS: Final = _streamed("text/event-stream", "x-event", PartialEvent, "Server-sent events with JSON data.")

@@ -15,6 +15,7 @@ from jobs.openai.prompt_details import PromptDetails
 from jobs.reports.progress import elapsed_s, time_left_s
 from jobs.submission.checking import SubmissionCheck
 from storage.files import FileView
+from storage.numerics import Numerics
 from storage.queries import ChoiceView, JobStats, JobView, OutputView, WorkerView
 from storage.statuses import FINAL_JOB_STATUSES
 
@@ -160,6 +161,7 @@ def output(view: OutputView, endpoint: str, job_id: str) -> Json:
             **(choice_parts(form, choice, call) if form is not None else {}),
             "finish_reason": finish_reason(form, choice),
             "completion_tokens": choice.completion_tokens,
+            **({} if choice.numerics is None else {"numerics": choice.numerics}),
             **_details(choice, endpoint),
         }
         for choice in view.choices
@@ -191,6 +193,11 @@ def statistics(view: JobStats) -> Json:
 def worker(view: WorkerView) -> Json:
     """Return a worker with its cost curves and the load that it last reported."""
     return asdict(view)
+
+
+def numerics(view: Numerics) -> Json:
+    """Return the parts of a fingerprint."""
+    return {"fingerprint": view.fingerprint, "object": "numerics", "parts": dict(view.parts)}
 
 
 def model(name: str, context_tokens: int | None) -> Json:

@@ -249,6 +249,7 @@ def test_longrope_ends_texts_at_its_original_positions_and_logs_it(tmp_path: Pat
     said: list[str] = []
     settings = WorkerSettings(target=str(tmp_path / "long"), dtype="float32", draft="suffix", max_sequences=2)
     loaded = load_engine(settings, said.append)
+    assert loaded.numerics.parts["dtype"] == "float32"
     assert loaded.options.max_context == 64
     assert any("limited to 64 tokens" in sentence and "longrope" in sentence for sentence in said)
     request = request_for("long", PROMPT, max_tokens=60)

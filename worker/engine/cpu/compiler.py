@@ -49,16 +49,10 @@ def library(source: Path, *options: str) -> ctypes.CDLL | None:
 
 def _compiled(source: Path, options: tuple[str, ...]) -> Path:
     """Return the path of the library; compile it once per source, compiler and processor."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
-    if not compiler:
-        raise FileNotFoundError("there is no C compiler")
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
+    compiler = _compiler()
     identity = (
-        *(file.read_text() for file in (source, *sorted({*_HEADERS.glob("*.h"), *source.parent.glob("*.h")}))),
+        *source_identity(source, options),
         compiler,
-        version,
-        _FLAGS,
-        *options,
         platform.machine(),
         processor(),
         torch.__version__,
@@ -82,6 +76,24 @@ def _compiled(source: Path, options: tuple[str, ...]) -> Path:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
         os.replace(written.name, target)
     return target
+
+
+def source_identity(source: Path, options: tuple[str, ...]) -> tuple[str, ...]:
+    """Return what decides on the machine code of a source for a given processor: its text, compiler and options."""
+    texts = (file.read_text() for file in (source, *sorted({*_HEADERS.glob("*.h"), *source.parent.glob("*.h")})))
+    return (*texts, _version(_compiler()), _FLAGS, *options)
+
+
+def _compiler() -> str:
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
+    if not compiler:
+        raise FileNotFoundError("there is no C compiler")
+    return compiler
+
+
+@cache
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
 
 
 def _folder() -> Path:

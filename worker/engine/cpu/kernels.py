@@ -201,8 +201,14 @@ def kernels(dtype: torch.dtype) -> Kernels | None:
     """Return the kernels for a dtype; None if they don't support it or can't be compiled."""
     if dtype not in _DEFINES:
         return None
-    compiled = library(_SOURCE, *_DEFINES[dtype])
+    source, options = source_options(dtype)
+    compiled = library(source, *options)
     return None if compiled is None else Kernels(compiled)
+
+
+def source_options(dtype: torch.dtype) -> tuple[Path, tuple[str, ...]]:
+    """Return the source of the kernels and the options that compile it for a dtype that they support."""
+    return _SOURCE, _DEFINES[dtype]
 
 
 def bound(function: Any, *arguments: Any, result: Any = None) -> Callable[..., Any]:

@@ -55,6 +55,11 @@ _GATHERED = (
 )
 
 
+def local_folder(path: str) -> Path:
+    """Return the directory of a model, of a hub id the one in the hub's cache, into which it is downloaded."""
+    return Path(path) if Path(path).is_dir() else Path(snapshot_download(path))
+
+
 def native_dtype(device: torch.device) -> torch.dtype:
     """Return bfloat16 where the hardware computes in it, else float32."""
     if device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -123,9 +128,7 @@ def _refuse_fp8_parts(
 
 def _load_fp8(path: str, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Load a checkpoint with FP8 weights."""
-    weights, stored = read_fp8(
-        weight_files(Path(path) if Path(path).is_dir() else Path(snapshot_download(path))), dtype
-    )
+    weights, stored = read_fp8(weight_files(local_folder(path)), dtype)
     for part in (config, config.get_text_config()):
         if hasattr(part, _QUANTIZED):
             delattr(part, _QUANTIZED)

@@ -45,7 +45,7 @@ def _serve(channel: SocketChannel, setup: Setup) -> int:
     publisher = Publisher(settings.redis_url)
     loop = RequestLoop(
         setup.codec.load(),
-        Sink(database, publisher.publish, setup.worker_id, settings.lease_s),
+        Sink(database, publisher.publish, setup.worker_id, settings.lease_s, setup.numerics),
         database,
         channel,
         worker_id=setup.worker_id,

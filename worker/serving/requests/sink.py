@@ -27,12 +27,18 @@ Publish = Callable[[Sequence[PartialEvent]], None]
 class Sink:
     """Write the output of one worker."""
 
-    def __init__(self, database: Database, publish: Publish, worker_id: str, lease_s: float) -> None:
-        """Write to `database` under leases of `lease_s` seconds, and pass events to `publish`."""
+    def __init__(
+        self, database: Database, publish: Publish, worker_id: str, lease_s: float, numerics: str | None = None
+    ) -> None:
+        """Write to `database` under leases of `lease_s` seconds, and pass events to `publish`.
+
+        `numerics` is the fingerprint of the worker, noted in what it writes.
+        """
         self._database = database
         self._publish = publish
         self._worker_id = worker_id
         self._lease_s = lease_s
+        self._numerics = numerics
         self._pending: list[tuple[ActiveRequest, RequestProgress]] = []  # not committed yet
 
     def started(self, request: ActiveRequest) -> None:
@@ -62,7 +68,7 @@ class Sink:
         progress = [entry for _, entry in self._pending[start:end]]
         try:
             with self._database.write() as session:
-                return writes.flush(session, self._worker_id, self._lease_s, progress, held)
+                return writes.flush(session, self._worker_id, self._lease_s, progress, held, self._numerics)
         except Exception as error:
             if isinstance(error, DATABASE_UNAVAILABLE) and not is_too_large(error):
                 raise DatabaseUnavailable(f"The database does not answer: {unavailable_reason(error)}") from error

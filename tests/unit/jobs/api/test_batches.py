@@ -72,7 +72,7 @@ class World:
     def flush(self, progress: Iterator[RequestProgress]) -> None:
         entries = list(progress)
         with self.database.write() as session:
-            writes.flush(session, "w", 30.0, entries, [entry.lease for entry in entries])
+            writes.flush(session, "w", 30.0, entries, [entry.lease for entry in entries], "fp_1")
 
     def overdue(self, batch_id: str) -> None:
         with self.database.write() as session:
@@ -135,7 +135,9 @@ def test_a_batch_goes_from_input_file_to_output_files_and_reports_each_status(wo
     output = lines_of(world.client, batch.output_file_id)
     assert [line["custom_id"] for line in output] == names[:2]
     answers = [ChatCompletion.model_validate(line["response"]["body"]) for line in output]
-    assert {answer.choices[0].message.content for answer in answers} == {"Paris."}
+    assert {(answer.choices[0].message.content, answer.system_fingerprint) for answer in answers} == {
+        ("Paris.", "fp_1")
+    }
     assert answers[0].id != answers[1].id
     assert [line["error"] for line in output] == [None, None]
     tokens = [answer.usage for answer in answers if answer.usage]

@@ -121,13 +121,15 @@ def test_completions_match_their_models(
 ) -> None:
     with database.write() as session:
         writes.register_worker(session, a_worker_card(target="tiny"))
-    api = TestClient(make_api(settings, database, lambda job_id, model: answer_all(database)))
+    api = TestClient(make_api(settings, database, lambda job_id, model: answer_all(database, numerics="fp_1")))
     call = {**body, "model": "tiny"}
-    assert whole.model_validate_json(api.post(path, json=call).content, strict=True).choices
+    assert whole.model_validate_json(api.post(path, json=call).content, strict=True).system_fingerprint == "fp_1"
     streamed = api.post(path, json={**call, "stream": True, "stream_options": {"include_usage": True}})
     data = [line[6:] for line in streamed.text.splitlines() if line.startswith("data: ")]
     assert data.pop() == "[DONE]"
-    assert [piece.model_validate_json(one, strict=True) for one in data][-1].usage
+    last = [piece.model_validate_json(one, strict=True) for one in data][-1]
+    assert last.usage
+    assert last.system_fingerprint == "fp_1"
 
 
 def test_every_route_of_jobs_declares_its_response(api: TestClient) -> None:

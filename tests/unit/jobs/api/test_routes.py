@@ -11,11 +11,13 @@ from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 
 from jobs.api.app import make_api
+from jobs.api.schemas.replies import NumericsReply
 from jobs.keys import Scope
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT
 from jobs.settings import JobsSettings
-from storage import leases, queries, speedup_checks, writes
+from storage import leases, numerics, queries, speedup_checks, writes
 from storage.models import Request
+from storage.numerics import Numerics
 from storage.records import RequestPlan, RequestProgress, SpeedupCheckResult
 from storage.session import Database
 from tests.factories import a_checkpoint, a_finished_choice, a_key, a_worker_card
@@ -60,6 +62,7 @@ def answer_all(
     limit: int = 10,
     logprobs: tuple[Any, ...] | None = None,
     plan: RequestPlan | None = None,
+    numerics: str | None = None,
     **choice: Any,
 ) -> None:
     """Play the worker, with the same text for every request; `choice` are more fields of its choice."""
@@ -78,7 +81,7 @@ def answer_all(
             )
             for claim in claims
         ]
-        writes.flush(session, "w", 30.0, progress, [claim.lease for claim in claims])
+        writes.flush(session, "w", 30.0, progress, [claim.lease for claim in claims], numerics)
 
 
 def test_a_submitted_job_is_stored_and_its_workers_notified(api: TestClient, notified: Notified) -> None:
@@ -183,6 +186,21 @@ def test_outputs_have_requested_logprobs_in_the_shape_of_the_endpoint(api: TestC
         "top_logprobs": [{"Paris.": -0.5}],
         "text_offset": [0],
     }
+
+
+def test_outputs_name_what_fixed_their_bits_and_the_service_says_what_that_is(
+    api: TestClient, database: Database
+) -> None:
+    job = submitted(api, "Hello")
+    answer_all(database, numerics="fp_1")
+    assert api.get(f"/v1/jobs/{job['id']}/outputs").json()["choices"][0]["numerics"] == "fp_1"
+    missing = api.get("/v1/numerics/fp_1")
+    assert (missing.status_code, missing.json()["error"]["param"]) == (404, "fingerprint")
+    with database.write() as session:
+        for parts in ({"dtype": "bfloat16"}, {"dtype": "written twice"}):
+            numerics.record(session, Numerics("fp_1", parts))
+    found = api.get("/v1/numerics/fp_1").content
+    assert NumericsReply.model_validate_json(found, strict=True).parts == {"dtype": "bfloat16"}
 
 
 def test_outputs_come_in_the_order_of_the_job_with_errors_in_place_of_text(api: TestClient, database: Database) -> None:

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from jobs.cli.render import STYLES, Transcript, closing_table, jobs_table, keys_table, make_view, status_table
+from jobs.cli.render import (
+    STYLES,
+    Transcript,
+    closing_table,
+    jobs_table,
+    keys_table,
+    make_view,
+    numerics_lines,
+    status_table,
+)
 from jobs.client.progress_bar import progress_reporter
 from jobs.client.results import JobCounts, JobInfo, JobProgress
 from jobs.control_characters import safe
@@ -111,6 +120,14 @@ def test_on_a_terminal_there_is_colour_and_a_count() -> None:
     assert "\x1b[35mPa" in text
     assert "\x1b[32mris" in text
     assert "1/2" in text
+
+
+def test_texts_of_several_numerics_are_counted_by_name() -> None:
+    assert list(numerics_lines({})) == []
+    assert list(numerics_lines({"fp_1": 1200})) == ["Numerics: fp_1 (1,200)"]
+    first, second = numerics_lines({"fp_1": 2, "fp_1,fp_2": 1})
+    assert first == "Numerics: fp_1 (2), fp_1,fp_2 (1)"
+    assert second.startswith("1 of these texts were resumed")
 
 
 def test_the_closing_table_has_the_speed_up_and_the_database() -> None:

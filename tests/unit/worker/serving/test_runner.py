@@ -69,12 +69,13 @@ class Worker:
         max_sequences: int = OPTIONS.max_sequences,
         kv_tokens: int | None = None,
         codec: Codec | None = None,
+        numerics: str | None = None,
     ) -> None:
         options = replace(OPTIONS, max_sequences=max_sequences, kv_tokens=kv_tokens)
         self.events: list[PartialEvent] = []
         self.database = database
         self.model = TableModel(law)
-        sink = Sink(database, self.events.extend, name, lease_s=30.0)
+        sink = Sink(database, self.events.extend, name, 30.0, numerics)
         codec = codec or Codec(byte_tokenizer(), frozenset({EOS}), OPTIONS.max_context, VOCAB)
         near, far = MemoryChannel.pair()
         self.engine = EngineLoop(
@@ -250,6 +251,20 @@ def test_a_request_continues_from_its_checkpoint_when_its_worker_dies(
     for index in range(2):
         seqs = [e.seq for e in (*dying.events, *heir.events) if e.index == index]
         assert seqs == list(range(len(seqs))) or turns == 1
+
+
+def test_a_text_that_is_resumed_on_another_kind_of_device_names_both(database: Database) -> None:
+    submit(database, "one", "two")
+    dying = Worker(database, "b", numerics="fp_gpu")
+    for _ in range(3):
+        dying.runner.run_once(notified=True)
+    lapse_leases(database)
+    Worker(database, "c", interval_s=AT_END, numerics="fp_cpu").run()
+    submit(database, "one", job_id="batch_2")
+    Worker(database, "d", numerics="fp_cpu").run()
+    with database.read() as session:
+        outputs = [*queries.outputs(session, "batch_1"), *queries.outputs(session, "batch_2")]
+    assert [output.numerics for output in outputs] == ["fp_gpu,fp_cpu", "fp_gpu,fp_cpu", "fp_cpu"]
 
 
 PENALTIES: dict[str, Any] = {
