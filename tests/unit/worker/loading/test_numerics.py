@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_a_weight_file_is_read_once_and_again_when_it_has_changed(
     read: list[str] = []
     digest = hashlib.file_digest
 
-    def counted(file: BinaryIO, name: str) -> hashlib._Hash:
+    def counted(file: BufferedReader, name: str) -> hashlib._Hash:
         read.append("once")
         return digest(file, name)
 
