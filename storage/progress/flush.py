@@ -68,7 +68,7 @@ def flush(
     written = write_checkpoints(session, worker_id, ours, now, numbers, numerics)
     counts.completion_tokens.update(written)
     counts.changed |= written.keys()
-    _write_outputs(session, _Writer(worker_id, numerics), ours, numbers, counts)
+    _write_outputs(session, _FlushingWorker(worker_id, numerics), ours, numbers, counts)
     _end_requests(session, ours, now, numbers, counts)
     cancelled = check.keys(LeaseState.CANCELLED)
     cancel_requests(session, cancelled, now)
@@ -80,7 +80,7 @@ def flush(
 
 
 @dataclass(frozen=True, slots=True)
-class _Writer:
+class _FlushingWorker:
     """The worker that flushes."""
 
     worker_id: str
@@ -137,7 +137,7 @@ def _write_plans(session: Session, progress: Iterable[RequestProgress]) -> None:
 
 def _write_outputs(
     session: Session,
-    writer: _Writer,
+    writer: _FlushingWorker,
     progress: Iterable[RequestProgress],
     numbers: Mapping[str, int],
     counts: _JobCounts,
@@ -161,7 +161,9 @@ def _write_outputs(
 _CHOICE_COLUMNS = tuple(column.name for column in fields(FinishedChoice) if column.name != "choice_index")
 
 
-def _output_columns(choice: FinishedChoice, checkpoints: Sequence[StoredCheckpoint], writer: _Writer) -> dict[str, Any]:
+def _output_columns(
+    choice: FinishedChoice, checkpoints: Sequence[StoredCheckpoint], writer: _FlushingWorker
+) -> dict[str, Any]:
     logprobs = _all_logprobs(checkpoints)
     return {
         **{name: getattr(choice, name) for name in _CHOICE_COLUMNS},  # asdict() would copy each token
