@@ -20,7 +20,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from storage.numerics import Numerics
-from worker.engine import arithmetic
+from worker.engine.model import arithmetic
 from worker.engine.quantization.weights import QuantizationMethod
 from worker.text.codec import Codec
 

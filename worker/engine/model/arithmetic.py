@@ -19,7 +19,7 @@ from worker.engine.cpu.kernels import kernels, source_options
 # Raise it with a change of Python code that changes a bit: the order of a sum, a rounding, a draw.
 VERSION: Final = 1
 
-_FOLDER: Final = Path(__file__).parent
+_FOLDER: Final = Path(__file__).parents[1]
 _GPU_SOURCES: Final = ("gpu/*.py", "sampling/gpu_kernels.py")
 
 
