@@ -148,6 +148,6 @@ def test_every_route_of_jobs_declares_its_response(api: TestClient) -> None:
         if path.startswith("/v1/jobs")
         for method, operation in methods.items()
     }
-    assert len(replies) == 8
+    assert len(replies) >= 8
     assert [route for route, reply in replies.items() if not names(reply)] == []
     assert names(document) <= schemas.keys()
