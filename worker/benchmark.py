@@ -131,6 +131,7 @@ def run(settings: WorkerSettings, plan: BenchmarkPlan, on_message: OnMessage = l
     for batch in plan.batches:
         results += _measure(decoders, batch, plan, loaded, on_message)
     dtype = f"{loaded.dtype}, {loaded.quantization} weights" if loaded.quantization else loaded.dtype
+    dtype += f", {loaded.kv_dtype} KV" if loaded.kv_dtype != loaded.dtype else ""
     return BenchmarkReport(loaded.device, dtype, loaded.name, _drafter(loaded), tuple(results))
 
 

@@ -41,6 +41,11 @@ class WorkerSettings(JobsSettings):
         description="Weights of linear layers, of target and draft; auto: as the checkpoint has them; int8: rounded to "
         "int8 at load (CPU); fp8: rounded to FP8 (e4m3) at load. Either has a scale for each column.",
     )
+    kv_dtype: Literal["auto", "fp8"] = Field(
+        "auto",
+        description="Keys and values of target and draft model; auto: in the dtype of the model; fp8: rounded to FP8 "
+        "(e4m3), half the bytes, with a scale for each token and KV head.",
+    )
     special_in_content: Literal["text", "control"] = Field(
         "text",
         description="How special tokens in chat content are read; text: as plain text; "

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from worker.engine.kv.fp8 import has_fp8_kv
 from worker.engine.model.architecture import batch_dependent_rope, kv_bytes_per_token, max_positions, ranks_of
 from worker.engine.model.backend import uses_paged_kv
 from worker.engine.model.packed_model import PackedModel
@@ -59,9 +60,10 @@ def choose_capacity(
         whole_slots=whole_slots,
     )
     options = fit(options, settings.kv_tokens, memory, derive_sequences=not settings.max_sequences)
+    stored = "FP8" if has_fp8_kv(model) else str(model.dtype).removeprefix("torch.")
     gib = options.total_kv_tokens * (memory.token_bytes + memory.draft_token_bytes) / 2**30
     on_message(
-        f"KV cache: {options.total_kv_tokens:,} tokens in {gib:.1f} GiB, up to {options.max_sequences:,} "
+        f"KV cache: {options.total_kv_tokens:,} tokens in {gib:.1f} GiB of {stored}, up to {options.max_sequences:,} "
         f"sequence(s) of up to {options.max_context:,} tokens"
     )
     return options

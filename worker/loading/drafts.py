@@ -40,7 +40,7 @@ from worker.engine.quantization.weights import QuantizationMethod
 from worker.engine.speculation.drafting import Drafter
 from worker.learning.head_learner import HeadLearner
 from worker.loading.model_store import pull, resolve
-from worker.loading.quantization import chosen_quantization, refuse_unpacked
+from worker.loading.quantization import choose_kv_dtype, chosen_quantization, refuse_unpacked
 from worker.loading.tensor_parallel import DRAFT, RankGroup, draft_tp_size
 from worker.settings import SUFFIX, WorkerSettings
 from worker.text.codec import load_tokenizer
@@ -236,6 +236,7 @@ def _with_model(
         quantization=chosen_quantization(settings, model.device),
     )
     refuse_unpacked(network, settings.draft)
+    choose_kv_dtype(settings, network)
     config = network.config.get_text_config()
     shared = shared_vocabulary(tokenizer, draft_tokenizer, settings.target, settings.draft, config.vocab_size)
     fuse_layers(network)

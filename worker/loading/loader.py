@@ -22,6 +22,7 @@ from storage.speculation_states import DraftIdentity
 from worker.engine.cpu.compiler import processor
 from worker.engine.engine import Engine
 from worker.engine.grammar.vocabulary import GrammarVocabulary
+from worker.engine.kv.fp8 import kv_dtype_of
 from worker.engine.model.architecture import max_positions
 from worker.engine.model.backend import batch_dependence, fuse_layers, stored_bytes
 from worker.engine.model.checkpoint import weight_files
@@ -41,7 +42,7 @@ from worker.loading.capacity import choose_capacity
 from worker.loading.drafts import load_draft, uses_head
 from worker.loading.model_store import OnMessage, resolve
 from worker.loading.numerics import numerics_of
-from worker.loading.quantization import chosen_quantization, refuse_unpacked, weights_sentence
+from worker.loading.quantization import choose_kv_dtype, chosen_quantization, refuse_unpacked, weights_sentence
 from worker.loading.tensor_parallel import NOT_EXACT, TARGET, RankGroup
 from worker.loading.weights_hash import weights_hash
 from worker.settings import WorkerSettings
@@ -62,6 +63,7 @@ class LoadedModel:
     dtype: str
     quantization: str | None  # how the weights of linear layers are stored; None: in `dtype`
     numerics: Numerics  # what fixes the bits of its texts
+    kv_dtype: str  # of stored keys and values
     codec: Codec
     grammars: GrammarVocabulary
     target: PackedModel
@@ -125,6 +127,7 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
         quantization=quantization,
     )
     refuse_unpacked(model, settings.target)
+    choose_kv_dtype(settings, model)
     quantized = quantization_method(model)
     if uses_head(settings):
         gather_embeddings(model)
@@ -170,7 +173,7 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
         folder,
         weights=weights_hash(weight_files(folder), settings.cache_dir, on_message),
         quantization=quantized,
-        kv_dtype=model.dtype,
+        kv_dtype=kv_dtype_of(model),
         ranks=settings.tp,
         depends_on_batch=cause is not None or (settings.tp > 1 and dtype == torch.bfloat16),
     )
@@ -194,6 +197,7 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
         dtype=str(dtype).removeprefix("torch."),
         quantization=quantized,
         numerics=numerics,
+        kv_dtype=str(kv_dtype_of(model)).removeprefix("torch."),
         codec=codec,
         grammars=grammars,
         target=target,
@@ -247,5 +251,7 @@ def _kind(
     """Return what changes the speed of the same model: device, parallelism, dtype, quantisation, threads, versions."""
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     versions = (torch.__version__, transformers.__version__, target.version)
-    weights = str(target.dtype) if quantized is None else f"{target.dtype} {quantized}"
-    return (device_name, settings.tp, weights, torch.get_num_threads(), *versions)
+    stored = str(target.dtype) if quantized is None else f"{target.dtype} {quantized}"
+    if settings.kv_dtype != "auto":
+        stored += f" KV {settings.kv_dtype}"
+    return (device_name, settings.tp, stored, torch.get_num_threads(), *versions)

@@ -1,4 +1,4 @@
-"""The quantisation that the settings ask for: what it can be combined with, and what it left in memory."""
+"""The quantisation of weights and KV that the settings ask for: what it can be combined with, and what it left."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from jobs.errors import SetupError
 from worker.engine.cpu.fused_layers import are_known, decoder_layers
+from worker.engine.kv.fp8 import store_kv_in_fp8
 from worker.engine.model.backend import kernels_for
 from worker.engine.paged.attention import gpu_kernels_for
 from worker.engine.quantization.weights import QuantizationMethod, quantization_method
@@ -35,6 +36,23 @@ def chosen_quantization(settings: WorkerSettings, device: torch.device) -> Quant
             "BASIC_QUANTIZATION=int8 runs on a CPU only; on a GPU set BASIC_QUANTIZATION=fp8, or leave it unset"
         )
     return method
+
+
+def choose_kv_dtype(settings: WorkerSettings, model: PreTrainedModel) -> None:
+    """Make a loaded model hold its keys and values as BASIC_KV_DTYPE says; call it before its layers are fused.
+
+    Raises SetupError, with what works, for settings that FP8 can't be combined with.
+    """
+    if settings.kv_dtype == "auto":
+        return
+    if settings.tp > 1 or settings.device_map:
+        raise SetupError(
+            "BASIC_KV_DTYPE=fp8 works on one device that holds the whole model; start with --tp 1 and without "
+            "BASIC_DEVICE_MAP, or leave BASIC_KV_DTYPE unset"
+        )
+    if model.device.type != "cpu":
+        raise SetupError("BASIC_KV_DTYPE=fp8 runs on a CPU only; leave BASIC_KV_DTYPE unset")
+    store_kv_in_fp8(model)
 
 
 def refuse_unpacked(model: PreTrainedModel, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Quantised weights beside those of the checkpoint: time of a step, and distance of the next token's distribution.
+"""Quantised weights and KV beside those of the checkpoint: time of a step, and distance of the next tokens.
 
 All forms are in one process and take turns, so that a busy machine slows all of them. The distance is that of the
 logits at each token of the texts: the divergence of Kullback and Leibler in nats, and how often the most likely token
@@ -44,12 +44,12 @@ class FormDistance:
     same_top: float  # share of tokens after which the most likely one is the same
 
 
-def measure_steps(models: dict[str, PackedModel], rows: int, rounds: int) -> list[FormTime]:
-    """Return the fastest of a few steps of each form."""
-    step = [chain(slot, CONTEXT, [7], keep_last=True) for slot in range(rows)]
+def measure_steps(models: dict[str, PackedModel], rows: int, rounds: int, context: int = CONTEXT) -> list[FormTime]:
+    """Return the fastest of a few steps of each form, with `context` tokens before each row."""
+    step = [chain(slot, context, [7], keep_last=True) for slot in range(rows)]
     best = {form: (float("inf"), float("inf")) for form in models}
     for model in models.values():
-        model.forward([chain(slot, 0, [1] * CONTEXT, keep_last=True) for slot in range(rows)])
+        model.forward([chain(slot, 0, [1] * context, keep_last=True) for slot in range(rows)])
     for _ in range(rounds):
         for form, model in models.items():
             wall, cpu = perf_counter(), process_time()

@@ -80,6 +80,7 @@ class CpuAttentionPlan:
             kv_heads=self.kv.kv_heads,
             dim=self.kv.head_dim,
             capacity=self.kv.capacity,
+            fp8=self.kv.fp8,
             slot=address(self._slot),
             index=address(self._index),
             scale=scaling,

@@ -143,9 +143,43 @@ static void shuffle_fp8(char *packed, int64_t count) {
         for (int i = 0; i < 8; i++) memcpy(at + 8 * i, own + 8 * (i / 2 + i % 2 * 4), 8);
     }
 }
+
+/* Where `shuffle_fp8` puts the number at `place`. */
+static inline int64_t shuffled_fp8(int64_t place) {
+    return (place & ~(int64_t)63) | (place >> 3 & 3) << 4 | (place >> 5 & 1) << 3 | (place & 7);
+}
 #else
 static void shuffle_fp8(char *packed, int64_t count) { (void)packed, (void)count; }
+static inline int64_t shuffled_fp8(int64_t place) { return place; }
 #endif
+
+/* The factor of decoded FP8 numbers that have this exponent, as `scale_of` in kv/fp8.py; SPOILT gives infinity, which
+ * times any number is not finite. */
+enum { LEAST = 32, SPOILT = 254 };
+static inline float fp8_scale(uint8_t exponent) { return (float_bits){.bits = (uint32_t)(exponent + 1) << 23}.value; }
+
+/* Round a row to FP8 by the exponent of its largest number, which is returned: as `encoded` in kv/fp8.py. */
+static inline uint8_t encode_fp8(const scalar *x, uint8_t *to, int64_t count) {
+    uint32_t top = 0;
+#pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t size = (float_bits){.value = to_float(x[i])}.bits & 0x7fffffff;
+        top = size > top ? size : top;
+    }
+    const uint32_t own = top >> 23, exponent = own < LEAST ? LEAST : own > SPOILT ? SPOILT : own;
+    const float inverse = (float_bits){.bits = (261 - exponent) << 23}.value;
+    const uint32_t kept = exponent == SPOILT ? 0 : 0xff;
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) {
+        float_bits number = {.value = to_float(x[i]) * inverse};
+        uint32_t sign = number.bits >> 24 & 0x80, bits = number.bits & 0x7fffffff;
+        /* Ties go to even. Below 2^-6 numbers are multiples of 2^-9, as those of a float from 2^14 on. */
+        uint32_t normal = ((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - 960;
+        uint32_t small = (float_bits){.value = (float_bits){.bits = bits}.value + 16384.0f}.bits & 0xf;
+        to[i] = (uint8_t)((sign | (bits < 0x3c800000 ? small : normal)) & kept);
+    }
+    return (uint8_t)exponent;
+}
 
 /* Decode the weights of a panel for one step of inputs to 2^-8 times their value. */
 static inline __attribute__((always_inline)) void decode_fp8(const uint8_t *from, scalar *to) {
@@ -621,9 +655,10 @@ typedef struct {
 } view_t;
 
 /* The rows of a step and their KV slots. Per slot and KV head, keys are a packed weight of `capacity` columns and `dim`
- * inputs, values one of `dim` columns and `capacity` inputs. `capacity` and `dim` are multiples of PANEL. */
+ * inputs, values one of `dim` columns and `capacity` inputs. `capacity` and `dim` are multiples of PANEL. With `fp8`,
+ * both are FP8, and behind each panel of entries are the exponents of their scales. */
 typedef struct {
-    int64_t rows, heads, kv_heads, dim, capacity;
+    int64_t rows, heads, kv_heads, dim, capacity, fp8;
     const int64_t *slot, *index; /* [rows] */
     float scale;
     float softcap;      /* scores become softcap * tanh(score / softcap); 0: none */
@@ -647,6 +682,7 @@ typedef struct {
     scalar *weights;  /* [BLOCK, length] */
     scalar *gathered; /* [length, dim] */
     floats (*mixed)[BLOCK][2]; /* [dim / PANEL] */
+    scalar *decoded;  /* [PANEL, dim] a panel of entries in FP8 */
 } workspace_t;
 
 static inline int64_t key_at(int64_t position, int64_t i, int64_t dim) {
@@ -657,6 +693,32 @@ static inline int64_t value_at(int64_t position, int64_t i, int64_t dim) {
     return (position / STEP * dim + i) * STEP + position % STEP;
 }
 
+/* Elements of `count` entries of a KV head, in whole panels: scalars, or bytes. */
+static inline int64_t entry_elements(const plan_t *plan, int64_t count) { return count * (plan->dim + (plan->fp8 ? 1 : 0)); }
+
+static inline int64_t element_size(const plan_t *plan) { return plan->fp8 ? 1 : (int64_t)sizeof(scalar); }
+
+/* Places of the numbers and the exponent of an entry in FP8. */
+static inline int64_t fp8_panel_at(const plan_t *plan, int64_t position) {
+    return entry_elements(plan, position / PANEL * PANEL);
+}
+
+static inline int64_t fp8_key_at(const plan_t *plan, int64_t position, int64_t i) {
+    return fp8_panel_at(plan, position) + shuffled_fp8(key_at(position % PANEL, i, plan->dim));
+}
+
+static inline int64_t fp8_value_at(const plan_t *plan, int64_t position, int64_t i) {
+    return fp8_panel_at(plan, position) + shuffled_fp8(value_at(position % PANEL, i, plan->dim));
+}
+
+static inline int64_t exponent_at(const plan_t *plan, int64_t position) {
+    return fp8_panel_at(plan, position) + PANEL * plan->dim + position % PANEL;
+}
+
+static inline float scale_at(const plan_t *plan, const void *entries, int64_t position) {
+    return fp8_scale(((const uint8_t *)entries)[exponent_at(plan, position)]);
+}
+
 static workspace_t make_workspace(int64_t end, int64_t dim) {
     int64_t length = (end + 2 * PANEL - 1) / PANEL * PANEL;
     return (workspace_t){length,
@@ -664,12 +726,13 @@ static workspace_t make_workspace(int64_t end, int64_t dim) {
                          malloc(sizeof(float) * (size_t)(BLOCK * length)),
                          malloc(sizeof(scalar) * (size_t)(BLOCK * length)),
                          malloc(sizeof(scalar) * (size_t)(length * dim)),
-                         aligned_alloc(sizeof(floats), sizeof(floats[BLOCK][2]) * (size_t)(dim / PANEL))};
+                         aligned_alloc(sizeof(floats), sizeof(floats[BLOCK][2]) * (size_t)(dim / PANEL)),
+                         aligned_alloc(LINE, sizeof(scalar) * (size_t)(PANEL * dim))};
 }
 
 static void free_workspace(workspace_t workspace) {
     free(workspace.queries), free(workspace.scores), free(workspace.weights), free(workspace.gathered);
-    free(workspace.mixed);
+    free(workspace.mixed), free(workspace.decoded);
 }
 
 /* Scale scores, and bend them towards +-softcap. */
@@ -710,6 +773,11 @@ static inline seen_t seen_by(const view_t *view, int64_t row) {
     return (seen_t){view->first[row], prefix, extras, prefix + extras, end, extra, prefix / STEP * STEP};
 }
 
+/* The entry with this index in what a row sees. */
+static inline int64_t entry_of(const seen_t *seen, int64_t j) {
+    return j < seen->prefix ? j : seen->extra[j - seen->prefix];
+}
+
 /* One past the last entry that the rows of a group see. */
 static inline int64_t group_end(const view_t *view, int64_t group) {
     int64_t end = 0;
@@ -722,20 +790,72 @@ static inline int64_t group_end(const view_t *view, int64_t group) {
 
 /* Copy the values of the entries from `seen->whole` on, which may be scattered, or packed with entries that the row
  * does not see. Pad with zeros. */
-static void gather(const workspace_t *workspace, const seen_t *seen, const scalar *values, int64_t dim) {
+static void gather(const plan_t *plan, const workspace_t *workspace, const seen_t *seen, const void *values) {
+    const int64_t dim = plan->dim;
     for (int64_t j = seen->whole; j < seen->count || j % STEP; j++) {
         scalar *to = workspace->gathered + value_at(j - seen->whole, 0, dim);
-        int64_t entry = j < seen->prefix ? j : j < seen->count ? seen->extra[j - seen->prefix] : 0;
-        const scalar *from = values + value_at(entry, 0, dim);
-        for (int64_t i = 0; i < dim; i++) to[i * STEP] = j < seen->count ? from[i * STEP] : 0;
+        int64_t entry = j < seen->count ? entry_of(seen, j) : 0;
+        const scalar *from = (const scalar *)values + value_at(entry, 0, dim);
+        const uint8_t *bytes = values;
+        if (j >= seen->count)
+            for (int64_t i = 0; i < dim; i++) to[i * STEP] = 0;
+        else if (plan->fp8)
+            for (int64_t i = 0; i < dim; i++) to[i * STEP] = fp8_as_scalar(bytes[fp8_value_at(plan, entry, i)]);
+        else
+            for (int64_t i = 0; i < dim; i++) to[i * STEP] = from[i * STEP];
     }
 }
 
 /* The entries of one slot and KV head that a group sees. */
 typedef struct {
-    const scalar *keys, *values;
-    int64_t end; /* one past the last */
+    const void *keys, *values; /* scalars, or FP8 */
+    int64_t end;               /* one past the last */
 } entries_t;
+
+/* Decode a panel of keys or values; prefetch the panel `ahead` meanwhile. */
+static const scalar *decode_panel(const plan_t *plan, const workspace_t *workspace, const void *entries, int64_t panel,
+                                  const void *ahead) {
+    const uint8_t *from = (const uint8_t *)entries + entry_elements(plan, panel * PANEL);
+    const char *next = (const char *)ahead + entry_elements(plan, panel * PANEL);
+    for (int64_t at = 0; at < PANEL * plan->dim; at += PANEL * STEP) {
+        __builtin_prefetch(next + at, 0, 2);
+        decode_fp8(from + at, workspace->decoded + at);
+    }
+    return workspace->decoded;
+}
+
+/* Multiply `rows` queries with a panel of keys in FP8. */
+static void score_fp8(const plan_t *plan, const workspace_t *workspace, floats scores[][2], entries_t now, entries_t next,
+                      int64_t panel, int64_t rows) {
+    const void *ahead = panel * PANEL < next.end ? next.keys : now.keys;
+    const scalar *keys = decode_panel(plan, workspace, now.keys, panel, ahead);
+    const uint8_t *exponents = (const uint8_t *)now.keys + exponent_at(plan, panel * PANEL);
+    float scales[PANEL];
+    for (int64_t i = 0; i < PANEL; i++) scales[i] = fp8_scale(exponents[i]);
+    multiply_tile(scores, keys, PANEL * STEP, workspace->queries, plan->dim, plan->dim, NULL, rows);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < PANEL; i++) ((float *)scores[r])[i] *= scales[i];
+}
+
+/* Add the values from..end-1, in FP8, to what `rows` rows from `first` on mix. Their weights have the scales. */
+static void mix_fp8(const plan_t *plan, const workspace_t *workspace, const void *values, const void *ahead, int64_t from,
+                    int64_t end, int64_t first, int64_t rows) {
+    const int64_t dim = plan->dim, length = workspace->length;
+    while (from < end) {
+        const int64_t panel = from / PANEL, stop = (panel + 1) * PANEL < end ? (panel + 1) * PANEL : end;
+        const scalar *decoded = decode_panel(plan, workspace, values, panel, ahead) + from % PANEL * dim;
+        for (int64_t part = 0; part < dim / PANEL; part++)
+            multiply_tile(workspace->mixed[part] + first, decoded + part * PANEL * STEP, dim * STEP,
+                          workspace->weights + first * length + from, length, stop - from, NULL, rows);
+        from = stop;
+    }
+}
+
+/* Multiply the weights first..count-1 of a row with the scales of their values in FP8, which are powers of two. */
+static void scale_weights(const plan_t *plan, const seen_t *seen, const void *values, scalar *weights) {
+    for (int64_t j = seen->first; j < seen->count; j++)
+        weights[j] = from_float(to_float(weights[j]) * scale_at(plan, values, entry_of(seen, j)));
+}
 
 /* Attend `heads` prepared queries of each of the rows from `row` on, of one group. The products of the rows share what
  * they read; each keeps the order of its own sum. Prefetch the entries `next` meanwhile. `sinks` are those of
@@ -748,9 +868,14 @@ static void attend_block(const plan_t *plan, const view_t *view, const workspace
     float sums[BLOCK];
     for (int64_t panel = first / PANEL; panel * PANEL < now.end; panel++) {
         floats scores[BLOCK][2] = {0};
-        const scalar *ahead = next.keys + (panel * PANEL < next.end ? panel : 0) * PANEL * dim;
-        multiply_tile(scores, now.keys + panel * PANEL * dim, PANEL * STEP, workspace->queries, dim, dim, ahead,
-                      rows * heads);
+        if (plan->fp8) {
+            score_fp8(plan, workspace, scores, now, next, panel, rows * heads);
+        } else {
+            const scalar *keys = now.keys, *ahead = next.keys;
+            ahead += (panel * PANEL < next.end ? panel : 0) * PANEL * dim;
+            multiply_tile(scores, keys + panel * PANEL * dim, PANEL * STEP, workspace->queries, dim, dim, ahead,
+                          rows * heads);
+        }
         for (int64_t i = 0; i < rows * heads; i++)
             memcpy(workspace->scores + i * length + panel * PANEL, scores[i], PANEL * sizeof(float));
     }
@@ -765,27 +890,31 @@ static void attend_block(const plan_t *plan, const view_t *view, const workspace
             if (plan->softcap > 0.0f) cap_scores(scores + first, seen.count - first, plan->scale, plan->softcap);
             sums[i] = softmax_weights(scores + first, weights + first, seen.count - first,
                                       plan->softcap > 0.0f ? 1.0f : plan->scale, sinks ? sinks + i - r * heads : NULL);
+            if (plan->fp8) scale_weights(plan, &seen, now.values, weights);
             for (int64_t j = from; j < first; j++) weights[j] = 0;
             for (int64_t j = seen.count; j % STEP; j++) weights[j] = 0;
         }
     }
     common = common > from ? common : from;
     for (int64_t part = 0; part < dim / PANEL; part++) {
-        const scalar *value = now.values + (from * dim + part * PANEL * STEP);
         memset(workspace->mixed[part], 0, sizeof workspace->mixed[part]);
+        if (plan->fp8) continue;
+        const scalar *value = (const scalar *)now.values + (from * dim + part * PANEL * STEP);
         /* the parts of the next values lie beside each other: each call prefetches its share of the entries */
-        const scalar *ahead = next.values + (from + (next.end - from) * part * PANEL / dim) * dim;
+        const scalar *ahead = (const scalar *)next.values + (from + (next.end - from) * part * PANEL / dim) * dim;
         multiply_tile(workspace->mixed[part], value, dim * STEP, workspace->weights + from, length, common - from,
                       ahead, rows * heads);
     }
+    if (plan->fp8) mix_fp8(plan, workspace, now.values, next.values, from, common, 0, rows * heads);
     for (int64_t r = 0; r < rows; r++) {
         seen_t seen = seen_by(view, row + r);
         const scalar *weights = workspace->weights + r * heads * length;
-        if (seen.count > seen.whole) gather(workspace, &seen, now.values, dim);
+        if (seen.count > seen.whole) gather(plan, workspace, &seen, now.values);
+        if (plan->fp8) mix_fp8(plan, workspace, now.values, now.values, common, seen.whole, r * heads, heads);
         for (int64_t part = 0; part < dim / PANEL; part++) {
             floats(*mixed)[2] = workspace->mixed[part] + r * heads;
-            const scalar *value = now.values + (common * dim + part * PANEL * STEP);
-            if (seen.whole > common)
+            const scalar *value = (const scalar *)now.values + (common * dim + part * PANEL * STEP);
+            if (seen.whole > common && !plan->fp8)
                 multiply_tile(mixed, value, dim * STEP, weights + common, length, seen.whole - common, NULL, heads);
             if (seen.count > seen.whole)
                 multiply_tile(mixed, workspace->gathered + part * PANEL * STEP, dim * STEP, weights + seen.whole,
@@ -826,28 +955,42 @@ static share_t share_of(const view_t *view, int64_t kv_heads) {
 }
 
 /* Store the keys and values of a row and KV head in their slot. */
-static inline void store_row(const plan_t *plan, const heads_t *of, scalar *keys, scalar *values, int64_t row,
-                             int64_t head) {
+static inline void store_row(const plan_t *plan, const heads_t *of, void *keys, void *values, int64_t row, int64_t head) {
     const int64_t dim = plan->dim, position = plan->index[row];
     const scalar *value = of->value + row * of->value_row + head * of->value_head;
     scalar key[dim];
     prepare(of->key + row * of->key_row + head * of->key_head, key, of->key_norm,
             of->cos ? of->cos + row * dim : NULL, of->cos ? of->sin + row * dim : NULL, dim, of->eps);
-    for (int64_t i = 0; i < dim; i += STEP) memcpy(keys + key_at(position, i, dim), key + i, STEP * sizeof(scalar));
-    for (int64_t i = 0; i < dim; i++) values[value_at(position, i, dim)] = value[i];
+    if (plan->fp8) {
+        uint8_t bytes[dim];
+        ((uint8_t *)keys)[exponent_at(plan, position)] = encode_fp8(key, bytes, dim);
+        for (int64_t i = 0; i < dim; i++) ((uint8_t *)keys)[fp8_key_at(plan, position, i)] = bytes[i];
+        ((uint8_t *)values)[exponent_at(plan, position)] = encode_fp8(value, bytes, dim);
+        for (int64_t i = 0; i < dim; i++) ((uint8_t *)values)[fp8_value_at(plan, position, i)] = bytes[i];
+        return;
+    }
+    for (int64_t i = 0; i < dim; i += STEP)
+        memcpy((scalar *)keys + key_at(position, i, dim), key + i, STEP * sizeof(scalar));
+    for (int64_t i = 0; i < dim; i++) ((scalar *)values)[value_at(position, i, dim)] = value[i];
 }
 
 /* Bring the lines to the cache that `store_row` will write. */
-static inline void prefetch_row(const plan_t *plan, const scalar *keys, const scalar *values, int64_t row) {
+static inline void prefetch_row(const plan_t *plan, const void *keys_of, const void *values_of, int64_t row) {
     const int64_t dim = plan->dim, position = plan->index[row];
+    const scalar *keys = keys_of, *values = values_of;
+    if (plan->fp8) return;
     for (int64_t i = 0; i < dim; i += STEP) __builtin_prefetch(keys + key_at(position, i, dim), 1, 2);
     for (int64_t i = 0; i < dim; i += LINE / (STEP * (int64_t)sizeof(scalar)))
         __builtin_prefetch(values + value_at(position, i, dim), 1, 2);
 }
 
-/* Where the keys and values of a row's slot and a KV head start. */
+/* Where the keys and values of a slot and a KV head start, in bytes. */
+static inline int64_t head_at(const plan_t *plan, int64_t slot, int64_t head) {
+    return (slot * plan->kv_heads + head) * entry_elements(plan, plan->capacity) * element_size(plan);
+}
+
 static inline int64_t start_of(const plan_t *plan, int64_t row, int64_t head) {
-    return (plan->slot[row] * plan->kv_heads + head) * plan->capacity * plan->dim;
+    return head_at(plan, plan->slot[row], head);
 }
 
 /* Prepare the queries of `heads` heads from `head` on, of each of the rows from `row` on. */
@@ -863,7 +1006,7 @@ static inline void prepare_queries(const plan_t *plan, const heads_t *of, const 
 
 /* Store the rows' keys and values, then attend into `out` [rows, heads, dim]. Every thread must call it; it ends with a
  * barrier. */
-static inline void attend_all(team_t *team, const plan_t *plan, const view_t *view, const heads_t *of, scalar *keys, scalar *values,
+static inline void attend_all(team_t *team, const plan_t *plan, const view_t *view, const heads_t *of, char *keys, char *values,
                               const workspace_t *workspace, scalar *out) {
     const int64_t dim = plan->dim, kv_heads = plan->kv_heads, heads = plan->heads / kv_heads;
     const share_t share = share_of(view, kv_heads);
@@ -895,7 +1038,7 @@ static inline void attend_all(team_t *team, const plan_t *plan, const view_t *vi
 }
 
 /* The attention of one layer. */
-void attend(const plan_t *plan, const view_t *view, const heads_t *of, scalar *keys, scalar *values, scalar *out) {
+void attend(const plan_t *plan, const view_t *view, const heads_t *of, char *keys, char *values, scalar *out) {
     team_t team = {0};
 #pragma omp parallel
     {
@@ -907,18 +1050,29 @@ void attend(const plan_t *plan, const view_t *view, const heads_t *of, scalar *k
 
 /* Move `count` entries of one slot, in all layers and heads, from `sources` (ascending) down to destination,
  * destination + 1, … */
-void move_entries(scalar *keys, scalar *values, const plan_t *plan, int64_t layers, int64_t layer_size, int64_t slot,
+void move_entries(char *keys, char *values, const plan_t *plan, int64_t layers, int64_t layer_size, int64_t slot,
                   int64_t destination, const int64_t *sources, int64_t count) {
     const int64_t dim = plan->dim;
 #pragma omp parallel for
     for (int64_t item = 0; item < layers * plan->kv_heads; item++) {
-        int64_t base = item / plan->kv_heads * layer_size +
-                       (slot * plan->kv_heads + item % plan->kv_heads) * plan->capacity * dim;
-        for (int64_t j = 0; j < count; j++)
-            for (int64_t i = 0; i < dim; i++) {
-                keys[base + key_at(destination + j, i, dim)] = keys[base + key_at(sources[j], i, dim)];
-                values[base + value_at(destination + j, i, dim)] = values[base + value_at(sources[j], i, dim)];
+        const int64_t base = item / plan->kv_heads * layer_size * element_size(plan) +
+                             head_at(plan, slot, item % plan->kv_heads);
+        char *key = keys + base, *value = values + base;
+        scalar *wide_key = (scalar *)key, *wide_value = (scalar *)value;
+        for (int64_t j = 0; j < count; j++) {
+            const int64_t to = destination + j, from = sources[j];
+            for (int64_t i = 0; i < dim && !plan->fp8; i++) {
+                wide_key[key_at(to, i, dim)] = wide_key[key_at(from, i, dim)];
+                wide_value[value_at(to, i, dim)] = wide_value[value_at(from, i, dim)];
             }
+            if (!plan->fp8) continue;
+            for (int64_t i = 0; i < dim; i++) {
+                key[fp8_key_at(plan, to, i)] = key[fp8_key_at(plan, from, i)];
+                value[fp8_value_at(plan, to, i)] = value[fp8_value_at(plan, from, i)];
+            }
+            key[exponent_at(plan, to)] = key[exponent_at(plan, from)];
+            value[exponent_at(plan, to)] = value[exponent_at(plan, from)];
+        }
     }
 }
 
@@ -953,8 +1107,8 @@ static void keep_rows(scalar *x, int64_t width, const int64_t *kept, int64_t kee
  * of `x`: others need no more than their keys and values of the last layer. Every thread of a parallel region must call
  * it; it ends with a barrier. */
 static void layers_all(team_t *team, const layer_t *layers, int64_t count, const plan_t *plan, const view_t *views,
-                       const scratch_t *scratch, scalar *x, const scalar *cos, const scalar *sin, scalar *keys,
-                       scalar *values, int64_t layer_size, int64_t width, float eps, scalar *tapped, int64_t taps,
+                       const scratch_t *scratch, scalar *x, const scalar *cos, const scalar *sin, char *keys,
+                       char *values, int64_t layer_size, int64_t width, float eps, scalar *tapped, int64_t taps,
                        int64_t by_entry, const int64_t *kept, int64_t keep) {
     int64_t rows = plan->rows, dim = plan->dim, row = (plan->heads + 2 * plan->kv_heads) * dim;
     workspace_t workspace = make_workspace(views[0].end, dim); /* all views have the same end */
@@ -965,8 +1119,8 @@ static void layers_all(team_t *team, const layer_t *layers, int64_t count, const
                          row, dim, row, dim, row, dim, cos, sin, layer->query_norm, layer->key_norm, eps};
         normalise_all(team, x, layer->norm_1, scratch->normed, rows, width, eps);
         multiply_all(team, &layer->qkv, scratch->normed, scratch->stacked, rows, STORE, scratch->rounded);
-        attend_all(team, plan, views + layer->view, &heads, keys + i * layer_size, values + i * layer_size, &workspace,
-                   scratch->mixed);
+        attend_all(team, plan, views + layer->view, &heads, keys + i * layer_size * element_size(plan),
+                   values + i * layer_size * element_size(plan), &workspace, scratch->mixed);
         if (kept && i == count - 1 && layer->tap < 0) {
 #pragma omp single nowait
             {
@@ -998,7 +1152,7 @@ static void layers_all(team_t *team, const layer_t *layers, int64_t count, const
 
 /* The layers of a model, without embeddings and logits. */
 void run_layers(const layer_t *layers, int64_t count, const plan_t *plan, const view_t *views, const scratch_t *scratch,
-                scalar *x, const scalar *cos, const scalar *sin, scalar *keys, scalar *values, int64_t layer_size,
+                scalar *x, const scalar *cos, const scalar *sin, char *keys, char *values, int64_t layer_size,
                 int64_t width, float eps, scalar *tapped, int64_t taps) {
     team_t team = {0};
 #pragma omp parallel
@@ -1034,7 +1188,7 @@ typedef struct {
 } forward_t;
 
 void run_network(const network_t *net, const plan_t *plan, const view_t *views, const scratch_t *scratch,
-                 const forward_t *f, scalar *keys, scalar *values) {
+                 const forward_t *f, char *keys, char *values) {
     const int64_t rows = plan->rows, dim = plan->dim, width = net->width;
     const size_t row_size = (size_t)width * sizeof(scalar), head_size = (size_t)dim * sizeof(scalar);
     team_t shared = {0}, *team = &shared;

@@ -46,7 +46,7 @@ class Plan(ctypes.Structure):
     """`plan_t`: the rows of a step and the KV slots they go to."""
 
     _fields_ = (
-        members("rows heads kv_heads dim capacity", _SIZE)
+        members("rows heads kv_heads dim capacity fp8", _SIZE)
         + members("slot index", _ADDRESS)
         + members("scale softcap", ctypes.c_float)
         + members("sinks", _ADDRESS)

@@ -8,24 +8,38 @@ from ctypes import byref
 import torch
 
 from worker.engine.cpu.kernels import Kernels, Plan
+from worker.engine.kv import fp8
 from worker.engine.kv.dense import POISON, lazy_zeros, release_memory
 from worker.engine.segments import KvMove
 
 
 class CpuKv:
-    """A `KvStore` on the CPU: keys and values [layers, slots, kv_heads, capacity * head_dim]."""
+    """A `KvStore` on the CPU: keys and values [layers, slots, kv_heads, capacity * head_dim].
+
+    In FP8 an entry has a byte more: the exponents of a panel of entries lie behind their numbers.
+    """
 
     def __init__(
-        self, layers: int, slots: int, kv_heads: int, capacity: int, head_dim: int, dtype: torch.dtype, kernels: Kernels
+        self,
+        layers: int,
+        slots: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        kernels: Kernels,
+        *,
+        in_fp8: bool = False,
     ) -> None:
         """Allocate `slots` slots of at least `capacity` entries (rounded up to panels), tree rows included."""
         self.capacity = -(-capacity // kernels.panel) * kernels.panel
-        self.kv_heads, self.head_dim = kv_heads, head_dim
-        shape = (layers, slots, kv_heads, self.capacity * head_dim)
+        self.kv_heads, self.head_dim, self.fp8 = kv_heads, head_dim, in_fp8
+        self._entry = head_dim + 1 if in_fp8 else head_dim  # numbers of an entry in each head
+        shape, dtype = (layers, slots, kv_heads, self.capacity * self._entry), torch.uint8 if in_fp8 else dtype
         self.keys = lazy_zeros(shape, dtype, torch.device("cpu"))
         self.values = lazy_zeros(shape, dtype, torch.device("cpu"))
         self._kernels = kernels
-        self._plan = Plan(kv_heads=kv_heads, dim=head_dim, capacity=self.capacity)
+        self._plan = Plan(kv_heads=kv_heads, dim=head_dim, capacity=self.capacity, fp8=in_fp8)
 
     def compact(self, moves: Sequence[KvMove]) -> None:
         """Move accepted entries of all layers down to the end of the committed prefix."""
@@ -50,7 +64,7 @@ class CpuKv:
         Copy whole panels, which are contiguous. Entries beyond `length` are overwritten before a row sees them.
         """
         panel = self._kernels.panel
-        size = -(-length // panel) * panel * self.head_dim
+        size = -(-length // panel) * panel * self._entry
         for store in (self.keys, self.values):
             store[:, target, :, :size] = store[:, source, :, :size]
 
@@ -58,9 +72,9 @@ class CpuKv:
         """Give the memory of a slot back to the operating system, but for the panels of its first `length` entries."""
         panel = self._kernels.panel
         for store in (self.keys, self.values):
-            release_memory(store, slot, -(-length // panel) * panel * self.head_dim, parts=self.kv_heads)
+            release_memory(store, slot, -(-length // panel) * panel * self._entry, parts=self.kv_heads)
 
     def poison(self, slot: int) -> None:
         """Overwrite a slot with a value that shows in any output that reads it (tests only)."""
-        self.keys[:, slot] = POISON
-        self.values[:, slot] = POISON
+        for store in (self.keys, self.values):
+            store[:, slot] = fp8.POISON if self.fp8 else POISON

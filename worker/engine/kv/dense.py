@@ -10,12 +10,16 @@ import ctypes
 import math
 import mmap
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from worker.engine.kv import fp8
 from worker.engine.segments import KvMove, KvMoves
+
+Select = Callable[[Tensor], Tensor]  # a view of a part of a store
 
 # Linux reserves no swap for it: all slots in full would often be more than the machine has.
 _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # MAP_NORESERVE, which Python's mmap does not name
@@ -41,21 +45,22 @@ class DenseKv:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        in_fp8: bool = False,
     ) -> None:
-        """Allocate `slots` slots of `capacity` entries, tree rows included."""
-        shape = (layers, slots, capacity, kv_heads, head_dim)
+        """Allocate `slots` slots of `capacity` entries, tree rows included; a forward's rows have `dtype`."""
         self.capacity = capacity
-        self.keys = lazy_zeros(shape, dtype, device)
-        self.values = lazy_zeros(shape, dtype, device)
+        self._pair = KvPair((layers, slots, capacity, kv_heads, head_dim), dtype, device, in_fp8=in_fp8)
+        self.keys, self.values = self._pair.keys, self._pair.values
 
     def write(self, layer: int, slot: Tensor, index: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store rows: `slot` and `index` int64 [n], `keys` and `values` [n, kv_heads, head_dim]."""
-        self.keys[layer][slot, index] = keys
-        self.values[layer][slot, index] = values
+        self._pair.write(keys, values, lambda store: store[layer], (slot, index))
 
     def read(self, layer: int, slots: slice, length: int) -> tuple[Tensor, Tensor]:
-        """Return views of the first `length` keys and values of some slots, [slots, kv_heads, length, head_dim]."""
-        return self.keys[layer, slots, :length].transpose(1, 2), self.values[layer, slots, :length].transpose(1, 2)
+        """Return the first `length` keys and values of some slots, [slots, kv_heads, length, head_dim]."""
+        keys, values = self._pair.read(lambda store: store[layer, slots, :length])
+        return keys.transpose(1, 2), values.transpose(1, 2)
 
     def compact(self, moves: Sequence[KvMove]) -> None:
         """Move accepted entries of all layers down to the end of the committed prefix."""
@@ -65,24 +70,59 @@ class DenseKv:
         slot, source, target = (
             torch.from_numpy(part).to(self.keys.device) for part in (some.entry_slots, some.sources, some.targets)
         )
-        for store in (self.keys, self.values):
+        for store in self._pair.stores:
             # The right-hand side is gathered before anything is written: overlapping moves are safe.
             store[:, slot, target] = store[:, slot, source]
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` entries of one slot to another."""
-        for store in (self.keys, self.values):
+        for store in self._pair.stores:
             store[:, target, :length] = store[:, source, :length]
 
     def truncate(self, slot: int, length: int) -> None:
         """Give the memory of a slot beyond its first `length` entries back to the operating system."""
-        for store in (self.keys, self.values):
+        for store in self._pair.stores:
             release_memory(store, slot, length * store.stride(2))
 
     def poison(self, slot: int, start: int = 0) -> None:
         """Overwrite a slot from `start` on with a value that shows in any output that reads it (tests only)."""
-        self.keys[:, slot, start:] = POISON
-        self.values[:, slot, start:] = POISON
+        self._pair.poison((slice(None), slot, slice(start, None)))
+
+
+class KvPair:
+    """Keys and values of one shape [..., kv_heads, head_dim] in `dtype`, or in FP8 with exponents [..., kv_heads].
+
+    Methods take functions that select a part of a store, which is the same part of all of them.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, in_fp8: bool) -> None:
+        """Allocate zeros."""
+        self.dtype = dtype  # of the rows of a forward
+        stored = torch.uint8 if in_fp8 else dtype
+        self.keys, self.values = (lazy_zeros(shape, stored, device) for _ in range(2))
+        self.exponents = tuple(lazy_zeros(shape[:-1], stored, device) for _ in range(2)) if in_fp8 else ()
+        self.stores = (self.keys, self.values, *self.exponents)
+
+    def write(self, keys: Tensor, values: Tensor, of: Select, index: Any) -> None:
+        """Store `keys` and `values` [n, kv_heads, head_dim] at an index of the selected parts."""
+        rows: tuple[Tensor, ...] = (keys, values)
+        if self.exponents:
+            (keys, of_keys), (values, of_values) = fp8.encoded(keys), fp8.encoded(values)
+            rows = (keys, values, of_keys, of_values)
+        for store, given in zip(self.stores, rows, strict=True):
+            of(store)[index] = given
+
+    def read(self, of: Select) -> tuple[Tensor, Tensor]:
+        """Return the selected keys and values [..., kv_heads, head_dim] in `dtype`."""
+        if not self.exponents:
+            return of(self.keys), of(self.values)
+        keys, values, *exponents = (of(store) for store in self.stores)
+        return fp8.decoded(keys, exponents[0], self.dtype), fp8.decoded(values, exponents[1], self.dtype)
+
+    def poison(self, index: Any) -> None:
+        """Overwrite a part with a value that shows in any output that reads it (tests only)."""
+        for store in self.stores:
+            store[index] = fp8.POISON if self.exponents else POISON
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

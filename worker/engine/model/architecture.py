@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 
 from worker.engine.errors import ModelRefused
+from worker.engine.kv.fp8 import has_fp8_kv
 
 # Beyond the original positions, the frequencies of these depend on the longest sequence of the forward, so one sequence
 # would change another's logits.
@@ -86,7 +87,8 @@ def kv_bytes_per_token(model: PreTrainedModel) -> int:
     """Return the bytes of keys and values of one token, on each rank."""
     config = model.config.get_text_config()
     head_dim = getattr(model, STORED_HEAD_DIM, None) or head_dim_of(model)
-    return int(2 * layers_of(config) * kv_heads_of(model) * head_dim * model.dtype.itemsize)
+    head_bytes = head_dim + 1 if has_fp8_kv(model) else head_dim * model.dtype.itemsize  # FP8 has an exponent
+    return int(2 * layers_of(config) * kv_heads_of(model) * head_bytes)
 
 
 def ranks_of(model: PreTrainedModel) -> int:

@@ -17,6 +17,7 @@ from worker.engine.cpu.packed_linear import PackedLinear
 from worker.engine.cpu.packing import pack
 from worker.engine.gpu.fused_layers import GpuLayers, GpuLinear, fuse_on_gpu
 from worker.engine.kv.dense import DenseKv
+from worker.engine.kv.fp8 import has_fp8_kv
 from worker.engine.kv.store import KvStore
 from worker.engine.model.architecture import STORED_HEAD_DIM, head_dim_of, heads_of, kv_heads_of, layers_of, ranks_of
 from worker.engine.model.attention import AttentionPlan, DenseAttentionPlan
@@ -52,8 +53,10 @@ def make_backend(
 ) -> Backend:
     """Return the backend for a model, or for the layers of a draft head.
 
-    The parameters are those of `PackedModel`; `dtype` is that of keys and values, by default the model's.
+    The parameters are those of `PackedModel`; `dtype` is that of keys and values, by default the model's, or FP8 if it
+    stores them so.
     """
+    in_fp8 = dtype is None and has_fp8_kv(model)
     config, dtype = model.config.get_text_config(), dtype or model.dtype
     heads, kv_heads = heads_of(model), kv_heads_of(model)
     layers, head_dim = layers_of(config), head_dim_of(model)
@@ -64,15 +67,15 @@ def make_backend(
         size = GPU_BLOCK if model.device.type == "cuda" else _CPU_BLOCK
         group = heads // kv_heads
         shape = (layers, slots, kv_heads, capacity, head_dim)
-        pages = PagedKv(*shape, dtype, model.device, block_size=size, tokens=kv_tokens, group=group)
+        pages = PagedKv(*shape, dtype, model.device, block_size=size, tokens=kv_tokens, group=group, in_fp8=in_fp8)
         return Backend(
             pages, lambda segments: paged_plan(segments, pages), bucketed=lambda run: BucketedForward(run, pages)
         )
     compiled = kernels_for(model) if cpu_kernels else None
     if compiled is None:
-        dense = DenseKv(layers, slots, kv_heads, capacity, head_dim, dtype, model.device)
+        dense = DenseKv(layers, slots, kv_heads, capacity, head_dim, dtype, model.device, in_fp8=in_fp8)
         return Backend(dense, lambda segments: DenseAttentionPlan(segments, dense, heads // kv_heads))
-    packed = CpuKv(layers, slots, kv_heads, capacity, _stored_head_dim(model, compiled), dtype, compiled)
+    packed = CpuKv(layers, slots, kv_heads, capacity, _stored_head_dim(model, compiled), dtype, compiled, in_fp8=in_fp8)
     return Backend(packed, lambda segments: CpuAttentionPlan(segments, packed, heads, compiled), compiled)
 
 

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from worker.engine.cpu.fused_layers import tap
 from worker.engine.cpu.fused_model import fused_model
+from worker.engine.kv.fp8 import has_fp8_kv
 from worker.engine.kv.hidden_states import HiddenStates
 from worker.engine.kv.store import KvStore
 from worker.engine.model.architecture import max_positions, ranks_of, refuse_unsupported
@@ -128,6 +129,7 @@ class PackedModel:
             self.forward([chain(0, 0, [0], keep_last=True)])
         else:
             both = kv_tokens is None or kv_tokens >= 2 * max(GPU_BLOCK, CHECK_ENTRIES)
+            check = check.coarser() if has_fp8_kv(self._model) else check
             check.check(self.forward, slots=self._slots if both else 1, defined=self._defined_ids, verifies=verifies)
         for slot in range(min(self._slots, 2)):
             self.truncate(slot, 0)

@@ -83,7 +83,7 @@ class PagedAttentionPlan:
         if window is not None:
             visible &= positions.unsqueeze(1) - entries < window
         blocks_held = self.kv.device_tables[rows.slots[rows.sequence[some]]].gather(1, blocks)
-        keys, values = (store[layer][blocks_held].flatten(1, 2) for store in (self.kv.keys, self.kv.values))
+        keys, values = self.kv.read_blocks(layer, blocks_held)
         return attended(query[some], keys, values, visible, options)
 
     def _attend_listed(self, layer: int, query: Tensor, options: AttentionOptions) -> Part:
@@ -93,7 +93,7 @@ class PagedAttentionPlan:
         visible = rank < rows.own_count.unsqueeze(1)
         if options.window is not None:  # the listed entries of a row have consecutive positions, the last is its own
             visible &= rows.own_count.unsqueeze(1) - 1 - rank < options.window
-        keys, values = (store[layer].flatten(0, 1)[rows.own] for store in (self.kv.keys, self.kv.values))
+        keys, values = self.kv.read(layer, rows.own)
         return attended(query, keys, values, visible, options)
 
 

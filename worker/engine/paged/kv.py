@@ -10,7 +10,7 @@ from torch import Tensor
 
 from worker.engine.cpu.kernels import address
 from worker.engine.errors import OutOfBlocks
-from worker.engine.kv.dense import POISON, lazy_zeros
+from worker.engine.kv.dense import KvPair
 from worker.engine.paged.compiled_layout import BlockTables, compiled_layout
 from worker.engine.segments import BoolArray, IntArray, KvMove, KvMoves
 
@@ -86,6 +86,7 @@ class PagedKv:
         block_size: int,
         tokens: int | None = None,
         group: int = 1,
+        in_fp8: bool = False,
     ) -> None:
         """Allocate a pool for `slots` slots of up to `capacity` entries, tree rows included.
 
@@ -99,9 +100,11 @@ class PagedKv:
         full = slots * width
         self.pool = BlockPool(full if tokens is None else min(full, tokens // block_size))
         shape = (layers, self.pool.count + 1, block_size, kv_heads, head_dim)
-        self.keys = lazy_zeros(shape, dtype, device)
-        self.values = lazy_zeros(shape, dtype, device)
-        self._pools = [store.flatten(1, 2) for store in (self.keys, self.values)]  # views [layers, entries, …]
+        self._pair = KvPair(shape, dtype, device, in_fp8=in_fp8)
+        self.keys, self.values = self._pair.keys, self._pair.values
+        self.exponents = self._pair.exponents  # of keys and values, [layers, blocks, block size, kv_heads]; () if none
+        self.dtype = dtype  # of the rows of a forward
+        self._pools = [store.flatten(1, 2) for store in self._pair.stores]  # views [layers, entries, …]
         # Block tables: the blocks of each slot, in order. The last row is that of padding rows.
         self.tables = np.full((slots + 1, width), SCRATCH, np.int64)
         self.device_tables = torch.from_numpy(self.tables).to(device)  # on a CPU the same memory
@@ -180,8 +183,16 @@ class PagedKv:
 
     def write(self, layer: int, entries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store `keys` and `values` [n, kv_heads, head_dim] at `entries` int64 [n], indices from `entries()`."""
-        for store, rows in ((self.keys, keys), (self.values, values)):
-            store[layer].flatten(0, 1)[entries] = rows
+        self._pair.write(keys, values, lambda store: store[layer].flatten(0, 1), entries)
+
+    def read(self, layer: int, entries: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values [..., kv_heads, head_dim] at `entries` int64 [...], indices from `entries()`."""
+        return self._pair.read(lambda store: store[layer].flatten(0, 1)[entries])
+
+    def read_blocks(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values [..., n * block size, kv_heads, head_dim] of `blocks` int64 [..., n]."""
+        at = blocks.dim() - 1
+        return self._pair.read(lambda store: store[layer][blocks].flatten(at, at + 1))
 
     def compact(self, moves: Sequence[KvMove]) -> None:
         """Move accepted entries of all layers down to the end of the committed prefix."""
@@ -222,13 +233,11 @@ class PagedKv:
         if start < end:
             self.reserve(slot, start, end)
             entries = torch.from_numpy(self.entries(slot, np.arange(start, end)))
-            for store in (self.keys, self.values):
-                store.flatten(1, 2)[:, entries] = POISON
+            self._pair.poison((slice(None), entries // self.block_size, entries % self.block_size))
 
     def poison_free(self) -> None:
         """Overwrite all blocks that no slot holds, `SCRATCH` included (tests only)."""
-        for store in (self.keys, self.values):
-            store[:, [SCRATCH, *self.pool.free_blocks]] = POISON
+        self._pair.poison((slice(None), [SCRATCH, *self.pool.free_blocks]))
 
     def check(self) -> None:
         """Assert that reference counts, block tables and the free list agree (tests only)."""
@@ -247,7 +256,7 @@ class PagedKv:
         self._set_block(slot, at, new)
 
     def _copy(self, source: int, target: int) -> None:
-        for store in (self.keys, self.values):
+        for store in self._pair.stores:
             store[:, target] = store[:, source]
 
 

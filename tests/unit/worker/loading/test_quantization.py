@@ -9,8 +9,9 @@ import torch
 
 from jobs.errors import SetupError
 from tests.models import tiny
+from worker.engine.kv.fp8 import has_fp8_kv
 from worker.engine.quantization.weights import QuantizationMethod, quantize
-from worker.loading.quantization import chosen_quantization, refuse_unpacked, weights_sentence
+from worker.loading.quantization import choose_kv_dtype, chosen_quantization, refuse_unpacked, weights_sentence
 from worker.settings import WorkerSettings
 
 
@@ -32,6 +33,15 @@ def test_a_method_is_chosen_where_it_runs() -> None:
     assert chosen_quantization(WorkerSettings(), torch.device("cuda")) is None
     assert chosen_quantization(WorkerSettings(quantization="int8"), torch.device("cpu")) is QuantizationMethod.INT8
     assert chosen_quantization(WorkerSettings(quantization="fp8"), torch.device("cuda")) is QuantizationMethod.FP8
+
+
+@pytest.mark.parametrize("given", [{"tp": 2}, {"device_map": "auto"}])
+def test_fp8_kv_that_cannot_be_held_is_refused(given: dict[str, Any]) -> None:
+    model = tiny()
+    choose_kv_dtype(WorkerSettings(**given), model)
+    assert not has_fp8_kv(model)
+    with pytest.raises(SetupError, match="BASIC_KV_DTYPE=fp8 works on one device that holds the whole model"):
+        choose_kv_dtype(WorkerSettings(kv_dtype="fp8", **given), model)
 
 
 def test_a_model_that_no_kernel_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

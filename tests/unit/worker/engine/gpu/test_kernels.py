@@ -185,4 +185,4 @@ def test_a_layer_launches_as_many_kernels_as_the_forecast_assumes(monkeypatch: p
 
 
 def test_softcap_and_sinks_are_as_the_formula_says() -> None:
-    check(paged_kv(), OPTIONS["both, in a window"])
+    check(paged_kv(in_fp8=False), OPTIONS["both, in a window"], in_fp8=False)

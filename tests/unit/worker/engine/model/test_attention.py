@@ -1,4 +1,4 @@
-"""Every attention path computes softcap, sinks, windows and heads of any size as the formula says."""
+"""Every attention path computes softcap, sinks, windows and heads of any size as the formula says, with FP8 KV too."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from worker.engine.cpu.attention import CpuAttentionPlan
 from worker.engine.cpu.kernels import kernels
 from worker.engine.cpu.kv import CpuKv
 from worker.engine.kv.dense import DenseKv
+from worker.engine.kv.fp8 import decoded, encoded
 from worker.engine.model.attention import AttentionPlan, DenseAttentionPlan
 from worker.engine.paged.attention import paged_plan
 from worker.engine.paged.kv import PagedKv
@@ -30,21 +31,22 @@ OPTIONS = {
 }
 
 
-def dense() -> Plan:
-    kv = DenseKv(1, 2, KV_HEADS, 40, DIM, torch.float32, CPU)
+def dense(in_fp8: bool) -> Plan:
+    kv = DenseKv(1, 2, KV_HEADS, 40, DIM, torch.float32, CPU, in_fp8=in_fp8)
     return lambda segments: DenseAttentionPlan(segments, kv, HEADS // KV_HEADS)
 
 
-def paged() -> Plan:
-    kv = PagedKv(1, 2, KV_HEADS, 40, DIM, torch.float32, CPU, block_size=16, group=HEADS // KV_HEADS)
+def paged(in_fp8: bool) -> Plan:
+    group = HEADS // KV_HEADS
+    kv = PagedKv(1, 2, KV_HEADS, 40, DIM, torch.float32, CPU, block_size=16, group=group, in_fp8=in_fp8)
     return lambda segments: paged_plan(segments, kv)
 
 
-def compiled() -> Plan:
+def compiled(in_fp8: bool) -> Plan:
     ours = kernels(torch.float32)
     if ours is None:
         pytest.skip("no C compiler here")
-    kv = CpuKv(1, 2, KV_HEADS, 40, ours.panel, torch.float32, ours)  # heads are padded to a panel
+    kv = CpuKv(1, 2, KV_HEADS, 40, ours.panel, torch.float32, ours, in_fp8=in_fp8)  # heads are padded to a panel
     return lambda segments: CpuAttentionPlan(segments, kv, HEADS, ours)
 
 
@@ -67,8 +69,18 @@ def by_formula(query: Tensor, keys: Tensor, values: Tensor, options: AttentionOp
     return torch.einsum("hn,hnd->hd", weights / total.unsqueeze(1), values)
 
 
-def check(plan: Plan, options: AttentionOptions) -> None:
-    """Attend a prompt beside another sequence, then a tree, and compare each row with the formula."""
+def stored(rows: tuple[Tensor, Tensor, Tensor], in_fp8: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, and keys and values as they are read."""
+    query, *both = rows
+    key, value = (decoded(*encoded(x), torch.float32) if in_fp8 else x for x in both)
+    return query, key, value
+
+
+def check(plan: Plan, options: AttentionOptions, in_fp8: bool) -> None:
+    """Attend a prompt beside another sequence, then a tree, and compare each row with the formula.
+
+    With FP8 the formula has the rounded keys and values, those of the same forward too.
+    """
     random = torch.Generator().manual_seed(0)
 
     def rows(count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,11 +90,13 @@ def check(plan: Plan, options: AttentionOptions) -> None:
     prompt, below = rows(LENGTH + 3), rows(4)
     beside = [chain(0, 0, TEXT[:LENGTH], keep_last=True), chain(1, 0, TEXT[:3], keep_last=True)]
     ours = plan(beside).attend(0, *prompt, options)[:LENGTH]
+    prompt = stored(prompt, in_fp8)
     for row in range(LENGTH):
         exact = by_formula(prompt[0][:, row], prompt[1][:, : row + 1], prompt[2][:, : row + 1], options)
         torch.testing.assert_close(ours[row], exact, rtol=1e-4, atol=1e-5)
     shown = tree()
     ours = plan([shown]).attend(0, *below, options)
+    below = stored(below, in_fp8)
     assert shown.visible is not None
     for row, seen in enumerate(torch.from_numpy(shown.visible)):
         keys, values = (torch.cat([prompt[i][:, :LENGTH], below[i][:, seen]], 1) for i in (1, 2))
@@ -91,6 +105,9 @@ def check(plan: Plan, options: AttentionOptions) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("in_fp8", [False, True], ids=["", "fp8"])
 @pytest.mark.parametrize("path", [dense, paged, compiled])
-def test_a_path_attends_as_the_formula_says(path: Callable[[], Plan], options: AttentionOptions) -> None:
-    check(path(), options)
+def test_a_path_attends_as_the_formula_says(
+    path: Callable[[bool], Plan], options: AttentionOptions, in_fp8: bool
+) -> None:
+    check(path(in_fp8), options, in_fp8)

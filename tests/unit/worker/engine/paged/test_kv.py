@@ -16,8 +16,9 @@ from worker.engine.segments import KvMove
 SLOTS, CAPACITY, BLOCK = 3, 24, 4
 
 
-def paged(tokens: int | None = None) -> PagedKv:
-    return PagedKv(1, SLOTS, 1, CAPACITY, 1, torch.float32, torch.device("cpu"), block_size=BLOCK, tokens=tokens)
+def paged(tokens: int | None = None, in_fp8: bool = False) -> PagedKv:
+    shape = (1, SLOTS, 1, CAPACITY, 1)
+    return PagedKv(*shape, torch.float32, torch.device("cpu"), block_size=BLOCK, tokens=tokens, in_fp8=in_fp8)
 
 
 def write(kv: PagedKv, slot: int, start: int, values: list[float]) -> None:
@@ -29,25 +30,33 @@ def write(kv: PagedKv, slot: int, start: int, values: list[float]) -> None:
 
 def read(kv: PagedKv, slot: int, length: int) -> list[float]:
     entries = torch.from_numpy(kv.entries(slot, np.arange(length)))
-    keys, values = (store[0].flatten()[entries] for store in (kv.keys, kv.values))
+    keys, values = kv.read(0, entries)
     assert torch.equal(keys, -values)
-    return keys.tolist()
+    return keys.flatten().tolist()
 
 
 class PagedKvMachine(RuleBasedStateMachine):
     """Random writes, moves, prefix copies and truncations of a small pool, compared with plain lists."""
 
+    in_fp8 = False
+
     def __init__(self) -> None:
         super().__init__()
-        self.kv = paged(tokens=40)
+        self.kv = paged(tokens=40, in_fp8=self.in_fp8)
         self.texts: list[list[float]] = [[] for _ in range(SLOTS)]
         self.written = 0
+
+    def fresh(self, count: int) -> list[float]:
+        """Return numbers that were never written, and that FP8 holds exactly: eight for each exponent."""
+        numbers = range(self.written, self.written + count)
+        self.written += count
+        return [(1 + n % 8 / 8) * 2.0 ** (n // 8 % 200 - 90) for n in numbers]
 
     @rule(slot=st.integers(0, SLOTS - 1), back=st.integers(0, 6), count=st.integers(1, 9))
     def write(self, slot: int, back: int, count: int) -> None:
         text = self.texts[slot]
         start = max(0, len(text) - back)
-        values = [float(self.written + i) for i in range(min(count, CAPACITY - start))]
+        values = self.fresh(min(count, CAPACITY - start))
         if not values:
             return
         before = self.kv.blocks_of(slot)
@@ -56,7 +65,6 @@ class PagedKvMachine(RuleBasedStateMachine):
         except OutOfBlocks:
             assert self.kv.blocks_of(slot) == before
             return
-        self.written += count
         self.texts[slot] = text[:start] + values + text[start + len(values) :]
 
     @rule(slot=st.integers(0, SLOTS - 1), data=st.data())
@@ -65,8 +73,7 @@ class PagedKvMachine(RuleBasedStateMachine):
         nodes = min(6, CAPACITY - start)
         if nodes < 1 or self.kv.pool.free < 3:
             return
-        values = [float(self.written + i) for i in range(nodes)]
-        self.written += nodes
+        values = self.fresh(nodes)
         write(self.kv, slot, start, values)
         path = sorted(data.draw(st.sets(st.integers(0, nodes - 1), max_size=nodes)))
         self.kv.compact([KvMove(slot, start, start + np.array(path, np.int64))])
@@ -111,6 +118,16 @@ class PagedKvMachine(RuleBasedStateMachine):
 
 PagedKvMachine.TestCase.settings = settings(max_examples=15, stateful_step_count=25, deadline=None)
 TestPagedKv = PagedKvMachine.TestCase
+
+
+class PagedFp8Machine(PagedKvMachine):
+    """The same in FP8: exponents go where their numbers go."""
+
+    in_fp8 = True
+
+
+PagedFp8Machine.TestCase.settings = settings(max_examples=5, stateful_step_count=25, deadline=None)
+TestPagedFp8 = PagedFp8Machine.TestCase
 
 
 def test_a_copied_prefix_shares_full_blocks() -> None:
