@@ -184,7 +184,7 @@ def test_bad_requests_fail_alone_and_say_line_and_field(service: Service, tmp_pa
 
 
 def test_an_unknown_model_is_refused_with_those_there_are(service: Service) -> None:
-    reply = httpx.post(f"{service.api_url}/v1/jobs", json={"model": "gpt-9", "prompts": ["x"]})
+    reply = httpx.post(f"{service.api_url}/v1/jobs", json={"model": "gpt-9", "prompts": ["x"]}, timeout=240)
     assert reply.status_code == 404
     error = reply.json()["error"]
     assert (error["code"], error["param"]) == ("model_not_found", "model")

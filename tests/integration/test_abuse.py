@@ -183,7 +183,7 @@ def test_a_body_that_does_not_arrive_delays_no_other_client(server: ApiServer) -
 
 
 def test_streams_beyond_the_limit_are_refused_and_a_closed_one_frees_its_slot(server: ApiServer) -> None:
-    job = httpx.post(f"{server.url}/v1/jobs", json={"requests": ["Hello"]}).json()["id"]
+    job = httpx.post(f"{server.url}/v1/jobs", json={"requests": ["Hello"]}, timeout=240).json()["id"]
     request = f"GET /v1/jobs/{job}/events HTTP/1.1\r\nhost: localhost\r\n\r\n".encode()
 
     def status(connection: socket.socket) -> bytes:
@@ -192,7 +192,7 @@ def test_streams_beyond_the_limit_are_refused_and_a_closed_one_frees_its_slot(se
     with ExitStack() as stack, others_are_served(server):
         streams = [stack.enter_context(server.raw(request)) for _ in range(STREAMS)]
         assert {status(stream) for stream in streams} == {b"200"}
-        with httpx.stream("GET", f"{server.url}/v1/jobs/{job}/events") as one_more:
+        with httpx.stream("GET", f"{server.url}/v1/jobs/{job}/events", timeout=240) as one_more:
             assert one_more.status_code == 429
             assert int(one_more.headers["retry-after"]) > 0
         streams.pop().close()

@@ -135,7 +135,7 @@ def test_lists_and_statistics_of_a_running_job_follow_it_to_its_end(page: Page, 
     expect(row.locator(".status")).to_have_text("cancelled")
     expect(page.get_by_text("No requests.")).to_be_visible()
     expect(page.locator(".q-tab-panel .status-running")).to_have_count(0)
-    told = httpx.get(f"{service.api_url}/v1/jobs/{job.id}/stats").json()
+    told = httpx.get(f"{service.api_url}/v1/jobs/{job.id}/stats", timeout=240).json()
     expect(numbers.locator("dl.figures").first).to_contain_text(f"{told['steps']:,d} steps")
 
 
@@ -255,7 +255,7 @@ def test_the_outputs_of_a_job_are_saved_under_its_name(page: Page, service: Loca
     name, lines = downloaded(page)
 
     assert name == f"{job.id}.jsonl"
-    assert lines == httpx.get(f"{service.api_url}/v1/jobs/{job.id}/outputs").text.splitlines()
+    assert lines == httpx.get(f"{service.api_url}/v1/jobs/{job.id}/outputs", timeout=240).text.splitlines()
 
 
 def keys_command(settings: JobsSettings, *arguments: str) -> str:
@@ -271,7 +271,7 @@ def log_in(page: Page, key: str) -> None:
 
 def expect_log_in(page: Page) -> None:
     expect(page.get_by_role("heading", name="Log in")).to_be_visible()
-    assert page.url.endswith("/dashboard/login")
+    assert page.url.endswith("/dashboard/login", timeout=240)
 
 
 def test_once_there_is_a_key_the_pages_ask_for_it_and_a_revoked_one_closes_them(
@@ -313,9 +313,12 @@ def test_once_there_is_a_key_the_pages_ask_for_it_and_a_revoked_one_closes_them(
     page.get_by_role("button", name="Log out").click()
     expect_log_in(page)
     expect_log_in(open_still)
-    assert httpx.get(f"{service.api_url}/dashboard/jobs/{job.id}/outputs").headers["location"] == "/dashboard/login"
+    assert (
+        httpx.get(f"{service.api_url}/dashboard/jobs/{job.id}/outputs", timeout=240).headers["location"]
+        == "/dashboard/login"
+    )
 
 
 def test_the_page_says_that_only_this_host_may_be_asked(service: LocalService) -> None:
-    reply = httpx.get(f"{service.api_url}/dashboard/login")
+    reply = httpx.get(f"{service.api_url}/dashboard/login", timeout=240)
     assert "default-src 'self'" in reply.headers["content-security-policy"]

@@ -31,10 +31,12 @@ PATIENCE_S = 120.0
 
 
 @pytest.fixture
-def settings(tmp_path: Path, redis_url: str) -> JobsSettings:
+def settings(tmp_path: Path, redis_url: str) -> Iterator[JobsSettings]:
     made = JobsSettings(data_dir=tmp_path, redis_url=redis_url, target="tiny")
     schema.upgrade(made.resolved_database_url)
-    return made
+    yield made
+    with redis.Redis.from_url(redis_url) as server:
+        server.flushall()  # a batch that no process has acknowledged would be delivered to those of other tests
 
 
 @pytest.fixture

@@ -89,7 +89,7 @@ def test_a_stream_whose_key_is_revoked_is_cut_off_within_a_second_or_two(
             for _ in cut:
                 pass
         assert sum(owner in key_ids for key_ids in checked) <= 3, "twice a second"
-        assert httpx.get(url + path, headers=revoked).status_code == 401
+        assert httpx.get(url + path, headers=revoked, timeout=240).status_code == 401
         cancel(database, "job-2")
         assert b"".join(kept)  # to its end
 
@@ -138,7 +138,7 @@ def test_lines_that_break_off_do_not_look_complete(
 def test_a_file_that_breaks_off_does_not_look_complete(
     database: Database, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with httpx.Client(base_url=url) as http:
+    with httpx.Client(base_url=url, timeout=240) as http:
         content = b"x" * (3 * files.CHUNK_BYTES)
         file = http.post("/v1/files", data={"purpose": "batch"}, files={"file": ("a.jsonl", content)}).json()
     _break(monkeypatch, files, "chunk", RuntimeError("a bug"), after=2)
