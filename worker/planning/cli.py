@@ -34,6 +34,9 @@ def plan(
     quantization: Annotated[
         str, typer.Option(help="auto: weights as the checkpoint has them; fp8: rounded to FP8 at load.")
     ] = "auto",
+    kv_dtype: Annotated[
+        str, typer.Option(help="auto: keys and values in --dtype; fp8: rounded to FP8 when they are stored.")
+    ] = "auto",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a usual prompt.")] = 300,
     output_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a usual answer.")] = 1000,
     context: Annotated[
@@ -58,11 +61,14 @@ def plan(
     _one_of(device, list(DEVICES), "--device")
     _one_of(dtype, list(DTYPE_BYTES), "--dtype")
     _one_of(quantization, ["auto", "fp8"], "--quantization")
+    _one_of(kv_dtype, ["auto", "fp8"], "--kv-dtype")
     with readable_errors():
         request = PlanRequest(
             target=shape_of(target),
             draft=None if draft == "none" else shape_of(draft),
-            machine=Machine(DEVICES[device].with_memory(memory_gib), dtype, fp8=quantization == "fp8"),
+            machine=Machine(
+                DEVICES[device].with_memory(memory_gib), dtype, fp8=quantization == "fp8", fp8_kv=kv_dtype == "fp8"
+            ),
             gpus=gpus,
             sequences=sequences,
             context=context,
@@ -95,6 +101,7 @@ def _as_json(request: PlanRequest, choices: list[Placement], chosen: Placement |
         "device": asdict(request.machine.device),
         "dtype": request.machine.dtype,
         "fp8": _has_fp8(request),
+        "fp8_kv": request.machine.fp8_kv,
         "gpus": request.gpus,
         "acceptance": request.acceptance,
         "prompt_tokens": request.prompt_tokens,
@@ -128,8 +135,8 @@ def _show(request: PlanRequest, choices: list[Placement], chosen: Placement | No
         f"Predicted from data sheets and the efficiency of the kernels on one H100{assumption}; steps of several "
         "GPUs were never measured. Formulas and sources: docs/scale.md"
     )
-    if _has_fp8(request):
-        console.print("The bytes of FP8 weights are counted; no step with them was measured.")
+    if _has_fp8(request) or request.machine.fp8_kv:
+        console.print("The bytes of FP8 weights and KV are counted; no step with them was measured.")
     console.print(f"Best: {chosen.name}. Start it with:")
     print(f"  {command(request, chosen)}")
 
@@ -137,7 +144,8 @@ def _show(request: PlanRequest, choices: list[Placement], chosen: Placement | No
 def _table(request: PlanRequest, choices: list[Placement], chosen: Placement | None) -> Table:
     device = request.machine.device
     names = request.target.name + (f" with {request.draft.name}" if request.draft else "")
-    dtype = f"{request.machine.dtype}{' with FP8 weights' if _has_fp8(request) else ''}"
+    parts = [name for name, used in (("weights", _has_fp8(request)), ("KV", request.machine.fp8_kv)) if used]
+    dtype = request.machine.dtype + (f" with FP8 {' and '.join(parts)}" if parts else "")
     table = Table(title=f"{names}, {dtype}, on {request.gpus} x {device.name}")
     table.add_column("placement")
     for title in ("weights/GPU", "KV tokens/replica", "sequences", "context", "step ms", "tokens/s", "with draft"):

@@ -18,6 +18,7 @@ Formulas for one rank of a replica of n ranks, and a step of R rows of B sequenc
     step     = max(device + ramps + traffic + draws, launches) + host
 
 A step reads every weight and every KV entry once; FP8 weights are a byte each and multiply in the dtype of the model.
+FP8 KV is a byte a number, and one for the scale of each token and KV head.
 A matrix product is a multiply and an add per weight; attention scores and values are two more products over the
 context. Each part of `device` is a roofline (Williams, Waterman,
 Patterson 2009). Narrow products leave tensor cores idle: a model of `half width` achieves half the rate of a wide one.
@@ -59,6 +60,7 @@ class Machine:
     device: Device
     dtype: str
     fp8: bool = False  # linear layers have FP8 weights, with a float32 scale for each column
+    fp8_kv: bool = False  # keys and values are FP8, with a byte for the scale of each token and KV head
 
     @property
     def dtype_bytes(self) -> int:
@@ -67,14 +69,19 @@ class Machine:
 
     def weights_bytes(self, shape: ModelShape, ranks: int) -> int:
         """Return the bytes of a model's weights on each of `ranks` ranks; FP8 weights are on one."""
-        return shape.rank_parameters(ranks) * self.dtype_bytes - self._saved_bytes(shape)
+        return shape.rank_parameters(ranks) * self.dtype_bytes - self._saved_bytes(shape, ranks)
 
     def read_bytes(self, shape: ModelShape, ranks: int) -> int:
         """Return the bytes of weights that a step reads on each of `ranks` ranks."""
-        return shape.read_parameters(ranks) * self.dtype_bytes - self._saved_bytes(shape)
+        return shape.read_parameters(ranks) * self.dtype_bytes - self._saved_bytes(shape, ranks)
 
-    def _saved_bytes(self, shape: ModelShape) -> int:
-        fp8 = self.fp8 or shape.has_fp8_weights
+    def kv_bytes(self, shape: ModelShape, ranks: int) -> int:
+        """Return the bytes of keys and values of one token on each of `ranks` ranks."""
+        numbers = shape.kv_entries(ranks)
+        return numbers + numbers // shape.head_dim if self.fp8_kv else numbers * self.dtype_bytes
+
+    def _saved_bytes(self, shape: ModelShape, ranks: int) -> int:
+        fp8 = ranks == 1 and (self.fp8 or shape.has_fp8_weights)
         return shape.fp8_parameters * (self.dtype_bytes - 1) - shape.fp8_columns * 4 if fp8 else 0
 
 
@@ -113,7 +120,7 @@ def step(shape: ModelShape, machine: Machine, ranks: int, sequences: int, rows: 
     read = shape.read_parameters(ranks)
     bytes_per_s, flops = device.bytes_per_s * MEMORY_SHARE, device.flops[machine.dtype] * FLOPS_SHARE
     attention_flops = 4 * shape.layers * shape.heads // ranks * shape.head_dim * context * rows
-    kv_bytes = sequences * context * shape.kv_entries(ranks) * size
+    kv_bytes = sequences * context * machine.kv_bytes(shape, ranks)
     traffic_s = (2 * shape.layers + 1) * _all_reduce_s(rows * shape.width * size, device, ranks)
     traffic_s += _all_gather_s(rows * shape.vocabulary * size, device, ranks)
     return Step(

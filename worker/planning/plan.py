@@ -110,6 +110,8 @@ def command(request: PlanRequest, chosen: Placement) -> str:
         variables.append("BASIC_DRAFT_RANKS=all")
     if request.machine.fp8:
         variables.append("BASIC_QUANTIZATION=fp8")
+    if request.machine.fp8_kv:
+        variables.append("BASIC_KV_DTYPE=fp8")
     words = ["basic worker", f"--replicas {chosen.replicas}", f"--tp {chosen.ranks}", f"--target {request.target.name}"]
     words.append(f"--draft {request.draft.name}" if request.draft else "--draft suffix")
     return " ".join([*variables, *words, f"--dtype {request.machine.dtype}"])
@@ -138,6 +140,8 @@ def _placement(request: PlanRequest, ranks: int, draft_ranks: int) -> Placement:
         return replace(placement, refusal=split_refusal(request.target, ranks))
     if ranks > 1 and (request.machine.fp8 or request.target.has_fp8_weights):
         return replace(placement, refusal="FP8 weights are held whole by one GPU")
+    if ranks > 1 and request.machine.fp8_kv:
+        return replace(placement, refusal="FP8 KV is held whole by one GPU")
     free = request.machine.device.memory_bytes - _RESERVED_BYTES - placement.weights_bytes
     if free <= 0:
         return replace(
@@ -162,7 +166,6 @@ def split_refusal(shape: ModelShape, ranks: int) -> str:
 
 
 def _fitted(request: PlanRequest, free: int, ranks: int, draft_ranks: int) -> EngineOptions:
-    size = request.machine.dtype_bytes
     options = EngineOptions(
         max_sequences=request.sequences or BUCKETS[-1],
         max_context=request.context or (request.target.context_tokens if ranks == 1 else WHOLE_SLOT_CONTEXT),
@@ -172,8 +175,8 @@ def _fitted(request: PlanRequest, free: int, ranks: int, draft_ranks: int) -> En
     memory = KvMemory(
         free_bytes=free,
         share=GPU_SHARE if ranks == 1 else UNMEASURED_SHARE,
-        token_bytes=request.target.kv_entries(ranks) * size,
-        draft_token_bytes=request.draft.kv_entries(draft_ranks) * size if request.draft else 0,
+        token_bytes=request.machine.kv_bytes(request.target, ranks),
+        draft_token_bytes=request.machine.kv_bytes(request.draft, draft_ranks) if request.draft else 0,
         page_tokens=GPU_BLOCK if ranks == 1 else 1,
         whole_slots=ranks > 1,
     )

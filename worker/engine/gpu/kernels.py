@@ -61,8 +61,8 @@ def _norm_rows(x, parts, weight, total, out, rows, width, eps, PARTS: tl.constex
 
 
 @triton.jit
-def _load_weights(at, mask, dtype: tl.constexpr, FP8: tl.constexpr):
-    """Load weights; decode FP8 (e4m3) exactly, to 2^-8 times the value.
+def _load_numbers(at, mask, dtype: tl.constexpr, FP8: tl.constexpr):
+    """Load weights, keys or values; decode FP8 (e4m3) exactly, to 2^-8 times the value.
 
     Its bits are those of a float16 then. So every GPU gives the same bits, with or without instructions for FP8.
     """
@@ -107,10 +107,10 @@ def _multiply_tile(
             if not EVEN:
                 x_mask, w_mask = x_mask & (k[None, :] < inputs - start), w_mask & (k[:, None] < inputs - start)
             some = tl.load(xs + start, mask=x_mask, other=0.0)
-            weights = _load_weights(ws + start, w_mask, some.dtype, FP8)
+            weights = _load_numbers(ws + start, w_mask, some.dtype, FP8)
             total = tl.dot(some, weights, total, input_precision="ieee")
             if GATED:
-                weights = _load_weights(ups + start, w_mask, some.dtype, FP8)
+                weights = _load_numbers(ups + start, w_mask, some.dtype, FP8)
                 other = tl.dot(some, weights, other, input_precision="ieee")
         if BLOCKS:
             scales = scale + first // SPAN * all_columns + c
@@ -135,11 +135,43 @@ def _multiply_tile(
     tl.store(at, total.to(out.dtype.element_ty), mask=real_rows[:, None] & real_columns[None, :])
 
 
+@triton.jit
+def _fp8_bytes(x, exponent):
+    """Round numbers to FP8 with this exponent, as `encoded` in kv/fp8.py does; ties go to even."""
+    bits = (x * ((261 - exponent) << 23).to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - 960
+    # Below 2^-6 numbers are multiples of 2^-9, as those of a float32 from 2^14 on.
+    small = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) & 0xF
+    rounded = ((bits >> 24) & 0x80) | tl.where(size < 0x3C800000, small, normal)
+    return tl.where(exponent == 254, 0, rounded).to(tl.uint8)
+
+
+@triton.jit
+def _store_halves(store, exponents, head, low, high, at, inside, DIM: tl.constexpr, KV_FP8: tl.constexpr):
+    """Store the halves of a row in a head of the KV store; in FP8 with the exponent of its largest number."""
+    target = store + head * DIM + at
+    if KV_FP8:
+        low, high = low.to(tl.float32), high.to(tl.float32)
+        tops = tl.maximum(low.to(tl.int32, bitcast=True) & 0x7FFFFFFF, high.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+        exponent = tl.minimum(tl.maximum(tl.max(tops, axis=0) >> 23, 32), 254)
+        tl.store(exponents + head, exponent.to(tl.uint8))
+        low, high = _fp8_bytes(low, exponent), _fp8_bytes(high, exponent)
+    tl.store(target, low, mask=inside)
+    tl.store(target + DIM // 2, high, mask=inside)
+
+
+@triton.jit
+def _fp8_scales(exponents, heads, mask):
+    """Return the factors of numbers that `_load_numbers` has decoded: their exponents are those of `heads`."""
+    return ((tl.load(exponents + heads, mask=mask, other=0).to(tl.int32) + 1) << 23).to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["entries", "rows"])
 def _rotate_and_store_heads(
-    qkv, cos, sin, query_norm, key_norm, query, keys, values, entries, rows, eps,
+    qkv, cos, sin, query_norm, key_norm, query, keys, values, key_exponents, value_exponents, entries, rows, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, NORMED: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, KV_FP8: tl.constexpr,
 ):  # fmt: skip
     """Rotate one head of a row to its position (rotate-half convention); write it as a query, or to the KV store."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -153,9 +185,7 @@ def _rotate_and_store_heads(
     is_query, is_value = head < HEADS, head >= HEADS + KV_HEADS
     entry = tl.load(entries + row) * KV_HEADS
     if is_value:
-        target = values + (entry + head - HEADS - KV_HEADS) * DIM + at
-        tl.store(target, low, mask=inside)
-        tl.store(target + half, high, mask=inside)
+        _store_halves(values, value_exponents, entry + head - HEADS - KV_HEADS, low, high, at, inside, DIM, KV_FP8)
     else:
         a, b = low.to(tl.float32), high.to(tl.float32)
         if NORMED:
@@ -171,17 +201,25 @@ def _rotate_and_store_heads(
         sin_b = tl.load(sin + angle + half, mask=inside, other=0.0)
         turned_a = (a * cos_a - b * sin_a).to(low.dtype)
         turned_b = (b * cos_b + a * sin_b).to(low.dtype)
-        target = query + (row * HEADS + head) * DIM + at
-        if not is_query:
-            target = keys + (entry + head - HEADS) * DIM + at
-        tl.store(target, turned_a, mask=inside)
-        tl.store(target + half, turned_b, mask=inside)
+        if is_query:
+            _store_halves(query, None, row * HEADS + head, turned_a, turned_b, at, inside, DIM, False)
+        else:
+            _store_halves(keys, key_exponents, entry + head - HEADS, turned_a, turned_b, at, inside, DIM, KV_FP8)
 
 
 @triton.jit
-def _attend_entries(q, ks, vs, visible, scale, softcap, top, weight, total, CAPPED: tl.constexpr):
-    """Add entries to an online softmax (Milakov, Gimelshein 2018): largest score, sum of weights, weighted values."""
-    scores = tl.dot(q, ks, input_precision="ieee") * scale
+def _attend_entries(
+    q, ks, vs, k_scales, v_scales, visible, scale, softcap, top, weight, total,
+    CAPPED: tl.constexpr, KV_FP8: tl.constexpr,
+):  # fmt: skip
+    """Add entries to an online softmax (Milakov, Gimelshein 2018): largest score, sum of weights, weighted values.
+
+    Scales of entries in FP8 are powers of two, so they change no bit where they are multiplied.
+    """
+    scores = tl.dot(q, ks, input_precision="ieee")
+    if KV_FP8:
+        scores *= k_scales[None, :]
+    scores *= scale
     if CAPPED:
         scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
     scores = tl.where(visible, scores, float("-inf"))
@@ -190,6 +228,8 @@ def _attend_entries(q, ks, vs, visible, scale, softcap, top, weight, total, CAPP
     shrink = tl.exp2(top - base)
     weights = tl.exp2(scores - base[:, None])
     weight = weight * shrink + tl.sum(weights, axis=1)
+    if KV_FP8:
+        weights *= v_scales[None, :]
     total = tl.dot(weights.to(vs.dtype), vs, total * shrink[:, None], input_precision="ieee")
     return new_top, weight, total
 
@@ -203,10 +243,11 @@ def _item(items, i, SHIFT: tl.constexpr):
 
 @triton.jit(do_not_specialize=_STEP)
 def _attend_rows(
-    query, keys, values, tables, slots, sequence, seen, own, own_count, positions, first_part, items, bounds,
+    query, keys, values, key_exponents, value_exponents,
+    tables, slots, sequence, seen, own, own_count, positions, first_part, items, bounds,
     tops, weights, totals, scale, softcap, window, width, listed,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, LISTS: tl.constexpr,
-    WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, KV_FP8: tl.constexpr,
     QUERIES: tl.constexpr, PADDED_DIM: tl.constexpr, CHUNK: tl.constexpr, SHIFT: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """Attend the query heads of one row and one KV head over one chunk of what the row sees; item by item.
@@ -242,12 +283,18 @@ def _attend_rows(
                 if LISTS:
                     behind = (j >= stretch) & here
                     index = tl.where(behind, tl.load(own + row * listed + j - stretch, mask=behind, other=0), index)
-                entry = (index * KV_HEADS + kv_head) * DIM
-                ks = tl.load(keys + entry[None, :] + d[:, None], mask=here[None, :] & in_dim[:, None], other=0.0)
-                vs = tl.load(values + entry[:, None] + d[None, :], mask=here[:, None] & in_dim[None, :], other=0.0)
+                heads = index * KV_HEADS + kv_head
+                entry = heads * DIM
+                k_mask, v_mask = here[None, :] & in_dim[:, None], here[:, None] & in_dim[None, :]
+                ks = _load_numbers(keys + entry[None, :] + d[:, None], k_mask, q.dtype, KV_FP8)
+                vs = _load_numbers(values + entry[:, None] + d[None, :], v_mask, q.dtype, KV_FP8)
+                k_scales, v_scales = scale, scale
+                if KV_FP8:
+                    k_scales = _fp8_scales(key_exponents, heads, here)
+                    v_scales = _fp8_scales(value_exponents, heads, here)
                 visible = here & (j >= lowest)
                 top, weight, total = _attend_entries(
-                    q, ks, vs, visible[None, :], scale, softcap, top, weight, total, CAPPED
+                    q, ks, vs, k_scales, v_scales, visible[None, :], scale, softcap, top, weight, total, CAPPED, KV_FP8
                 )
             part = (tl.load(first_part + row) + chunk - base) * HEADS + head
             tl.store(tops + part, top, mask=in_group)
@@ -257,10 +304,11 @@ def _attend_rows(
 
 @triton.jit(do_not_specialize=_STEP)
 def _attend_tiles(
-    query, keys, values, tables, slots, sequence, starts, seen, own_count, positions, first_part, items, bounds,
+    query, keys, values, key_exponents, value_exponents,
+    tables, slots, sequence, starts, seen, own_count, positions, first_part, items, bounds,
     tops, weights, totals, scale, softcap, window, width,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, LISTS: tl.constexpr,
-    WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, KV_FP8: tl.constexpr,
     TILE: tl.constexpr, ROWS: tl.constexpr, PADDED_DIM: tl.constexpr, CHUNK: tl.constexpr, SHIFT: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):  # fmt: skip
@@ -300,11 +348,19 @@ def _attend_tiles(
                 j = start + tl.arange(0, ENTRIES)
                 here = j < end
                 index = tl.load(blocks + j // BLOCK, mask=here, other=0) * BLOCK + j % BLOCK
-                entry = (index * KV_HEADS + kv_head) * DIM
-                ks = tl.load(keys + entry[None, :] + d[:, None], mask=here[None, :] & in_dim[:, None], other=0.0)
-                vs = tl.load(values + entry[:, None] + d[None, :], mask=here[:, None] & in_dim[None, :], other=0.0)
+                heads = index * KV_HEADS + kv_head
+                entry = heads * DIM
+                k_mask, v_mask = here[None, :] & in_dim[:, None], here[:, None] & in_dim[None, :]
+                ks = _load_numbers(keys + entry[None, :] + d[:, None], k_mask, q.dtype, KV_FP8)
+                vs = _load_numbers(values + entry[:, None] + d[None, :], v_mask, q.dtype, KV_FP8)
+                k_scales, v_scales = scale, scale
+                if KV_FP8:
+                    k_scales = _fp8_scales(key_exponents, heads, here)
+                    v_scales = _fp8_scales(value_exponents, heads, here)
                 visible = (j[None, :] < upto[:, None]) & (j[None, :] >= lowest[:, None])
-                top, weight, total = _attend_entries(q, ks, vs, visible, scale, softcap, top, weight, total, CAPPED)
+                top, weight, total = _attend_entries(
+                    q, ks, vs, k_scales, v_scales, visible, scale, softcap, top, weight, total, CAPPED, KV_FP8
+                )
             part = (tl.load(first_part + row, mask=real, other=0) + chunk - base) * HEADS + head
             tl.store(tops + part, top, mask=sees)
             tl.store(weights + part, weight, mask=sees)
@@ -422,13 +478,13 @@ def rotate_and_store(
     kv_heads, dim = kv.keys.shape[3:]
     parts, n, width = qkv.shape
     heads = width // dim - 2 * kv_heads
-    query = torch.empty(n, heads, dim, dtype=kv.keys.dtype, device=qkv.device)
+    query = torch.empty(n, heads, dim, dtype=kv.dtype, device=qkv.device)
     cos, sin = rotary
     query_norm, key_norm = norms or (None, None)
     _rotate_and_store_heads[(n, heads + 2 * kv_heads)](
-        qkv, cos, sin, query_norm, key_norm, query, kv.keys[layer], kv.values[layer], entries, n, eps,
+        qkv, cos, sin, query_norm, key_norm, query, *kv.layer(layer), entries, n, eps,
         HEADS=heads, KV_HEADS=kv_heads, DIM=dim, HALF=triton.next_power_of_2(dim // 2), NORMED=norms is not None,
-        PARTS=parts, num_warps=1,
+        PARTS=parts, KV_FP8=kv.in_fp8, num_warps=1,
     )  # fmt: skip
     return query
 
@@ -462,11 +518,11 @@ def _attend_slice(
     """Write the partial results of one slice of the rows."""
     shape, kv_heads, heads = rows.shape, kv.keys.shape[3], query.shape[1]
     group = heads // kv_heads
-    stores = (query, kv.keys[layer], kv.values[layer], kv.device_tables, rows.slots, rows.sequence)
+    stores = (query, *kv.layer(layer), kv.device_tables, rows.slots, rows.sequence)
     listed, items = rows.own_count, (rows.positions, rows.first_part, rows.items, bounds)
     scale, softcap, window = options.scaling * _LOG2_E, (options.softcap or 0.0) * _LOG2_E, options.window
     numbers = (*partial, scale, softcap, window or 0, kv.device_tables.shape[1])
-    sizes = _sizes(query, shape, window) | {"CAPPED": options.softcap is not None}
+    sizes = _sizes(query, shape, window) | {"CAPPED": options.softcap is not None, "KV_FP8": kv.in_fp8}
     sizes |= {"KV_HEADS": kv_heads, "BLOCK": kv.block_size, "SHIFT": ROW_SHIFT, "ENTRIES": _ENTRIES}
     grid = (max(1, min(shape.parts, _PROGRAMS // kv_heads)), kv_heads)
     shares = shape.queries > 1

@@ -102,7 +102,7 @@ class PagedKv:
         shape = (layers, self.pool.count + 1, block_size, kv_heads, head_dim)
         self._pair = KvPair(shape, dtype, device, in_fp8=in_fp8)
         self.keys, self.values = self._pair.keys, self._pair.values
-        self.exponents = self._pair.exponents  # of keys and values, [layers, blocks, block size, kv_heads]; () if none
+        self.in_fp8 = in_fp8  # with exponents [layers, blocks, block size, kv_heads]
         self.dtype = dtype  # of the rows of a forward
         self._pools = [store.flatten(1, 2) for store in self._pair.stores]  # views [layers, entries, …]
         # Block tables: the blocks of each slot, in order. The last row is that of padding rows.
@@ -184,6 +184,11 @@ class PagedKv:
     def write(self, layer: int, entries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store `keys` and `values` [n, kv_heads, head_dim] at `entries` int64 [n], indices from `entries()`."""
         self._pair.write(keys, values, lambda store: store[layer].flatten(0, 1), entries)
+
+    def layer(self, layer: int) -> tuple[Tensor | None, ...]:
+        """Return the keys and values of a layer [blocks, block size, kv_heads, head_dim], and exponents or None."""
+        stores = tuple(store[layer] for store in self._pair.stores)
+        return stores if self.in_fp8 else (*stores, None, None)
 
     def read(self, layer: int, entries: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values [..., kv_heads, head_dim] at `entries` int64 [...], indices from `entries()`."""

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from tests.models import SHAPE, tiny
 from worker.cli import commands
 from worker.engine.errors import ModelRefused
+from worker.engine.kv.fp8 import store_kv_in_fp8
 from worker.engine.model.architecture import kv_bytes_per_token
 from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.packed_model import PackedModel
@@ -77,6 +78,27 @@ def test_fp8_weights_leave_more_memory_to_kv_on_one_gpu_and_are_not_split(plan_r
     assert {choice.refusal for choice in placements(fp8) if choice.ranks in (2, 4)} == {
         "FP8 weights are held whole by one GPU"
     }
+
+
+def test_fp8_kv_takes_the_bytes_that_are_counted_once_it_is_loaded() -> None:
+    model = tiny("llama").to(torch.bfloat16)  # type: ignore[arg-type]
+    store_kv_in_fp8(model)
+    shape = shape_from_config("tiny", model.config)
+    assert Machine(DEVICES["h100"], "bfloat16", fp8_kv=True).kv_bytes(shape, 1) == kv_bytes_per_token(model)
+
+
+def test_fp8_kv_holds_nearly_twice_the_tokens_and_a_step_reads_half_the_context(plan_request: PlanRequest) -> None:
+    wide = replace(plan_request, machine=replace(H100, fp8=True), sequences=0)
+    chosen, before = pick(placements(replace(wide, machine=replace(wide.machine, fp8_kv=True)))), pick(placements(wide))
+    assert chosen is not None
+    assert before is not None
+    assert 1.95 < chosen.kv_tokens / before.kv_tokens < 2.0
+    assert chosen.step is not None
+    plain = step(wide.target, wide.machine, 1, chosen.sequences, chosen.sequences, 1300)
+    assert chosen.step.context_ms < 0.55 * plain.context_ms
+    fp8 = replace(wide, machine=replace(H100, fp8_kv=True))
+    assert {choice.refusal for choice in placements(fp8) if choice.ranks > 1} == {"FP8 KV is held whole by one GPU"}
+    assert "BASIC_KV_DTYPE=fp8 basic worker" in command(fp8, chosen)
 
 
 def test_the_production_pair_has_its_published_size(target: ModelShape, draft: ModelShape) -> None:
