@@ -202,6 +202,20 @@ class NotCancellable(BasicError):
     status_code = 409
 
 
+class JobEnded(BasicError):
+    """The job has ended."""
+
+    code = "job_ended"
+    status_code = 409
+
+
+class IsInteractive(BasicError):
+    """An interactive request can't be paused or changed."""
+
+    code = "interactive_request"
+    status_code = 409
+
+
 class NotRetryable(BasicError):
     """The job has no unsuccessful requests to run again."""
 

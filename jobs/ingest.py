@@ -34,6 +34,7 @@ from jobs.settings import JobsSettings, read_settings
 from jobs.streaming.pubsub import Publisher
 from jobs.submission.intake import Submission, create_failed_job, create_job
 from jobs.submission.items import Item, read_value
+from jobs.submission.management import Managed
 from jobs.tracing import TRACEPARENT, as_traceparent, start_tracing, stop_tracing
 from storage.dialect import storable
 from storage.records import RequestFailure
@@ -157,6 +158,7 @@ def _submission(batch: PromptBatch, items: list[Item]) -> Submission:
         endpoint=batch.endpoint,
         parameters=batch.parameters,
         metadata=batch.metadata,
+        managed=Managed(batch.name, batch.labels, batch.priority, batch.max_concurrent),
         compare_plain=batch.compare_plain,
         job_id=batch_job_id(batch.id),
         idempotency_key=_KEY_PREFIX + batch.id,

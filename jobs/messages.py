@@ -12,7 +12,8 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from storage.statuses import JobStatus as JobStatus  # part of this module's interface
+from storage.priorities import Priority as Priority  # part of this module's interface
+from storage.statuses import JobStatus as JobStatus
 from storage.statuses import RequestStatus as RequestStatus
 
 MESSAGE_VERSION: Final = 1
@@ -317,6 +318,10 @@ class PromptBatch(Frozen):
     parameters: dict[str, Any] = Field(default_factory=dict)
     metadata: dict[str, str] | None = None
     # Omitted if unset, because processes of an older version reject unknown fields.
+    name: str | None = _unset(None)
+    labels: dict[str, str] | None = _unset(None)
+    priority: Priority | None = _unset(None)
+    max_concurrent: int | None = _unset(None, strict=True)
     compare_plain: int | None = Field(
         None, ge=1, le=MAX_COMPARED_REQUESTS, strict=True, exclude_if=lambda count: count is None
     )

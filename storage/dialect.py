@@ -187,6 +187,11 @@ def has_served(session: Session, worker_id: str) -> bool:
     return session.scalar(select(Served.worker_id).where(Served.worker_id == worker_id)) is not None
 
 
+def is_serving() -> ColumnElement[bool]:
+    """Return the condition that a job is in progress and not paused."""
+    return and_(JobRow.status == "in_progress", JobRow.paused_at.is_(None))
+
+
 def has_queued_requests() -> ColumnElement[bool]:
     """Return the condition that a job has queued requests."""
     return _has_request(Request.status == "queued")
@@ -206,6 +211,12 @@ def running_requests(now: float | BindParameter[float]) -> ColumnElement[int]:
     """Return the number of a job's running requests with a live lease."""
     alive = and_(Request.status == "running", Request.lease_expires_at >= now)
     return select(func.count()).where(Request.job_id == JobRow.id, alive).correlate(JobRow).scalar_subquery()
+
+
+def has_room() -> ColumnElement[bool]:
+    """Return the condition that a job runs fewer requests than `max_concurrent`. Lapsed ones count: they may run."""
+    running = select(func.count()).where(Request.job_id == JobRow.id, Request.status == "running")
+    return or_(JobRow.max_concurrent.is_(None), running.correlate(JobRow).scalar_subquery() < JobRow.max_concurrent)
 
 
 def storable(text: str) -> str:

@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 
 from storage.dialect import AnyRow, repeatable_read
 from storage.models import ChoiceOutput, JobRow, Partial, Request
+from storage.pausing import shown_status
 from storage.progress.flush import merge_pieces
 from storage.statuses import ERROR_REQUEST_STATUSES, FINAL_JOB_STATUSES
 
@@ -190,7 +191,8 @@ _OUTPUT_POSITION: Final = (ChoiceOutput.event_number, ChoiceOutput.request_index
 
 @cache
 def _job_query() -> Select[*tuple[Any, ...]]:
-    return select(JobRow.status, JobRow.event_number).where(JobRow.id == bindparam("job_id"))
+    status = shown_status(JobRow).label("status")
+    return select(status, JobRow.event_number).where(JobRow.id == bindparam("job_id"))
 
 
 @cache

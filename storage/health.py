@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, and_, func, select
 from sqlalchemy.orm import Session
 
 from storage import queries
-from storage.dialect import database_now, has_queued_requests
+from storage.dialect import database_now, has_queued_requests, is_serving
 from storage.models import JobRow, Partial, Request, Worker
 
 _HOUR_S = 3600.0
@@ -66,7 +66,7 @@ def _stuck(session: Session, served: set[str], since: float) -> tuple[str, ...]:
     return tuple(
         session.scalars(
             select(JobRow.id)
-            .where(JobRow.status == "in_progress", JobRow.model.in_(served), JobRow.created_at < since)
+            .where(is_serving(), JobRow.model.in_(served), JobRow.created_at < since)
             .where(has_queued_requests() | running.exists(), ~moved.exists(), ~ended.exists())
             .where(~_others_move(since))
             .order_by(JobRow.created_at)

@@ -30,7 +30,7 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, and_, case, false, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from storage.dialect import AnyRow, database_now, has_served, is_request
+from storage.dialect import AnyRow, database_now, has_served, is_request, is_serving
 from storage.models import JobRow, Request, Served, Worker
 from storage.records import FailedRequest, RequestFailure, RequestKey
 from storage.statuses import ACTIVE_JOB_STATUSES, OPEN_REQUEST_STATUSES
@@ -157,7 +157,7 @@ def _lone_crash(session: Session, row: AnyRow) -> _LoneCrash:
         select(func.count())
         .select_from(Request)
         .join(JobRow, JobRow.id == Request.job_id)
-        .where(JobRow.status == "in_progress", JobRow.model == model, Request.status.in_(OPEN_REQUEST_STATUSES))
+        .where(is_serving(), JobRow.model == model, Request.status.in_(OPEN_REQUEST_STATUSES))
     )
     serves = has_served(session, row.lease_owner)
     return _LoneCrash(

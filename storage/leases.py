@@ -11,23 +11,25 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Select, and_, bindparam, func, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, bindparam, case, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from storage.dialect import (
     AnyRow,
     database_now,
     has_queued_requests,
+    has_room,
     has_served,
     is_one_of,
     is_request,
+    is_serving,
     running_requests,
 )
-from storage.fair_share import FairShare, JobShare
+from storage.fair_share import Ageing, FairShare, JobShare
 from storage.models import ChoiceOutput, JobRow, Partial, Request
 from storage.records import Checkpoint, Claim, Lease, RequestKey, RequestPlan
 from storage.steps.columns import stored_steps
-from storage.transitions import cancel_requests, end_finished_jobs, lock_jobs
+from storage.transitions import cancel_requests, end_finished_jobs, lock_jobs, return_requests
 
 _CLAIMED: Final = (
     Request.job_id,
@@ -52,12 +54,15 @@ def claim(
     holding: Collection[RequestKey] = (),
     reserved: int = 0,
     body_version: int = 1,
+    ageing: Ageing | None = None,
 ) -> list[Claim]:
     """Claim up to `limit` queued requests of a model; return them with the checkpoints of earlier owners.
 
-    Slots are divided between owners and jobs by storage.fair_share. Interactive requests (`priority` 1) come first, and
-    the last `reserved` slots are for them alone. Requests in `holding`, which the caller is decoding, are not claimed
-    again even if their leases have lapsed. Jobs with bodies newer than `body_version` are skipped.
+    Interactive requests (`priority` 1) come first, and the last `reserved` slots are for them alone. The others are
+    divided between classes, owners and jobs by storage.fair_share; `ageing` is the caller's memory of earlier claims.
+    Paused jobs are skipped, and so are jobs that run `max_concurrent` requests. Requests in `holding`, which the caller
+    is decoding, are not claimed again even if their leases have lapsed. Jobs with bodies newer than `body_version` are
+    skipped.
 
     Suspects (storage.lease_recovery) come first, one quarantine group at a time, and only when everything that the
     caller holds is cleared. Until the group is cleared as well, the worker claims nothing else, so a crash has a known
@@ -74,11 +79,11 @@ def claim(
     group, crashed_alone = _next_group(session, may_serve)
     taken: list[RequestKey] = []
     if group is None or (crashed_alone and not has_served(session, worker_id)):
-        taken = _claim_fairly(session, may_serve, limit, holding, interactive=True)
+        taken = _claim_fairly(session, may_serve, limit, holding, None)
         rest = limit - reserved - len(taken)
-        taken += _claim_fairly(session, may_serve, rest, holding, interactive=False)
+        taken += _claim_fairly(session, may_serve, rest, holding, ageing or Ageing())
     if group is not None and not taken and all(row.proven for row in held):
-        taken = _lock_queued(session, Request.suspect_group == group, limit, holding)
+        taken = _claim_group(session, may_serve, group, limit, holding)
     return _as_claims(session, _own(session, worker_id, taken, now, lease_s))
 
 
@@ -91,14 +96,8 @@ def release(session: Session, worker_id: str, leases: Iterable[Lease]) -> None:
     cancelling = set(session.scalars(select(JobRow.id).where(JobRow.id.in_(jobs), JobRow.status == "cancelling")))
     columns = (Request.job_id, Request.request_index, Request.lease_number)
     mine = is_one_of(columns, [(*lease.key, lease.number) for lease in leases])
-    released = session.execute(
-        update(Request)
-        .where(mine, Request.lease_owner == worker_id, Request.status == "running")
-        .values(status="queued", attempts=Request.attempts - 1, lease_owner=None, lease_expires_at=None)
-        .returning(Request.job_id, Request.request_index)
-    ).all()
-    keys = {(row.job_id, row.request_index) for row in released if row.job_id in cancelling}
-    cancel_requests(session, keys, database_now(session))
+    released = return_requests(session, and_(mine, Request.lease_owner == worker_id))
+    cancel_requests(session, {key for key in released if key[0] in cancelling}, database_now(session))
     end_finished_jobs(session, cancelling)
 
 
@@ -109,7 +108,7 @@ def jobs_to_notify(session: Session, older_than_s: float) -> list[tuple[str, str
     """
     now = database_now(session)
     overdue = or_(JobRow.doorbell_at.is_(None), JobRow.doorbell_at < now - older_than_s)
-    waiting = lock_jobs(session, and_(JobRow.status == "in_progress", overdue, has_queued_requests()))
+    waiting = lock_jobs(session, and_(is_serving(), overdue, has_queued_requests()))
     if not waiting:
         return []
     notified = session.execute(
@@ -122,7 +121,7 @@ def jobs_to_notify(session: Session, older_than_s: float) -> list[tuple[str, str
 def _may_serve() -> ColumnElement[bool]:
     """Return the condition that a worker may serve a job; parameters: `model`, `now`, `body_version`."""
     return and_(
-        JobRow.status == "in_progress",
+        is_serving(),
         JobRow.model == bindparam("model"),
         JobRow.expires_at > bindparam("now"),
         JobRow.body_version <= bindparam("body_version"),
@@ -141,7 +140,7 @@ def _groups() -> Select[str | None, bool]:
     return (
         select(Request.suspect_group, crashed_alone)
         .join(JobRow, JobRow.id == Request.job_id)
-        .where(Request.suspect_group.is_not(None), Request.status == "queued", _may_serve())
+        .where(Request.suspect_group.is_not(None), Request.status == "queued", _may_serve(), has_room())
         .order_by(crashed_alone, Request.suspect_group)
         .limit(1)
     )
@@ -160,19 +159,15 @@ def _claim_fairly(
     may_serve: Mapping[str, Any],
     limit: int,
     holding: Collection[RequestKey],
-    *,
-    interactive: bool,
+    ageing: Ageing | None,
 ) -> list[RequestKey]:
-    """Lock up to `limit` queued requests by fair share, and set `started_at` of their jobs."""
+    """Lock up to `limit` queued requests by fair share, and set `started_at` of their jobs. None: interactive ones."""
     if limit <= 0:
         return []
-    fair_share = FairShare(_job_shares(session, may_serve, limit, interactive=interactive))
-    # Lock order is jobs before requests, by id (storage.transitions). Mostly no job is unstarted.
-    unstarted = (
-        lock_jobs(session, JobRow.id.in_(fair_share.job_ids) & JobRow.started_at.is_(None))
-        if fair_share.job_ids
-        else []
-    )
+    fair_share = FairShare(_job_shares(session, may_serve, limit, interactive=ageing is None), ageing)
+    locked = _lock_claimed(session, fair_share.job_ids)
+    for job_id, room in _room(session, locked).items():
+        fair_share.set_room(job_id, room)
     taken: list[RequestKey] = []
     while len(taken) < limit and (shares := fair_share.allocate(limit - len(taken))):
         for job_id, slots in shares.items():
@@ -182,19 +177,71 @@ def _claim_fairly(
             fair_share.add_running(job_id, len(got))
             if len(got) < slots:  # other workers have locked the rest, or the caller holds it
                 fair_share.remove(job_id)
-    started = {job_id for job_id, _ in taken}.intersection(unstarted)
-    if started:
-        session.execute(update(JobRow).where(JobRow.id.in_(started)).values(started_at=may_serve["now"]))
+    _start(session, may_serve, {job_id for job_id, _ in taken}.intersection(locked))
     return taken
 
 
+def _lock_claimed(session: Session, job_ids: Collection[str]) -> list[str]:
+    """Lock those jobs that have not started, or whose running requests must be counted; return their ids.
+
+    Lock order is jobs before requests, by id (storage.transitions). Mostly no job must be locked.
+    """
+    if not job_ids:
+        return []
+    return lock_jobs(
+        session, JobRow.id.in_(job_ids) & (JobRow.started_at.is_(None) | JobRow.max_concurrent.is_not(None))
+    )
+
+
+def _room(session: Session, locked: Collection[str]) -> dict[str, int]:
+    """Return how many more requests each of these locked jobs may run; jobs without a limit are left out.
+
+    A paused job has none: it may have been paused until it was locked.
+    """
+    if not locked:
+        return {}
+    running = and_(Request.job_id == JobRow.id, Request.status == "running")
+    count = select(func.count()).where(running).correlate(JobRow).scalar_subquery()
+    limited = or_(JobRow.max_concurrent.is_not(None), JobRow.paused_at.is_not(None))
+    room = case((JobRow.paused_at.is_not(None), 0), else_=JobRow.max_concurrent - count)
+    return dict(session.execute(select(JobRow.id, room).where(JobRow.id.in_(locked), limited)).all())
+
+
+def _start(session: Session, may_serve: Mapping[str, Any], job_ids: Collection[str]) -> None:
+    """Set `started_at` of those locked jobs that have none."""
+    if job_ids:
+        unstarted = and_(JobRow.id.in_(job_ids), JobRow.started_at.is_(None))
+        session.execute(update(JobRow).where(unstarted).values(started_at=may_serve["now"]))
+
+
+def _claim_group(
+    session: Session, may_serve: Mapping[str, Any], group: str, limit: int, holding: Collection[RequestKey]
+) -> list[RequestKey]:
+    """Lock up to `limit` queued requests of a quarantine group, of jobs that may run more."""
+    in_group = and_(Request.suspect_group == group, Request.status == "queued")
+    jobs = session.scalars(_jobs_of_group(), {**may_serve, "group": group}).all()
+    room = _room(session, _lock_claimed(session, jobs))
+    taken: list[RequestKey] = []
+    for job_id in sorted(jobs):
+        slots = min(limit - len(taken), max(0, room.get(job_id, limit)))
+        if slots > 0:
+            taken += _lock_queued(session, and_(in_group, Request.job_id == job_id), slots, holding)
+    return taken
+
+
+@cache
+def _jobs_of_group() -> Select[str]:
+    members = select(Request.job_id).where(Request.suspect_group == bindparam("group"), Request.status == "queued")
+    return select(JobRow.id).where(JobRow.id.in_(members), _may_serve())
+
+
 def _job_shares(session: Session, may_serve: Mapping[str, Any], limit: int, *, interactive: bool) -> list[JobShare]:
-    """Return the jobs that come first for `limit` slots, of those with queued requests.
+    """Return the jobs of each class that come first for `limit` slots, of those with queued requests.
 
     Ties are broken at random. By age, the oldest jobs would take every slot while there are fewer slots than jobs.
     """
     rows = session.execute(_shares(interactive=interactive), {**may_serve, "limit": limit})
-    return [JobShare(job_id, owner, running, int(owner_running)) for job_id, owner, running, owner_running in rows]
+    return [JobShare(job_id, owner, running, int(owners), rank) for job_id, owner, running, owners, rank in rows]
 
 
 @cache
@@ -205,17 +252,21 @@ def _shares(*, interactive: bool) -> Select[Any]:
             JobRow.id,
             JobRow.api_key_id.label("owner"),
             running_requests(bindparam("now")).label("running"),
-            has_queued_requests().label("waits"),
+            and_(has_queued_requests(), has_room()).label("waits"),
+            JobRow.priority_class.label("rank"),
         )
         .where(_may_serve(), wanted)
         .subquery()
     )
     owners_running = func.sum(job.c.running).over(partition_by=job.c.owner).label("owner_running")
     owned = select(job, owners_running).subquery()
-    rank = func.row_number().over(partition_by=owned.c.owner, order_by=(owned.c.running, func.random()))
-    turn = select(owned, (owned.c.owner_running + rank).label("turn")).where(owned.c.waits).subquery()
-    columns = (turn.c.id, turn.c.owner, turn.c.running, turn.c.owner_running)
-    return select(*columns).order_by(turn.c.turn, func.random()).limit(bindparam("limit"))
+    same = (owned.c.owner, owned.c.rank)
+    place = func.row_number().over(partition_by=same, order_by=(owned.c.running, func.random()))
+    turn = select(owned, (owned.c.owner_running + place).label("turn")).where(owned.c.waits).subquery()
+    order = func.row_number().over(partition_by=turn.c.rank, order_by=(turn.c.turn, func.random()))
+    ordered = select(turn, order.label("order")).subquery()
+    columns = (ordered.c.id, ordered.c.owner, ordered.c.running, ordered.c.owner_running, ordered.c.rank)
+    return select(*columns).where(ordered.c.order <= bindparam("limit")).order_by(ordered.c.order)
 
 
 def _lock_queued(
@@ -259,7 +310,7 @@ def _as_claims(session: Session, taken: Collection[AnyRow]) -> list[Claim]:
     jobs = {
         job.id: job
         for job in session.execute(
-            select(JobRow.id, JobRow.endpoint, JobRow.priority, JobRow.traceparent).where(
+            select(JobRow.id, JobRow.endpoint, JobRow.priority, JobRow.traceparent, JobRow.max_concurrent).where(
                 JobRow.id.in_({job for job, _ in keys})
             )
         )
@@ -279,6 +330,7 @@ def _as_claims(session: Session, taken: Collection[AnyRow]) -> list[Claim]:
             finished_choices=tuple(finished[row.job_id, row.request_index]),
             traceparent=jobs[row.job_id].traceparent,
             plan=RequestPlan(row.answer_format, row.sampling_defaults),
+            max_concurrent=jobs[row.job_id].max_concurrent,
         )
         for row in taken
     ]

@@ -30,7 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from storage.statuses import FILE_STATUSES, UPLOAD_STATUSES, JobStatus, RequestStatus
+from storage.statuses import FILE_STATUSES, STORED_JOB_STATUSES, UPLOAD_STATUSES, RequestStatus
 from storage.steps.view import create_step_view, drop_step_view
 from storage.views import create_views, drop_views
 
@@ -84,7 +84,7 @@ class JobRow(Base):
     prompt_tokens: Mapped[int] = mapped_column(BigInteger)
     # Committed so far, in outputs and in checkpoints of open choices.
     completion_tokens: Mapped[int] = mapped_column(BigInteger)
-    metadata_: Mapped[dict[str, Any] | None] = mapped_column("metadata")
+    metadata_: Mapped[dict[str, Any] | None] = mapped_column("metadata")  # also its labels (JobLabel)
     api_key_id: Mapped[str]  # '' for no key: NULL would not count in the unique constraint
     idempotency_key: Mapped[str | None]
     body_sha256: Mapped[str | None]
@@ -117,15 +117,52 @@ class JobRow(Base):
     compared_at: Mapped[float | None]
     compare_attempts: Mapped[int] = mapped_column(server_default=text("0"))  # claimed and not released
     traceparent: Mapped[str | None]  # W3C trace context of its spans (jobs.tracing)
+    name: Mapped[str | None]
+    # Paused (storage.pausing): none of its requests is claimed. `status` stays as it is.
+    paused_at: Mapped[float | None]
+    pause_reason: Mapped[str | None]
+    priority_class: Mapped[int] = mapped_column(server_default=text("0"))  # storage.priorities.Priority.rank
+    max_concurrent: Mapped[int | None]  # of its requests that run at once, over all workers
 
     __table_args__ = (
         UniqueConstraint("api_key_id", "idempotency_key"),
-        CheckConstraint(_one_of("status", JobStatus), name="status"),
+        CheckConstraint(_one_of("status", STORED_JOB_STATUSES), name="status"),
         Index(None, "created_at", "id"),  # the list of jobs
         Index(None, "api_key_id", "created_at", "id"),  # the list of one owner's jobs
         Index(None, "status", "model"),  # the claim, the sweep of overdue jobs
+        Index(None, "status", "created_at", "id"),  # the list of jobs with a status
+        Index(
+            "ix_jobs_name_created_at_id",
+            "name",
+            "created_at",
+            "id",
+            sqlite_where=text("name IS NOT NULL"),
+            postgresql_where=text("name IS NOT NULL"),
+        ),
         _where_set("compare_plain", "compare_plain > 0 AND compared_at IS NULL"),
     )
+
+
+class JobLabel(Base):
+    """A label of a job, a pair of its metadata: the index of the list of jobs with a label (storage.labels)."""
+
+    __tablename__ = "job_labels"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[str]
+    created_at: Mapped[float]  # of the job
+
+    __table_args__ = (Index(None, "key", "value", "created_at", "job_id"),)
+
+
+class JobText(Base):
+    """What a search finds a job by: its name and labels, in lower case. A job without them has no row."""
+
+    __tablename__ = "job_texts"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    text: Mapped[str]
 
 
 class Request(Base):

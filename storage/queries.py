@@ -11,9 +11,11 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, Connection, Select, Text, and_, bindparam, case, cast, func, select, true, tuple_
 from sqlalchemy.orm import Session
 
-from storage.dialect import AnyRow, clock, dialect_of, owned_by
+from storage.dialect import AnyRow, clock, dialect_of
+from storage.job_filter import JobFilter
 from storage.models import ChoiceOutput, JobRow, Request, Worker
 from storage.numerics import joined
+from storage.pausing import shown_status
 from storage.records import HEARTBEAT_TIMEOUT_S, NewRequest
 from storage.statistics import DepthAcceptance as DepthAcceptance  # re-exported
 from storage.statistics import JobStats as JobStats
@@ -21,6 +23,7 @@ from storage.statistics import job_stats as job_stats
 from storage.statistics import total_stats as total_stats
 from storage.statuses import ACTIVE_JOB_STATUSES, ERROR_REQUEST_STATUSES, FINAL_REQUEST_STATUSES
 
+_ALL_JOBS: Final = JobFilter()
 _OUTPUTS_PER_FETCH: Final = 500
 _REQUESTS_PER_PAGE: Final = 50  # few, because each body can be as large as BASIC_MAX_LINE_BYTES
 
@@ -55,6 +58,11 @@ class JobView:
     errors: Sequence[Mapping[str, Any]] | None
     usage: Mapping[str, int] | None
     retry_of: str | None
+    name: str | None
+    paused_at: float | None  # also while it is validating
+    pause_reason: str | None  # storage.pausing.BY_USER, or why the service paused it
+    priority_class: int  # storage.priorities.Priority.rank
+    max_concurrent: int | None
     # Sampling parameters that the model's generation config gave to its first request; not in lists.
     sampling_defaults: Mapping[str, Any] | None = None
 
@@ -165,42 +173,17 @@ class ModelView:
     context_tokens: int  # minimum over these workers
 
 
-_JOB_COLUMNS: Final = (
-    JobRow.id,
-    JobRow.status,
-    JobRow.model,
-    JobRow.endpoint,
-    JobRow.created_at,
-    JobRow.started_at,
-    JobRow.finished_at,
-    JobRow.expires_at,
-    JobRow.cancelling_at,
-    JobRow.requests_total,
-    JobRow.requests_completed,
-    JobRow.requests_failed,
-    JobRow.prompt_tokens,
-    JobRow.completion_tokens,
-    JobRow.metadata_.label("metadata"),
-    JobRow.api_key_id,
-    JobRow.idempotency_key,
-    JobRow.input_file_id,
-    JobRow.completion_window,
-    JobRow.validated_at,
-    JobRow.finalizing_at,
-    JobRow.output_file_id,
-    JobRow.error_file_id,
-    JobRow.errors,
-    JobRow.usage,
-    JobRow.retry_of,
-)
-
-
 # Runs with every request about a job. Built once, from table columns: building it costs more than running it.
 _JOBS: Final = JobRow.__table__.c
+_JOB_COLUMNS: Final = tuple(
+    shown_status(_JOBS).label("status") if field.name == "status" else _JOBS[field.name]
+    for field in fields(JobView)
+    if field.name != "sampling_defaults"
+)
 _REQUESTS: Final = Request.__table__.c
 _FIRST_REQUEST: Final = and_(_REQUESTS.job_id == _JOBS.id, _REQUESTS.request_index == 0)
 _JOB_QUERY: Final = select(
-    *(_JOBS[field.name] for field in fields(JobView) if field.name != "sampling_defaults"),
+    *_JOB_COLUMNS,
     select(_REQUESTS.sampling_defaults).where(_FIRST_REQUEST).scalar_subquery().label("sampling_defaults"),
 ).where(_JOBS.id == bindparam("job_id"))
 _OWNED_JOB_QUERY: Final = _JOB_QUERY.where(_JOBS.api_key_id == bindparam("owner"))
@@ -216,32 +199,17 @@ def jobs(
     session: Session,
     limit: int,
     after: str | None = None,
-    owner: str | None = None,
-    interactive: bool = False,
-    batches_only: bool = False,
-    id_prefix: str = "",
+    wanted: JobFilter = _ALL_JOBS,
     *,
-    status: str | None = None,
     newest_first: bool = True,
 ) -> JobViewPage:
-    """Return up to `limit` jobs by creation time, starting after the job `after`; an unknown `after` returns none.
-
-    Interactive requests are jobs too (`priority` 1); `interactive` includes them.
-    """
-    query = select(*_JOB_COLUMNS).where(owned_by(JobRow.api_key_id, owner))
-    if batches_only:
-        query = query.where(JobRow.input_file_id.is_not(None))
-    if id_prefix:
-        query = query.where(JobRow.id.startswith(id_prefix, autoescape=True))
-    if status is not None:
-        query = query.where(JobRow.status == status)
+    """Return up to `limit` jobs by creation time, starting after the job `after`; an unknown `after` returns none."""
+    query = select(*_JOB_COLUMNS).where(*wanted.conditions(session))
     columns = (JobRow.created_at, JobRow.id)
     query = query.order_by(*(c.desc() if newest_first else c.asc() for c in columns)).limit(limit + 1)
     if after is not None:
         last = select(JobRow.created_at, JobRow.id).where(JobRow.id == after).scalar_subquery()
         query = query.where(tuple_(*columns) < last if newest_first else tuple_(*columns) > last)
-    if not interactive:
-        query = query.where(JobRow.priority == 0)
     rows = session.execute(query).all()
     return JobViewPage(tuple(_job_view(row) for row in rows[:limit]), has_more=len(rows) > limit)
 

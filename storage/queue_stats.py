@@ -24,9 +24,10 @@ class OpenJobs:
 
     model: str
     jobs: int
-    queued: int
+    queued: int  # of jobs that are not paused
     running: int
-    oldest_s: float  # age of the oldest open job
+    paused: int  # queued requests of paused jobs
+    oldest_s: float  # age of the oldest open job that is not paused
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +73,18 @@ def collect(session: Session) -> QueueStats:
 
 
 def _open_jobs(session: Session, now: float) -> tuple[OpenJobs, ...]:
-    status = (func.count(case((Request.status == name, 1))) for name in OPEN_REQUEST_STATUSES)
+    is_paused, queued = JobRow.paused_at.is_not(None), Request.status == "queued"
+    kinds = (and_(queued, ~is_paused), Request.status == "running", and_(queued, is_paused))
+    counts = (func.count(case((kind, 1))) for kind in kinds)
+    oldest = func.min(case((~is_paused, JobRow.created_at)))
     rows = session.execute(
-        select(JobRow.model, func.count(JobRow.id.distinct()), *status, func.min(JobRow.created_at))
+        select(JobRow.model, func.count(JobRow.id.distinct()), *counts, oldest)
         .outerjoin(Request, and_(Request.job_id == JobRow.id, Request.status.in_(OPEN_REQUEST_STATUSES)))
         .where(JobRow.status.in_(ACTIVE_JOB_STATUSES))
         .group_by(JobRow.model)
         .order_by(JobRow.model)
     )
-    return tuple(OpenJobs(row[0], row[1], row[2], row[3], max(0.0, now - row[4])) for row in rows)
+    return tuple(OpenJobs(*row[:5], 0.0 if row[5] is None else max(0.0, now - row[5])) for row in rows)
 
 
 def _totals(session: Session) -> tuple[Totals, ...]:

@@ -44,6 +44,9 @@ class NewJob:
     output_expires_after_s: float | None = None
     retry_of: str | None = None  # id of the job whose failed requests it runs again
     priority: int = 0  # 1: interactive, claimed first
+    name: str | None = None
+    priority_class: int = 0  # storage.priorities.Priority.rank
+    max_concurrent: int | None = None  # of its requests that run at once; None: any number
     body_version: int = 1  # version of the request bodies; older workers skip the job
     compare_plain: int = 0  # number of requests to decode again, with and without drafts, after completion
     traceparent: str | None = None  # W3C trace context of the submission
@@ -195,6 +198,7 @@ class Claim:
     finished_choices: tuple[int, ...]  # choices that have outputs already
     traceparent: str | None = None  # W3C trace context of the submission
     plan: RequestPlan = RequestPlan()  # of earlier owners
+    max_concurrent: int | None = None  # of the job
 
     @property
     def begun(self) -> bool:
@@ -253,10 +257,11 @@ class RequestProgress:
 
 @dataclass(frozen=True, slots=True)
 class FlushResult:
-    """Result of a flush: requests whose leases are lost (fenced, cancelled or expired), and jobs that it ended."""
+    """Result of a flush: requests that the worker must drop, and jobs that it ended."""
 
-    lost: frozenset[RequestKey]
+    lost: frozenset[RequestKey]  # fenced, cancelled or expired: their progress was not written
     ended_jobs: tuple[tuple[str, str], ...]  # (job_id, final status)
+    returned: frozenset[RequestKey] = frozenset()  # to the queue, with their progress: the job is paused
 
 
 @dataclass(frozen=True, slots=True)

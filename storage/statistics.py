@@ -28,6 +28,7 @@ from storage.models import (
     StepRank,
     WorkerEnergy,
 )
+from storage.pausing import shown_status
 from storage.statuses import UNSUCCESSFUL_JOB_STATUSES
 from storage.steps.columns import MS_UNITS
 from storage.steps.packing import unpack, unpack_optional
@@ -561,7 +562,7 @@ def job_summaries(
     mine = true() if owner is None else JobRow.api_key_id == owner
     asked = true() if job_id is None else JobRow.id == job_id
     jobs = session.execute(
-        select(*(getattr(JobRow, name) for name in _OF_JOB))
+        select(shown_status(JobRow).label("status"), *(getattr(JobRow, name) for name in _OF_JOB))
         .where(mine, asked)
         .order_by(JobRow.created_at.desc(), JobRow.id.desc())
         .limit(limit)
@@ -573,7 +574,6 @@ def job_summaries(
 
 _OF_JOB: Final = (
     "id",
-    "status",
     "model",
     "created_at",
     "started_at",

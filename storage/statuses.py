@@ -10,10 +10,14 @@ from typing import Final
 
 
 class JobStatus(StrEnum):
-    """Status of a job, in OpenAI's words. It only moves forward; the last four are final."""
+    """Status of a job, in OpenAI's words and `paused`. The last four are final.
+
+    It only moves forward, except between `in_progress` and `paused`.
+    """
 
     VALIDATING = "validating"
     IN_PROGRESS = "in_progress"
+    PAUSED = "paused"
     FINALIZING = "finalizing"
     CANCELLING = "cancelling"
     COMPLETED = "completed"
@@ -38,6 +42,8 @@ class RequestStatus(StrEnum):
     CANCELLED = "cancelled"
 
 
+# Values of `jobs.status`. A paused job has `in_progress` there and `paused_at` (storage.pausing.shown_status).
+STORED_JOB_STATUSES: Final = tuple(status for status in JobStatus if status is not JobStatus.PAUSED)
 # Jobs that ended without completing.
 UNSUCCESSFUL_JOB_STATUSES: Final = (JobStatus.FAILED, JobStatus.EXPIRED, JobStatus.CANCELLED)
 FINAL_JOB_STATUSES: Final = (JobStatus.COMPLETED, *UNSUCCESSFUL_JOB_STATUSES)
@@ -45,6 +51,7 @@ FINAL_JOB_STATUSES: Final = (JobStatus.COMPLETED, *UNSUCCESSFUL_JOB_STATUSES)
 ACTIVE_JOB_STATUSES: Final = (JobStatus.IN_PROGRESS, JobStatus.CANCELLING)
 # Jobs whose unfinished requests count towards the limits of their API key.
 QUOTA_JOB_STATUSES: Final = (JobStatus.VALIDATING, JobStatus.IN_PROGRESS, JobStatus.CANCELLING)
+PAUSABLE_JOB_STATUSES: Final = (JobStatus.VALIDATING, JobStatus.IN_PROGRESS)
 CANCELLABLE_JOB_STATUSES: Final = (JobStatus.VALIDATING, JobStatus.IN_PROGRESS, JobStatus.FINALIZING)
 # Batches that may have files to read or write, and those whose input may still be unread (`validated_at` is NULL).
 BATCH_FILE_JOB_STATUSES: Final = (JobStatus.VALIDATING, JobStatus.FINALIZING, JobStatus.CANCELLING)

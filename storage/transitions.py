@@ -181,6 +181,17 @@ def cancel_requests(session: Session, keys: Collection[RequestKey], now: float) 
         _end_requests(session, "cancelled", CANCELLED, now, {job_id for job_id, _ in keys}, is_request(keys))
 
 
+def return_requests(session: Session, which: ColumnElement[bool]) -> set[RequestKey]:
+    """Return running requests to the queue and return their keys. The attempt does not count; checkpoints stay."""
+    returned = session.execute(
+        update(Request)
+        .where(which, Request.status == "running")
+        .values(status="queued", attempts=Request.attempts - 1, lease_owner=None, lease_expires_at=None)
+        .returning(Request.job_id, Request.request_index)
+    )
+    return {(job_id, index) for job_id, index in returned}
+
+
 def lock_jobs(session: Session, condition: ColumnElement[bool]) -> list[str]:
     """Lock the jobs that meet a condition, in lock order, and return their ids."""
     return list(session.scalars(select(JobRow.id).where(condition).order_by(JobRow.id).with_for_update(key_share=True)))

@@ -18,6 +18,7 @@ from sqlalchemy.sql.dml import ReturningInsert
 
 from storage.dialect import database_now, dialect_of, insert_into, insert_many, insert_or_ignore
 from storage.keys import enforce_limits
+from storage.labels import index_job
 from storage.models import JobRow, Request, Worker, WorkerEnergy
 from storage.progress.flush import flush
 from storage.records import NewJob, NewRequest, NewWorker
@@ -66,6 +67,8 @@ def insert_job(session: Session, job: NewJob, requests: Iterable[NewRequest]) ->
     counts = _counted(first, _NO_REQUESTS)  # most jobs have a single chunk
     if session.execute(_new_job(dialect_of(session)), _job_row(job, now) | counts).first() is None:
         return _earlier_job(session, job)
+    if not job.priority:
+        index_job(session, job.id, now, job.name, job.metadata)
     if first:
         insert_many(session, Request, [request_row(job.id, index, request, now) for index, request in first])
     if second is not None:
@@ -143,6 +146,9 @@ def _job_row(job: NewJob, now: float) -> dict[str, Any]:
         "idempotency_key": job.idempotency_key,
         "body_sha256": job.body_sha256,
         "priority": job.priority,
+        "name": job.name,
+        "priority_class": job.priority_class,
+        "max_concurrent": job.max_concurrent,
         "doorbell_at": now,  # the caller notifies workers after the commit
         "input_file_id": job.input_file_id,
         "completion_window": job.completion_window,

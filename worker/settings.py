@@ -9,6 +9,7 @@ import platformdirs
 from pydantic import AfterValidator, Field
 
 from jobs.settings import Directory, JobsSettings
+from storage.fair_share import AGEING_REQUESTS
 
 SUFFIX: Final = "suffix"  # the value of `draft` for drafting without a network
 _NO_NETWORK: Final = (SUFFIX, "none")
@@ -83,6 +84,12 @@ class WorkerSettings(JobsSettings):
         ge=0,
         description="Max sequences decoded together; 0: as many as the memory and the largest CUDA graph hold, and 64 "
         "on a CPU.",
+    )
+    priority_ageing_requests: int = Field(
+        AGEING_REQUESTS,
+        ge=1,
+        description="Requests of other priority classes after which a waiting class gets the next slot, so that none "
+        "starves.",
     )
     interactive_sequences: int = Field(
         2, ge=0, description="Additional sequences that are reserved for interactive requests."

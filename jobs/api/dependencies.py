@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, cast
+from typing import Annotated, Literal, cast
 
 from fastapi import Depends, Request
 from fastapi.concurrency import run_in_threadpool
@@ -13,12 +13,13 @@ from starlette.types import Scope
 
 from jobs.api.auth.caller import Caller, CurrentCaller
 from jobs.api.http.body import BodyReader
-from jobs.errors import NotCancellable, NotFound
+from jobs.errors import IsInteractive, JobEnded, NotCancellable, NotFound
 from jobs.messages import JobStatus
 from jobs.producer import Notify
 from jobs.settings import JobsSettings
 from jobs.streaming.hub import EventHub
 from storage import queries, writes
+from storage.pausing import pause_job, resume_job
 from storage.queries import JobView
 from storage.session import Database
 
@@ -61,6 +62,20 @@ def cancel_job(services: Services, job: JobView, caller: Caller, noun: str = "jo
     if status is not None and JobStatus(status) not in _CANCELLED:
         raise NotCancellable(f"Cannot cancel a {noun} with status '{status}'.")
     return find_job(services, job.id, caller)
+
+
+def pause_or_resume(services: Services, job: JobView, caller: Caller, act: Literal["pause", "resume"]) -> JobView:
+    """Pause a job or let it go on, and return it; raise JobEnded if it has no requests left to run."""
+    with services.database.write() as session:
+        done = pause_job(session, job.id) if act == "pause" else resume_job(session, job.id)
+    found = find_job(services, job.id, caller)
+    if not done:
+        if found.status == JobStatus.IN_PROGRESS:
+            raise IsInteractive
+        raise JobEnded(f"Cannot {act} a job with status '{found.status}'.")
+    if act == "resume":
+        services.notify(job.id, job.model)
+    return found
 
 
 def prefetch_job(scope: Scope, caller: Caller, connection: Connection) -> None:

@@ -84,7 +84,7 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    param = ".".join(str(part) for part in first["loc"][1:]) or None
+    param = ".".join(part for part in first["loc"][1:] if isinstance(part, str)) or None  # no index of a repeated one
     return reply(InvalidValue(first["msg"].replace("Input should", "must"), param=param))
 
 

@@ -20,13 +20,15 @@ from jobs.settings import JobsSettings
 from jobs.submission.fields import PARAMETERS
 from jobs.submission.intake import Submission
 from jobs.submission.items import Item, read_json, read_lines
+from jobs.submission.management import MANAGED_FIELDS, Managed
 from jobs.submission.values import refuse_unknown
 
 OpenFile = Callable[[str], IO[bytes]]
 
 _JSON_TYPES = {"application/json"}
 _LINES_TYPES = {"application/x-ndjson", "application/jsonl", "application/x-jsonlines"}
-_JOB_FIELDS = frozenset({"model", "endpoint", "metadata", "completion_window", "parameters", "compare_plain"})
+_JOB_FIELDS = MANAGED_FIELDS | {"model", "endpoint", "metadata", "completion_window", "parameters", "compare_plain"}
+_TEXTS = frozenset({"model", "name"})  # never read as JSON in the query
 _LISTS = frozenset({"requests", "prompts"})
 IDEMPOTENCY_KEY = "idempotency-key"
 
@@ -93,6 +95,7 @@ def _submission(fields: Mapping[str, Any], items: Iterator[Item]) -> Submission:
         endpoint=read_endpoint(fields["endpoint"]) if "endpoint" in fields else None,
         parameters=_parameters(fields),
         metadata=fields.get("metadata"),
+        managed=Managed.of(fields),
         window_s=None if window is None else read_window_s(window),
         compare_plain=fields.get("compare_plain"),
     )
@@ -104,12 +107,17 @@ def _parameters(fields: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(grouped, dict):
         raise InvalidValue("must be an object of sampling parameters", param="parameters")
     refuse_unknown(grouped, PARAMETERS, "parameters.")
-    # `metadata` belongs to the job here; it is also the name of a parameter.
+    # `metadata` and `priority` belong to the job here; they are also names of parameters.
     return grouped | {name: value for name, value in fields.items() if name in PARAMETERS - _JOB_FIELDS}
 
 
 def json_object(body: bytes) -> dict[str, Any]:
     """Return the fields of a JSON object, without those that are null."""
+    return {name: value for name, value in json_changes(body).items() if value is not None}
+
+
+def json_changes(body: bytes) -> dict[str, Any]:
+    """Return the fields of a JSON object, those that are null included."""
     try:
         fields = read_json(body.removeprefix(b"\xef\xbb\xbf"))
     except ValueError as exc:
@@ -122,7 +130,7 @@ def json_object(body: bytes) -> dict[str, Any]:
         )
     if not isinstance(fields, dict):
         raise InvalidValue("The body must be a JSON object.")
-    return {name: value for name, value in fields.items() if value is not None}
+    return fields
 
 
 def _listed(fields: Mapping[str, Any], open_file: OpenFile, max_line_bytes: int) -> Iterator[Item]:
@@ -146,7 +154,7 @@ def _query_fields(query: QueryParams) -> dict[str, Any]:
     """Return the fields of the query string, parsed as JSON where possible. The requests are in the body."""
     for name in _LISTS & query.keys():
         raise UnknownParameter("Not allowed here: the requests are the lines of the body.", param=name)
-    return {name: value if name == "model" else _query_value(value) for name, value in query.items()}
+    return {name: value if name in _TEXTS else _query_value(value) for name, value in query.items()}
 
 
 def _query_value(text: str) -> Any:
@@ -176,6 +184,14 @@ def read_window_s(window: Any) -> float:
         return parse_duration_s(window if isinstance(window, str) else "", max_digits=4)
     except ValueError:
         raise InvalidValue("must be a number and m, h or d, such as 24h", param="completion_window") from None
+
+
+def read_label(text: str) -> tuple[str, str | None]:
+    """Return key and value of a label in a query; None: any value. Raise InvalidValue without a key."""
+    key, given, value = text.partition("=")
+    if not key:
+        raise InvalidValue("must be a label such as team=search, or its key", param="label")
+    return key, value if given else None
 
 
 def _content_type(headers: Headers) -> str:

@@ -23,6 +23,7 @@ from jobs.submission.intake import Submission, create_job
 from jobs.submission.items import Item
 from jobs.submission.models import known_models
 from storage import queries
+from storage.job_filter import JobFilter
 from storage.queries import JobView
 
 _SHOWN: Final = 25
@@ -63,7 +64,9 @@ class JobList:
 
     async def refresh(self) -> None:
         """Show the current state of the jobs."""
-        page = await self._context.read(lambda session: queries.jobs(session, self._limit, owner=self._caller.sees))
+        page = await self._context.read(
+            lambda session: queries.jobs(session, self._limit, wanted=JobFilter(self._caller.sees))
+        )
         self._empty.set_visibility(not page.jobs)
         self._more.set_visibility(page.has_more)
         if [job.id for job in page.jobs] != list(self._rows):

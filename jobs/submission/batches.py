@@ -14,7 +14,7 @@ from jobs.submission.intake import (
     check_queue_limit,
     new_job_id,
 )
-from jobs.submission.values import check_metadata
+from jobs.submission.management import NOTHING_MANAGED, Managed
 from storage import files, writes
 from storage.records import NewJob
 from storage.session import Database
@@ -31,6 +31,7 @@ class BatchSubmission:
     completion_window: str
     window_s: float
     metadata: Any = None
+    managed: Managed = NOTHING_MANAGED  # name, labels, priority, concurrency limit
     output_expires_after_s: float | None = None
     api_key_id: str = ""
     idempotency_key: str | None = None
@@ -49,7 +50,7 @@ def create_batch(batch: BatchSubmission, owner: str | None, database: Database, 
         model="",  # the lines of the file name it
         endpoint=batch.endpoint,
         window_s=batch.window_s,
-        metadata=check_metadata(batch.metadata),
+        **batch.managed.columns(batch.metadata),
         api_key_id=batch.api_key_id,
         idempotency_key=check_idempotency_key(batch.idempotency_key),
         body_sha256=batch.body_sha256,

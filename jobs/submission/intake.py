@@ -48,6 +48,7 @@ from jobs.producer import Notify
 from jobs.settings import JobsSettings
 from jobs.submission.custom_ids import CustomIds
 from jobs.submission.items import Item
+from jobs.submission.management import NOTHING_MANAGED, Managed
 from jobs.submission.models import ModelNames, known_models
 from jobs.submission.parameters.grammar import read_grammar
 from jobs.submission.parameters.sampling import parameter_fields, parse_parameters
@@ -55,7 +56,6 @@ from jobs.submission.request_buffer import RequestBuffer
 from jobs.submission.request_parser import Rules, given_id, max_total_tokens, parse_body, parse_item
 from jobs.submission.responses_api.chat_form import as_given
 from jobs.submission.responses_api.stored_history import StoredHistory
-from jobs.submission.values import check_metadata
 from jobs.tracing import span
 from storage import keys, queries, writes
 from storage.keys import QuotaExceeded
@@ -77,6 +77,7 @@ class Submission:
     endpoint: Endpoint | None = CHAT_ENDPOINT  # None: that of the first line of a batch file, else chat
     parameters: Mapping[str, Any] = field(default_factory=dict)  # defaults for its requests
     metadata: Any = None
+    managed: Managed = NOTHING_MANAGED  # name, labels, priority, concurrency limit
     window_s: float | None = None
     traceparent: str | None = None
     compare_plain: Any = None  # number of requests to decode again without drafts, to measure the speed-up
@@ -129,8 +130,8 @@ def retry_job(
 ) -> str:
     """Store a new job with the unsuccessful requests of an ended job, and return its id.
 
-    The ended job does not change. The new job has its model, endpoint, metadata and window, and the requests keep their
-    custom ids, bodies and seeds.
+    The ended job does not change. The new job has its model, endpoint, name, labels, priority, concurrency limit and
+    window, and the requests keep their custom ids, bodies and seeds.
     """
     if not JobStatus(job.status).final:
         raise NotRetryable(f"The job is {job.status}. Wait until it has ended, or cancel it.")
@@ -142,6 +143,9 @@ def retry_job(
         endpoint=job.endpoint,
         window_s=job.expires_at - job.created_at,
         metadata=job.metadata,
+        name=job.name,
+        priority_class=job.priority_class,
+        max_concurrent=job.max_concurrent,
         api_key_id=api_key_id,
         idempotency_key=check_idempotency_key(idempotency_key),
         body_sha256=hashlib.sha256(f"retry of {job.id}".encode()).hexdigest(),
@@ -329,7 +333,7 @@ def new_job(submission: Submission, rules: Rules, settings: JobsSettings) -> New
         model=rules.model,
         endpoint=rules.endpoint,
         window_s=submission.window_s or settings.completion_window_s,
-        metadata=check_metadata(submission.metadata),
+        **submission.managed.columns(submission.metadata),
         api_key_id=submission.api_key_id,
         idempotency_key=check_idempotency_key(submission.idempotency_key),
         body_sha256=submission.body_sha256,

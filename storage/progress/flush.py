@@ -38,7 +38,7 @@ from storage.records import (
 )
 from storage.steps.columns import StepColumns
 from storage.steps.packing import packed_rows
-from storage.transitions import cancel_requests, end_finished_jobs, error_columns
+from storage.transitions import cancel_requests, end_finished_jobs, error_columns, return_requests
 
 
 def flush(
@@ -53,7 +53,8 @@ def flush(
 
     A lapsed lease is renewed if no other worker has claimed the request. A lease is lost if the request has a new
     owner, was ended by another process or is past its deadline, or if the job is cancelled or has ended. Progress under
-    a lost lease is not written. `numerics` is the worker's fingerprint, noted with all that it writes.
+    a lost lease is not written. Progress of a paused job is written, and its unfinished requests return to the queue.
+    `numerics` is the worker's fingerprint, noted with all that it writes.
     """
     leases = set(held).union(entry.lease for entry in progress)
     if not leases:
@@ -72,9 +73,11 @@ def flush(
     _end_requests(session, ours, now, numbers, counts)
     cancelled = check.keys(LeaseState.CANCELLED)
     cancel_requests(session, cancelled, now)
+    returned = return_requests(session, is_request(check.paused)) if check.paused else set()
     _count(session, counts)
     return FlushResult(
         lost=frozenset(check.keys(LeaseState.LOST) | cancelled),
+        returned=frozenset(returned),
         ended_jobs=tuple(end_finished_jobs(session, {job_id for job_id, _ in counts.ended | cancelled})),
     )
 

@@ -30,6 +30,7 @@ class LeaseCheck:
     states: Mapping[Lease, LeaseState]
     event_numbers: Mapping[str, int]  # the next one of each job
     unproven: frozenset[RequestKey]  # requests without committed tokens of any lease
+    paused: frozenset[RequestKey]  # held requests of paused jobs
     now: float  # Unix seconds of the database's clock
 
     def keys(self, wanted: LeaseState) -> set[RequestKey]:
@@ -42,16 +43,20 @@ def check_leases(session: Session, worker_id: str, leases: Collection[Lease]) ->
     jobs = {job.id: job for job in _locked_jobs(session, {lease.job_id for lease in leases})}
     requests = {(row.job_id, row.request_index): row for row in _locked_requests(session, {le.key for le in leases})}
     now = database_now(session)
+    states = {le: _state(le, worker_id, jobs.get(le.job_id), requests.get(le.key), now) for le in leases}
+    held = (lease for lease, state in states.items() if state is LeaseState.HELD)
     return LeaseCheck(
-        states={le: _state(le, worker_id, jobs.get(le.job_id), requests.get(le.key), now) for le in leases},
+        states=states,
         event_numbers={job_id: job.event_number + 1 for job_id, job in jobs.items()},
         unproven=frozenset(key for key, row in requests.items() if not row.proven),
+        paused=frozenset(lease.key for lease in held if jobs[lease.job_id].paused_at is not None),
         now=now,
     )
 
 
 def _locked_jobs(session: Session, job_ids: Collection[str]) -> Collection[AnyRow]:
-    query = select(JobRow.id, JobRow.status, JobRow.expires_at, JobRow.event_number).where(JobRow.id.in_(job_ids))
+    columns = (JobRow.id, JobRow.status, JobRow.paused_at, JobRow.expires_at, JobRow.event_number)
+    query = select(*columns).where(JobRow.id.in_(job_ids))
     return session.connection().execute(query.order_by(JobRow.id).with_for_update(key_share=True)).all()
 
 

@@ -15,23 +15,25 @@ from jobs.api.http.body import Body
 from jobs.api.http.multipart import read_expires_after_s
 from jobs.api.schemas import serializers
 from jobs.api.schemas.openapi import BATCH_BODY, ERRORS
-from jobs.api.schemas.replies import BatchPage, BatchReply
+from jobs.api.schemas.replies import BatchPage, BatchReply, BatchStatus
 from jobs.api.schemas.route_responses import responses
 from jobs.api.submissions import IDEMPOTENCY_KEY, json_object, read_endpoint, read_window_s, require_json
 from jobs.api.write_threads import run_write
 from jobs.errors import InvalidValue, MissingParameter, NotFound
 from jobs.messages import JobStatus
 from jobs.submission.batches import BatchSubmission, create_batch
+from jobs.submission.management import MANAGED_FIELDS, Managed
 from jobs.submission.values import refuse_unknown
 from jobs.tracing import submit_span
 from storage import queries
+from storage.job_filter import JobFilter
 from storage.queries import JobView
 
 router = APIRouter(prefix="/v1/batches", tags=["batches"], responses=ERRORS)
 
 _MAX_BODY_BYTES = 65_536  # enough for the largest metadata
 _OPENAI_FIELDS = frozenset({"input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after"})
-_FIELDS = _OPENAI_FIELDS | {"compare_plain"}
+_FIELDS = _OPENAI_FIELDS | MANAGED_FIELDS | {"compare_plain"}
 
 
 @router.post("", response_model=None, openapi_extra=BATCH_BODY, responses=responses(BatchReply, 400, 404, 409))
@@ -58,16 +60,15 @@ def list_batches(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query(max_length=128)] = None,
     order: Literal["asc", "desc"] = "desc",
-    status: JobStatus | None = None,
+    status: BatchStatus | None = None,
 ) -> Response:
     """List batches by creation time, newest first unless `order` is `asc`. `after`: last id of the page before."""
     with services.database.read() as session:
         if after and not _is_batch(queries.job(session, after, caller.sees)):
             raise InvalidValue("Unknown batch id in `after`.", param="after")
         newest_first = order == "desc"
-        page = queries.jobs(
-            session, limit, after or None, caller.sees, batches_only=True, status=status, newest_first=newest_first
-        )
+        wanted = JobFilter(caller.sees, batches_only=True, statuses=_statuses(status))
+        page = queries.jobs(session, limit, after or None, wanted, newest_first=newest_first)
     return JSONResponse(serializers.page([serializers.batch(job) for job in page.jobs], page.has_more))
 
 
@@ -94,6 +95,12 @@ async def cancel(batch: ExistingBatch, services: CurrentServices, caller: Curren
     return JSONResponse(serializers.batch(await run_write(cancel_job, services, batch, caller, "batch")))
 
 
+def _statuses(status: str | None) -> tuple[str, ...]:
+    """Return the statuses of jobs whose batches have a status: OpenAI knows no `paused`."""
+    paused = (JobStatus.PAUSED,) if status == JobStatus.IN_PROGRESS else ()
+    return () if status is None else (status, *paused)
+
+
 def _is_batch(job: JobView | None) -> bool:
     return job is not None and job.input_file_id is not None
 
@@ -107,6 +114,7 @@ def _read_submission(body: Body, idempotency_key: str | None, caller: Caller) ->
         completion_window=_text(fields, "completion_window"),
         window_s=read_window_s(fields["completion_window"]),
         metadata=fields.get("metadata"),
+        managed=Managed.of(fields),
         output_expires_after_s=_output_expires_after_s(fields.get("output_expires_after")),
         api_key_id=caller.key_id,
         idempotency_key=idempotency_key,

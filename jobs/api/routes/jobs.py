@@ -12,27 +12,31 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from jobs.api.auth.caller import Caller, CurrentCaller
 from jobs.api.auth.stream_limits import StreamSlot
-from jobs.api.dependencies import CurrentServices, ExistingJob, Services, cancel_job, find_job
+from jobs.api.dependencies import CurrentServices, ExistingJob, Services, cancel_job, find_job, pause_or_resume
 from jobs.api.http.body import Body
 from jobs.api.http.event_stream import event_stream
 from jobs.api.http.stored_file import open_stored
 from jobs.api.routes.job_outputs import CURSOR, OutputSource
 from jobs.api.schemas import serializers
-from jobs.api.schemas.openapi import ERRORS, JOB_BODY
+from jobs.api.schemas.openapi import CHANGES_BODY, ERRORS, JOB_BODY
 from jobs.api.schemas.route_responses import EVENTS, JOB, JOB_CHECK, JOBS, LINES, STATISTICS
-from jobs.api.submissions import max_body_bytes, read_submission
+from jobs.api.submissions import json_changes, max_body_bytes, read_label, read_submission, require_json
 from jobs.api.write_threads import run_write
 from jobs.errors import InvalidValue, NotFound
 from jobs.messages import JobStatus
 from jobs.streaming.sse import decode_cursor
 from jobs.submission.checking import check_job
 from jobs.submission.intake import Submission, create_job, retry_job
+from jobs.submission.management import change_job
 from jobs.tracing import submit_span
 from storage import files, queries
+from storage.job_filter import JobFilter
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses=ERRORS)
 
 ID_PREFIX = "^[A-Za-z0-9_-]{0,64}$"
+MAX_SEARCH_CHARS = 512
+_MAX_CHANGES_BYTES = 65_536  # enough for the largest labels
 _RECONNECT = b"retry: 1000\n\n"  # ms until EventSource reconnects
 
 
@@ -97,23 +101,36 @@ def list_jobs(
     mine: Annotated[bool, Query(description="Only jobs of the caller's own key.")] = False,
     id_prefix: Annotated[str, Query(pattern=ID_PREFIX, description="Only jobs whose id starts with this.")] = "",
     order: Literal["asc", "desc"] = "desc",
-    status: JobStatus | None = None,
+    status: Annotated[list[JobStatus] | None, Query(description="Only jobs with one of these statuses.")] = None,
+    label: Annotated[
+        list[str] | None,
+        Query(description="Only jobs with these labels: `team=search`, or `team` for any value."),
+    ] = None,
+    name: Annotated[str | None, Query(description="Only jobs with this name.")] = None,
+    model: Annotated[str | None, Query(description="Only jobs of this model.")] = None,
+    search: Annotated[
+        str, Query(max_length=MAX_SEARCH_CHARS, description="Only jobs with this text in the name or a label.")
+    ] = "",
 ) -> Response:
-    """List jobs by creation time, newest first unless `order` is `asc`. `after`: last id of the page before."""
+    """List jobs by creation time, newest first unless `order` is `asc`. `after`: last id of the page before.
+
+    Filters add up: a job must meet all of them.
+    """
     with services.database.read() as session:
         if after and queries.job(session, after, caller.sees) is None:
             raise InvalidValue("Unknown job id in `after`.", param="after")
         owner, newest_first = caller.key_id if mine else caller.sees, order == "desc"
-        page = queries.jobs(
-            session,
-            limit,
-            after or None,
+        wanted = JobFilter(
             owner,
             interactive,
             id_prefix=id_prefix,
-            status=status,
-            newest_first=newest_first,
+            statuses=tuple(status or ()),
+            labels=tuple(map(read_label, label or ())),
+            name=name,
+            model=model,
+            search=search,
         )
+        page = queries.jobs(session, limit, after or None, wanted, newest_first=newest_first)
     return JSONResponse(serializers.page([serializers.job(job) for job in page.jobs], page.has_more))
 
 
@@ -121,6 +138,36 @@ def list_jobs(
 async def retrieve(job: ExistingJob) -> Response:
     """Read one job."""
     return JSONResponse(serializers.job(job))
+
+
+@router.patch("/{job_id}", response_model=None, openapi_extra=CHANGES_BODY, responses=JOB)
+async def change(job: ExistingJob, request: Request, services: CurrentServices, caller: CurrentCaller) -> Response:
+    """Change the name, labels, priority or concurrency limit of a job; null removes one. Other labels stay."""
+    require_json(request.headers)
+
+    def accept(body: Body) -> Response:
+        change_job(job, json_changes(body.open().read()), services.database)
+        services.notify(job.id, job.model)  # it may run more requests now
+        return JSONResponse(serializers.job(find_job(services, job.id, caller)))
+
+    async with services.bodies.received(request, _MAX_CHANGES_BYTES) as body:
+        return await run_write(accept, body)
+
+
+@router.post("/{job_id}/pause", response_model=None, responses=JOB)
+async def pause(job: ExistingJob, services: CurrentServices, caller: CurrentCaller) -> Response:
+    """Pause a job. May be repeated; 409 if it has ended.
+
+    Its running requests return to the queue with their text so far, and continue from there. Its completion window does
+    not stop.
+    """
+    return JSONResponse(serializers.job(await run_write(pause_or_resume, services, job, caller, "pause")))
+
+
+@router.post("/{job_id}/resume", response_model=None, responses=JOB)
+async def resume(job: ExistingJob, services: CurrentServices, caller: CurrentCaller) -> Response:
+    """Let a paused job go on, with the same texts as without the pause. May be repeated; 409 if it has ended."""
+    return JSONResponse(serializers.job(await run_write(pause_or_resume, services, job, caller, "resume")))
 
 
 @router.post("/{job_id}/cancel", response_model=None, responses=JOB)

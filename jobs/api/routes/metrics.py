@@ -125,7 +125,7 @@ class _DatabaseCollector(Collector):
 def _queue(stats: QueueStats) -> Iterator[Metric]:
     jobs = GaugeMetricFamily("basic_jobs_open", "Jobs that have not ended.", labels=["model"])
     requests = GaugeMetricFamily(
-        "basic_requests_open", "Requests that are queued or running.", labels=["model", "status"]
+        "basic_requests_open", "Requests that are queued, running, or of paused jobs.", labels=["model", "status"]
     )
     leases = GaugeMetricFamily("basic_leases", "Leases of workers on requests: held or lapsed.", labels=["state"])
     age = GaugeMetricFamily(
@@ -135,6 +135,7 @@ def _queue(stats: QueueStats) -> Iterator[Metric]:
         jobs.add_metric([model.model], model.jobs)
         requests.add_metric([model.model, "queued"], model.queued)
         requests.add_metric([model.model, "running"], model.running)
+        requests.add_metric([model.model, "paused"], model.paused)
         age.add_metric([model.model], model.oldest_s)
     leases.add_metric(["held"], stats.leases_held)
     leases.add_metric(["lapsed"], stats.leases_lapsed)

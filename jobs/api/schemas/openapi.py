@@ -12,9 +12,17 @@ from fastapi import FastAPI
 
 from jobs.api.schemas.replies import ErrorReply
 from jobs.api.schemas.route_responses import examples, streamed_schemas
-from jobs.messages import CHAT_ENDPOINT, MAX_COMPARED_REQUESTS, MAX_STOP_STRINGS, Endpoint, SamplingParameters
+from jobs.messages import (
+    CHAT_ENDPOINT,
+    MAX_COMPARED_REQUESTS,
+    MAX_STOP_STRINGS,
+    Endpoint,
+    Priority,
+    SamplingParameters,
+)
 from jobs.submission.carried import MAX_KEPT_VALUES
 from jobs.submission.fields import PARAMETERS, Treatment, field_of
+from jobs.submission.management import MAX_CONCURRENT, MAX_NAME_CHARS
 from jobs.submission.parameters.tools import MAX_TOOLS
 from jobs.submission.request_parser import MAX_CUSTOM_ID_CHARS, MAX_TIMEOUT_S
 
@@ -107,6 +115,29 @@ _METADATA: Final[Json] = {
     "additionalProperties": {"type": "string", "maxLength": 512},
     "description": "Your own data; returned with the job.",
 }
+_MANAGED: Final[Json] = {
+    "name": {"type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARS, "description": "Name of the job."},
+    "labels": {**_METADATA, "description": "Labels to find the job by; the same pairs as metadata."},
+    "priority": {"type": "string", "enum": list(Priority), "description": "Which waiting jobs run first."},
+    "max_concurrent": {
+        "type": "integer",
+        "minimum": 1,
+        "maximum": MAX_CONCURRENT,
+        "description": "Maximum number of its requests that run at once.",
+    },
+}
+_CHANGES: Final = _object(
+    "JobChanges",
+    [],
+    _MANAGED
+    | {
+        "labels": {
+            "type": "object",
+            "additionalProperties": {"type": ["string", "null"], "maxLength": 512},
+            "description": "Labels to set; null removes one. Others stay.",
+        }
+    },
+)
 _PART: Final = _object("ContentPart", ["type", "text"], {"type": {"type": "string", "enum": ["text"]}, "text": _TEXT})
 _CALL_SHAPE: Final = _object(
     "MessageToolCall",
@@ -191,6 +222,7 @@ _JOB: Final[Json] = {
     "model": {**_TEXT, "description": "Default: the model of the first request, else the served model."},
     "endpoint": _ENDPOINT,
     "metadata": _METADATA,
+    **_MANAGED,
     "completion_window": _WINDOW,
     "parameters": _object("Parameters", [], _PARAMETERS),
     "compare_plain": {
@@ -284,6 +316,7 @@ JOB_BODY: Final = _body(
     _IDEMPOTENCY,
     **{"application/x-ndjson": _LINES, "application/jsonl": _LINES, "application/x-jsonlines": _LINES},
 )
+CHANGES_BODY: Final = _body(_CHANGES, {"labels": {"name": "Nightly summary", "labels": {"team": "search"}}})
 CHAT_BODY: Final = _body(
     _CHAT,
     {"chat": {"model": "smollm2-135m-instruct", "messages": [{"role": "user", "content": "Name two rivers."}]}},
@@ -321,6 +354,7 @@ _ORDER: Final[Json] = {
             },
         },
         "compare_plain": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_COMPARED_REQUESTS},
+        **{name: _optional(schema) for name, schema in _MANAGED.items()},
     },
 }
 _ORDER_EXAMPLE: Final[Json] = {

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from jobs.messages import Endpoint, JobStatus
+from jobs.messages import Endpoint, JobStatus, Priority
 from storage.queries import WorkerView
 from storage.statistics import JobSummary
 
@@ -142,6 +142,12 @@ class JobReply(_Reply):
     request_counts: RequestCounts
     progress: Progress
     metadata: dict[str, str] | None
+    name: str | None
+    labels: dict[str, str]  # the same pairs as metadata
+    priority: Priority
+    max_concurrent: int | None  # of its requests that run at once
+    paused_at: int | None
+    pause_reason: str | None  # user, or why the service paused it
     retry_of: str | None
     # Sampling parameters that the model's generation config gave to its first request; of a single job only.
     sampling_defaults: Json | None = None
@@ -315,6 +321,11 @@ class BatchUsage(_Reply):
     total_tokens: int
 
 
+BatchStatus = Literal[
+    "validating", "in_progress", "finalizing", "cancelling", "completed", "failed", "expired", "cancelled"
+]
+
+
 class BatchReply(_Reply):
     """A job created from a file. Times are Unix seconds."""
 
@@ -322,7 +333,7 @@ class BatchReply(_Reply):
 
     id: str
     object: Literal["batch"]
-    status: JobStatus
+    status: BatchStatus
     model: str | None
     endpoint: Endpoint
     input_file_id: str

@@ -16,6 +16,7 @@ from jobs.reports.progress import elapsed_s, time_left_s
 from jobs.submission.checking import SubmissionCheck
 from storage.files import FileView
 from storage.numerics import Numerics
+from storage.priorities import priority_of
 from storage.queries import ChoiceView, JobStats, JobView, OutputView, WorkerView
 from storage.statuses import FINAL_JOB_STATUSES
 
@@ -37,6 +38,11 @@ def job(view: JobView) -> Json:
         **_lifecycle(view, view.started_at),
         "progress": _progress(view),
         "metadata": view.metadata,
+        "name": view.name,
+        "labels": dict(view.metadata or {}),
+        "priority": priority_of(view.priority_class),
+        "max_concurrent": view.max_concurrent,
+        **_pause(view),
         "retry_of": view.retry_of,
         **({} if view.sampling_defaults is None else {"sampling_defaults": dict(view.sampling_defaults)}),
     }
@@ -63,12 +69,21 @@ def check(checked: SubmissionCheck) -> Json:
     }
 
 
+def _pause(view: JobView) -> Json:
+    """Return since when and why a job is paused; null once it goes on or ends."""
+    paused = view.paused_at is not None and view.status in (JobStatus.VALIDATING, JobStatus.PAUSED)
+    return {
+        "paused_at": _second(view.paused_at if paused else None),
+        "pause_reason": view.pause_reason if paused else None,
+    }
+
+
 def batch(view: JobView) -> Json:
-    """Return a batch with all fields of OpenAI's Batch, null until they are set."""
+    """Return a batch with all fields of OpenAI's Batch, null until they are set. OpenAI knows no status `paused`."""
     return {
         "id": view.id,
         "object": "batch",
-        "status": view.status,
+        "status": JobStatus.IN_PROGRESS if view.status == JobStatus.PAUSED else view.status,
         "model": view.model or None,
         "endpoint": view.endpoint,
         "input_file_id": view.input_file_id,
@@ -207,7 +222,7 @@ def model(name: str, context_tokens: int | None) -> Json:
 
 def _progress(view: JobView) -> Json:
     run_s = elapsed_s(view)
-    left_s = 0.0 if JobStatus(view.status).final else time_left_s(view)
+    left_s = 0.0 if JobStatus(view.status).final else None if view.status == JobStatus.PAUSED else time_left_s(view)
     return {
         "prompt_tokens": view.prompt_tokens,
         "completion_tokens": view.completion_tokens,

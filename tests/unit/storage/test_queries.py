@@ -7,6 +7,7 @@ from sqlalchemy import text
 
 from storage import job_details, queries, writes
 from storage.job_details import ErrorCount
+from storage.job_filter import JobFilter
 from storage.queries import DepthAcceptance, JobStats
 from storage.records import NewRequest, RequestFailure, RequestProgress, StepRow
 from storage.session import Database
@@ -69,7 +70,8 @@ def test_jobs_are_found_by_a_literal_prefix_of_their_ids(database: Database) -> 
         record(database, job_id)
     with database.read() as session:
         found = {
-            asked: {job.id for job in queries.jobs(session, 5, id_prefix=asked).jobs} for asked in ("a_", "ab", "%")
+            asked: {job.id for job in queries.jobs(session, 5, wanted=JobFilter(id_prefix=asked)).jobs}
+            for asked in ("a_", "ab", "%")
         }
     assert found == {"a_": {"a_1", "a_2"}, "ab": {"ab1"}, "%": set()}
 

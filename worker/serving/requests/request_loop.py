@@ -14,6 +14,7 @@ from jobs.errors import DatabaseUnavailable, RequestRefused
 from jobs.logs import log_context
 from jobs.messages import MESSAGE_VERSION
 from storage import leases
+from storage.fair_share import AGEING_REQUESTS, Ageing
 from storage.records import Checkpoint, RequestFailure, RequestKey, RequestPlan
 from storage.session import DATABASE_UNAVAILABLE, Database, unavailable_reason
 from worker.engine.sequence import Sequence
@@ -64,8 +65,12 @@ class RequestLoop:
         lease_s: float,
         interval_s: float,
         reserved: int = 0,
+        ageing_requests: int = AGEING_REQUESTS,
     ) -> None:
-        """Flush every `interval_s`; `reserved` of the engine's slots are kept for interactive requests."""
+        """Flush every `interval_s`; `reserved` of the engine's slots are kept for interactive requests.
+
+        A priority class gets a request after `ageing_requests` of others.
+        """
         self._codec = codec
         self._sink = sink
         self._database = database
@@ -75,6 +80,7 @@ class RequestLoop:
         self._lease_s = lease_s
         self._interval_s = interval_s
         self._reserved = reserved
+        self._ageing = Ageing(ageing_requests)
         self._readers = RequestReader(codec)
         self._active: dict[RequestKey, ActiveRequest] = {}
         self._choices: dict[int, tuple[ActiveRequest, ActiveChoice]] = {}  # that the engine decodes, by number
@@ -180,6 +186,7 @@ class RequestLoop:
                     holding=self._active,
                     reserved=reserved,
                     body_version=MESSAGE_VERSION,
+                    ageing=self._ageing,
                 )
         except DATABASE_UNAVAILABLE as error:
             raise _unavailable(error) from error
@@ -385,7 +392,9 @@ class RequestLoop:
         self._renewed_at = now if reported else self._renewed_at
         self._flushed_at = time.monotonic()
         ended = {key for key, request in self._active.items() if request.ended}
-        self._drop(ended | set(result.lost))
+        # The last claim found no more of a job that ran as many requests as it may: it may run another one now.
+        self._notified |= any(self._active[key].claim.max_concurrent is not None for key in ended)
+        self._drop(ended | result.lost | result.returned)
 
     def _drop(self, keys: set[RequestKey]) -> None:
         for request in [self._active.pop(key) for key in keys if key in self._active]:

@@ -53,6 +53,7 @@ def _serve(channel: SocketChannel, setup: Setup) -> int:
         lease_s=settings.lease_s,
         interval_s=settings.partials_interval_s,
         reserved=setup.reserved,
+        ageing_requests=settings.priority_ageing_requests,
     )
     exempt_loaded_objects()
     while loop.hand_back_s is None:

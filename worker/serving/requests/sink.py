@@ -81,7 +81,8 @@ class Sink:
                 return self._write(start, end, held)
         middle = (start + end) // 2
         first, second = self._write(start, middle, held), self._write(middle, end, held)
-        return FlushResult(first.lost | second.lost, first.ended_jobs + second.ended_jobs)
+        ended_jobs, returned = first.ended_jobs + second.ended_jobs, first.returned | second.returned
+        return FlushResult(first.lost | second.lost, ended_jobs, returned)
 
     def _started_event(self, request: ActiveRequest, choice: ActiveChoice) -> Iterator[PartialEvent]:
         if not choice.announced:

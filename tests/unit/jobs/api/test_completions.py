@@ -23,6 +23,7 @@ from jobs.openai.logprobs import ScoredToken, TokenAlternatives
 from jobs.openai.prompt_details import PromptDetails, PromptToken
 from jobs.settings import JobsSettings
 from storage import leases, queries, writes
+from storage.job_filter import JobFilter
 from storage.models import JobRow
 from storage.records import RequestFailure, RequestPlan, RequestProgress
 from storage.session import Database
@@ -377,7 +378,7 @@ def test_a_bad_call_is_refused_and_leaves_no_job(
     assert reply.status_code == status, reply.text
     assert (reply.json()["error"]["code"], reply.json()["error"]["param"]) == (code, param)
     with database.read() as session:
-        assert queries.jobs(session, 10, interactive=True).jobs == ()
+        assert queries.jobs(session, 10, wanted=JobFilter(interactive=True)).jobs == ()
 
 
 def refuse(database: Database) -> None:

@@ -1,0 +1,64 @@
+"""Which jobs a list holds: the filter of the API, the command line and the web page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, Select, and_, or_, select
+from sqlalchemy.orm import Session
+
+from storage.dialect import position_of
+from storage.models import JobLabel, JobRow, JobText
+from storage.pausing import shown_status
+from storage.statuses import JobStatus
+
+
+@dataclass(frozen=True, slots=True)
+class JobFilter:
+    """Conditions that a listed job meets, all of them. Unset: any job, except interactive requests."""
+
+    owner: str | None = None  # API key id
+    interactive: bool = False  # include interactive requests, which are jobs too
+    batches_only: bool = False
+    id_prefix: str = ""
+    statuses: tuple[str, ...] = ()  # any of these; `in_progress` does not include paused jobs
+    labels: tuple[tuple[str, str | None], ...] = ()  # (key, value): all of these; value None: any value
+    name: str | None = None  # the whole name
+    model: str | None = None
+    search: str = ""  # in the name or a label, in any case of its letters, or at the start of the id
+
+    def conditions(self, session: Session) -> Iterator[ColumnElement[bool]]:
+        """Yield the conditions on a row of `jobs`."""
+        if self.owner is not None:
+            yield JobRow.api_key_id == self.owner
+        if self.batches_only:
+            yield JobRow.input_file_id.is_not(None)
+        if self.id_prefix:
+            yield JobRow.id.startswith(self.id_prefix, autoescape=True)
+        if self.statuses:
+            yield self._has_status()
+        for key, value in self.labels:
+            yield JobRow.id.in_(_labelled(key, value))
+        if self.name is not None:
+            yield JobRow.name == self.name
+        if self.model is not None:
+            yield JobRow.model == self.model
+        if self.search:
+            found = position_of(session, JobText.text, self.search.casefold()) > 0
+            named = JobRow.id.in_(select(JobText.job_id).where(found))
+            yield or_(named, JobRow.id.startswith(self.search, autoescape=True))
+        if not self.interactive:
+            yield JobRow.priority == 0
+
+    def _has_status(self) -> ColumnElement[bool]:
+        paused = JobStatus.PAUSED in self.statuses
+        stored = {JobStatus.IN_PROGRESS if status == JobStatus.PAUSED else status for status in self.statuses}
+        if paused == (JobStatus.IN_PROGRESS in self.statuses):
+            return JobRow.status.in_(sorted(stored))
+        return and_(JobRow.status.in_(sorted(stored)), shown_status(JobRow).in_(self.statuses))
+
+
+def _labelled(key: str, value: str | None) -> Select[str]:
+    jobs = select(JobLabel.job_id).where(JobLabel.key == key)
+    return jobs if value is None else jobs.where(JobLabel.value == value)
