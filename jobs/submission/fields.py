@@ -247,7 +247,7 @@ FIELDS: Final[tuple[Field, ...]] = (
     *_dropped("string", "The service has one backend.", "guided_decoding_backend"),
     _refused("logits_processors", "list", _CODE, []),
     _refused("vllm_xargs", "object", _CODE, {}),
-    _refused("priority", "integer", "Jobs and keys have fair shares; single requests run first.", 0),
+    _refused("priority", "integer", "A job has a priority class, and single requests run first.", 0),
     *_dropped("string", _IDENTITY, "request_id", "session_id", "cache_salt"),
     *_dropped("object", _ROUTING, "kv_transfer_params", "ec_transfer_params"),
     *_dropped("object", _MEDIA, "media_io_kwargs", "mm_processor_kwargs"),

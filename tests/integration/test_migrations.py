@@ -15,7 +15,8 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import inspect, text
 
-from storage import schema, speedup_checks, writes
+from storage import queries, schema, speedup_checks, writes
+from storage.job_filter import JobFilter
 from storage.models import Base
 from storage.records import RequestProgress, SpeedupCheckResult
 from storage.session import Database, make_engine, write_connection
@@ -120,7 +121,7 @@ def test_down_one_by_one_and_up_again_with_the_jobs_that_were_there(either: str)
     schema.upgrade(either)
     before = tables_and_views(either)
     database = Database.open(either)
-    record(database)
+    record(database, metadata={"name": "Nightly", "team": "search"})
     flush(database, "w1", whole(claim_one(database).lease, 1, 2))
     with database.write() as session:
         speedup_checks.save_check(session, "", "job-1", [SpeedupCheckResult(0, error_code="poison")])
@@ -137,6 +138,8 @@ def test_down_one_by_one_and_up_again_with_the_jobs_that_were_there(either: str)
     with database.read() as session:
         assert session.connection().exec_driver_sql("SELECT status FROM jobs").all() == [("completed",)]
         assert session.connection().exec_driver_sql("SELECT emitted_tokens FROM job_speedup").all() == [(2,)]
+        (found,) = queries.jobs(session, 2, wanted=JobFilter(labels=(("team", "search"),), search="nightly")).jobs
+    assert found.name == "Nightly"
     database.dispose()
 
     schema.downgrade(either, "base")

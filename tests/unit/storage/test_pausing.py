@@ -63,7 +63,7 @@ def test_running_requests_return_to_the_queue_with_their_tokens_and_continue_fro
     more = RequestProgress(going.lease, (tokens_of(2, 2, first=2),))
     result = flush(database, "w1", more, whole(done.lease, 2))
 
-    assert (result.returned, result.lost) == ({going.lease.key}, frozenset())
+    assert (result.returned, result.lost) == (frozenset({going.lease.key}), frozenset())
     assert statuses(database) == ["queued", "completed"]
     assert requests_of(database)[0].attempts == 0  # given back: the attempt does not count
     check_laws(database)
@@ -87,7 +87,7 @@ def test_a_flush_that_is_repeated_after_the_pause_writes_nothing_twice(database:
 
     again = flush(database, "w1", progress)  # the worker does not know that the first one was committed
 
-    assert (again.lost, again.returned) == ({claimed.lease.key}, frozenset())
+    assert (again.lost, again.returned) == (frozenset({claimed.lease.key}), frozenset())
     assert view(database).completion_tokens == 4
     check_laws(database)
 

@@ -41,7 +41,7 @@ def test_a_job_has_the_name_labels_priority_and_limit_of_its_submission(api: Tes
 
 
 def test_lines_take_the_fields_from_the_query(api: TestClient) -> None:
-    query = {"name": "007", "labels": '{"team": "7"}', "priority": "high", "max_concurrent": 3}
+    query: dict[str, str | int] = {"name": "007", "labels": '{"team": "7"}', "priority": "high", "max_concurrent": 3}
     job = api.post("/v1/jobs", params=query, content='"Hello"\n', headers=LINES).json()
     assert (job["name"], job["labels"], job["priority"], job["max_concurrent"]) == ("007", {"team": "7"}, "high", 3)
 
