@@ -34,7 +34,7 @@ from jobs.settings import JobsSettings, read_settings
 from jobs.streaming.pubsub import Publisher
 from jobs.submission.intake import Submission, create_failed_job, create_job
 from jobs.submission.items import Item, read_value
-from jobs.submission.management import Managed
+from jobs.submission.managed.fields import Managed
 from jobs.tracing import TRACEPARENT, as_traceparent, start_tracing, stop_tracing
 from storage.dialect import storable
 from storage.records import RequestFailure

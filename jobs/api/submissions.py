@@ -20,7 +20,7 @@ from jobs.settings import JobsSettings
 from jobs.submission.fields import PARAMETERS
 from jobs.submission.intake import Submission
 from jobs.submission.items import Item, read_json, read_lines
-from jobs.submission.management import MANAGED_FIELDS, Managed
+from jobs.submission.managed.fields import MANAGED_FIELDS, Managed
 from jobs.submission.values import refuse_unknown
 
 OpenFile = Callable[[str], IO[bytes]]

@@ -14,7 +14,7 @@ from jobs.submission.intake import (
     check_queue_limit,
     new_job_id,
 )
-from jobs.submission.management import NOTHING_MANAGED, Managed
+from jobs.submission.managed.fields import NOTHING_MANAGED, Managed
 from storage import files, writes
 from storage.records import NewJob
 from storage.session import Database

@@ -48,7 +48,7 @@ from jobs.producer import Notify
 from jobs.settings import JobsSettings
 from jobs.submission.custom_ids import CustomIds
 from jobs.submission.items import Item
-from jobs.submission.management import NOTHING_MANAGED, Managed
+from jobs.submission.managed.fields import NOTHING_MANAGED, Managed
 from jobs.submission.models import ModelNames, known_models
 from jobs.submission.parameters.grammar import read_grammar
 from jobs.submission.parameters.sampling import parameter_fields, parse_parameters

@@ -22,7 +22,7 @@ from jobs.api.write_threads import run_write
 from jobs.errors import InvalidValue, MissingParameter, NotFound
 from jobs.messages import JobStatus
 from jobs.submission.batches import BatchSubmission, create_batch
-from jobs.submission.management import MANAGED_FIELDS, Managed
+from jobs.submission.managed.fields import MANAGED_FIELDS, Managed
 from jobs.submission.values import refuse_unknown
 from jobs.tracing import submit_span
 from storage import queries

@@ -27,7 +27,7 @@ from jobs.messages import JobStatus
 from jobs.streaming.sse import decode_cursor
 from jobs.submission.checking import check_job
 from jobs.submission.intake import Submission, create_job, retry_job
-from jobs.submission.management import change_job
+from jobs.submission.managed.changes import change_job
 from jobs.tracing import submit_span
 from storage import files, queries
 from storage.job_filter import JobFilter

@@ -22,7 +22,7 @@ from jobs.messages import (
 )
 from jobs.submission.carried import MAX_KEPT_VALUES
 from jobs.submission.fields import PARAMETERS, Treatment, field_of
-from jobs.submission.management import MAX_CONCURRENT, MAX_NAME_CHARS
+from jobs.submission.managed.fields import MAX_CONCURRENT, MAX_NAME_CHARS
 from jobs.submission.parameters.tools import MAX_TOOLS
 from jobs.submission.request_parser import MAX_CUSTOM_ID_CHARS, MAX_TIMEOUT_S
 
