@@ -23,6 +23,8 @@ BasicError
 ├── NotCancellable              the job has already ended
 ├── UploadEnded                 the upload is completed, cancelled or expired
 ├── NotRetryable                the job has not ended, or all its requests succeeded
+├── NotDeletable                the job has not ended
+├── WebhookUnreachable          an endpoint did not answer a test
 ├── CallerRefused               authentication, permission or rate limit
 │   ├── InvalidKey              missing or invalid API key
 │   ├── NotPermitted            the key lacks the scope
@@ -221,6 +223,20 @@ class NotRetryable(BasicError):
 
     code = "not_retryable"
     status_code = 409
+
+
+class NotDeletable(BasicError):
+    """The job has not ended."""
+
+    code = "not_deletable"
+    status_code = 409
+
+
+class WebhookUnreachable(BasicError):
+    """The webhook endpoint was not reached."""
+
+    code = "webhook_unreachable"
+    status_code = 400
 
 
 class CallerRefused(BasicError):

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib.metadata import entry_points
+from ipaddress import ip_network
 from typing import Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator
@@ -53,6 +54,9 @@ class JobsSettings(StorageSettings):
     max_body_bytes: int = Field(200_000_000, gt=0, description="Maximum bytes of a submission.")
     max_file_bytes: int = Field(200_000_000, gt=0, description="Maximum bytes of an uploaded file.")
     file_days: float = Field(30, gt=0, description="Days to keep a file without expires_after.")
+    prompt_days: float = Field(0, ge=0, description="Days to keep the prompts of jobs that have ended; 0: for ever.")
+    output_days: float = Field(0, ge=0, description="Days to keep the outputs of jobs that have ended; 0: for ever.")
+    step_days: float = Field(0, ge=0, description="Days to keep the decoding steps of jobs that ended; 0: for ever.")
     max_json_bytes: int = Field(16_000_000, gt=0, description="Maximum bytes of a JSON body (NDJSON: max_body_bytes).")
     max_line_bytes: int = Field(10_000_000, gt=0, description="Maximum bytes of a line in NDJSON bodies and files.")
     max_prompt_chars: int = Field(1_000_000, gt=0, description="Maximum characters of a prompt.")
@@ -61,6 +65,15 @@ class JobsSettings(StorageSettings):
         20.0, gt=0, description="Seconds until a worker's unrenewed claim lapses; more than the longest step."
     )
     partials_interval_s: float = Field(0.5, gt=0, description="Seconds between commits of new tokens.")
+    webhook_networks: str = Field(
+        "",
+        description="Networks that webhooks may call besides public addresses, also over http, comma-separated, "
+        "such as `10.0.0.0/8`.",
+    )
+    webhook_timeout_s: float = Field(10.0, gt=0, le=300, description="Seconds that a webhook may take to answer.")
+    webhook_retry_s: float = Field(
+        86_400, ge=0, description="Seconds for which a webhook that fails is tried again; then its event is dead."
+    )
 
     @property
     def served_names(self) -> tuple[str, ...]:
@@ -72,6 +85,14 @@ class JobsSettings(StorageSettings):
         """`model_aliases` as a dict from name to model."""
         pairs = (pair.partition("=") for pair in self.model_aliases.split(",") if pair.strip())
         return {name.strip(): model.strip() for name, _, model in pairs}
+
+    @field_validator("webhook_networks")
+    @classmethod
+    def _networks_are_networks(cls, networks: str) -> str:
+        for part in networks.split(","):
+            if part.strip():
+                ip_network(part.strip())  # its ValueError says what is wrong
+        return networks
 
     @field_validator("model_aliases")
     @classmethod

@@ -20,6 +20,7 @@ from storage.models import JobRow, Request
 from storage.records import NewRequest
 from storage.statuses import BATCH_FILE_JOB_STATUSES, UNREAD_JOB_STATUSES
 from storage.transitions import cancel_unclaimed, end_finished_jobs
+from storage.webhooks import queue_deliveries
 from storage.writes import request_row
 
 _COPIED_COLUMNS: Final = (
@@ -162,6 +163,7 @@ def fail_batch(
     )  # inserted by an earlier processor that found the input valid
     ended = {"status": status, "finished_at": database_now(session), "clerk_until": None}
     session.execute(update(JobRow).where(JobRow.id == claim.job_id).values(errors=list(errors), model=model, **ended))
+    queue_deliveries(session, [claim.job_id])
     return status
 
 
@@ -185,6 +187,7 @@ def end_batch(session: Session, claim: BatchClaim, end: BatchEnd, lease_s: float
             usage=dict(end.usage),
         )
     )
+    queue_deliveries(session, [claim.job_id])
     return status
 
 

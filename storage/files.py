@@ -6,17 +6,20 @@ bytes once no batch reads from it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from sqlalchemy import ColumnElement, and_, delete, insert, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, Double, and_, delete, insert, literal, or_, select, tuple_, update
 from sqlalchemy.orm import Session
 
-from storage.dialect import AnyRow, database_now, insert_or_ignore, owned_by
-from storage.models import File, FileChunk, JobRow
+from storage.dialect import AnyRow, database_now, insert_or_ignore, is_one_of, owned_by
+from storage.models import ApiKey, File, FileChunk, JobRow
 from storage.statuses import UNREAD_JOB_STATUSES
 
 CHUNK_BYTES: Final = 1 << 20
+_FILES_PER_DELETE: Final = 20
+_CHUNKS_PER_DELETE: Final = 64  # each 1 MiB
 ABANDONED_S: Final = 86_400.0  # an upload that is unfinished after this time is abandoned
 
 
@@ -58,9 +61,11 @@ def append_chunk(session: Session, file_id: str, index: int, data: bytes) -> Non
 
 
 def finish_file(session: Session, file_id: str, size: int, expires_after_s: float | None, purpose: str) -> None:
-    """Make a completely written file visible, and set its `created_at` to now."""
+    """Make a completely written file visible, and set its `created_at` to now. Its key may allow less time."""
     now = database_now(session)
-    expires_at = None if expires_after_s is None else now + expires_after_s
+    allowed = select(ApiKey.files_kept_s).join(File, File.api_key_id == ApiKey.id).where(File.id == file_id)
+    times = [lasts_s for lasts_s in (expires_after_s, session.scalar(allowed)) if lasts_s is not None]
+    expires_at = now + min(times) if times else None
     shown = {"status": "ready", "bytes": size, "created_at": now, "expires_at": expires_at, "purpose": purpose}
     session.execute(update(File).where(File.id == file_id, File.status == "writing").values(**shown))
 
@@ -120,7 +125,10 @@ def chunk(session: Session, file_id: str, index: int) -> bytes | None:
 
 
 def clear_files(session: Session) -> int:
-    """Delete the bytes of deleted, expired and abandoned files that no batch reads; return how many files."""
+    """Delete some bytes of deleted, expired and abandoned files that no batch reads; return how many files it touched.
+
+    One call deletes a few chunks, so that other writers wait no longer: call it again until it returns 0.
+    """
     now = database_now(session)
     ended = or_(
         File.status == "deleted",
@@ -130,12 +138,31 @@ def clear_files(session: Session) -> int:
     in_use = select(JobRow.input_file_id).where(
         JobRow.status.in_(UNREAD_JOB_STATUSES), JobRow.validated_at.is_(None), JobRow.input_file_id.is_not(None)
     )
-    free = select(File.id).where(ended, File.id.not_in(in_use)).order_by(File.id).with_for_update(skip_locked=True)
-    ids = list(session.scalars(free))
+    free = select(File.id).where(ended, File.id.not_in(in_use)).order_by(File.id).limit(_FILES_PER_DELETE)
+    ids = list(session.scalars(free.with_for_update(skip_locked=True)))
     if ids:
-        session.execute(delete(FileChunk).where(FileChunk.file_id.in_(ids)))
-        session.execute(update(File).where(File.id.in_(ids)).values(status="cleared"))
+        clear_chunks(session, ids)
     return len(ids)
+
+
+def clear_chunks(session: Session, ids: Sequence[str]) -> bool:
+    """Delete some chunks of hidden files, and the names of files that have none left; return whether all are done."""
+    some = select(FileChunk.file_id, FileChunk.chunk_index).where(FileChunk.file_id.in_(ids)).limit(_CHUNKS_PER_DELETE)
+    keys = [(row.file_id, row.chunk_index) for row in session.execute(some)]
+    if keys:
+        session.execute(delete(FileChunk).where(is_one_of((FileChunk.file_id, FileChunk.chunk_index), keys)))
+    left = set(session.scalars(select(FileChunk.file_id).where(FileChunk.file_id.in_(ids)).distinct()))
+    done = [file_id for file_id in ids if file_id not in left]
+    session.execute(update(File).where(File.id.in_(done)).values(status="cleared", filename=""))
+    return not left
+
+
+def hide_old_files(session: Session, older_than_s: float | None) -> int:
+    """Delete the files that were created longer ago; None: than their key allows. Return how many."""
+    kept_s = select(ApiKey.files_kept_s).where(ApiKey.id == File.api_key_id).scalar_subquery()
+    age_s = kept_s if older_than_s is None else literal(older_than_s, Double())
+    old = update(File).where(File.status == "ready", File.created_at < database_now(session) - age_s)
+    return len(session.scalars(old.values(status="deleted").returning(File.id)).all())
 
 
 def _is_visible(now: float) -> ColumnElement[bool]:

@@ -5,7 +5,7 @@ Stores hashes only and caches nothing: a revoked key is rejected from the next c
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, Final
@@ -17,6 +17,7 @@ from storage.dialect import AnyRow, clock, database_now, dialect_of
 from storage.models import ApiKey, JobRow
 from storage.records import NewKey
 from storage.statuses import QUOTA_JOB_STATUSES
+from storage.webhooks import remove_endpoints_of
 
 _KEYS: Final = ApiKey.__table__
 _IN_USE: Final = select(exists().where(_KEYS.c.id.is_not(None)))  # runs with every API call
@@ -59,6 +60,11 @@ class KeyView:
     created_at: float
     expires_at: float | None
     revoked_at: float | None
+    # Seconds to keep them after their job has ended, files after their creation; None: the installation's settings.
+    prompts_kept_s: float | None
+    outputs_kept_s: float | None
+    files_kept_s: float | None
+    steps_kept_s: float | None
     valid: bool  # neither revoked nor expired
 
 
@@ -78,10 +84,17 @@ def add_key(session: Session, key: NewKey) -> None:
     session.execute(insert(ApiKey).values(**columns, expires_at=None if lasts_s is None else now + lasts_s))
 
 
+def change_retention(session: Session, key_id: str, kept_s: Mapping[str, float | None]) -> None:
+    """Change how long a key's data is kept: columns such as `prompts_kept_s`, in seconds; None: as the settings say."""
+    if kept_s:
+        session.execute(update(ApiKey).where(ApiKey.id == key_id).values(**kept_s))
+
+
 def revoke_key(session: Session, key_id: str) -> bool:
-    """Revoke a key; False if it does not exist or was revoked before."""
+    """Revoke a key and remove its webhooks; False if it does not exist or was revoked before."""
     now = database_now(session)
     live = (ApiKey.id == key_id, ApiKey.revoked_at.is_(None))
+    remove_endpoints_of(session, key_id)
     return session.execute(update(ApiKey).where(*live).values(revoked_at=now).returning(ApiKey.id)).first() is not None
 
 

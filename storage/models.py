@@ -30,7 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from storage.statuses import FILE_STATUSES, STORED_JOB_STATUSES, UPLOAD_STATUSES, RequestStatus
+from storage.statuses import DELIVERY_STATUSES, FILE_STATUSES, STORED_JOB_STATUSES, UPLOAD_STATUSES, RequestStatus
 from storage.steps.view import create_step_view, drop_step_view
 from storage.views import create_views, drop_views
 
@@ -123,6 +123,11 @@ class JobRow(Base):
     pause_reason: Mapped[str | None]
     priority_class: Mapped[int] = mapped_column(server_default=text("0"))  # storage.priorities.Priority.rank
     max_concurrent: Mapped[int | None]  # of its requests that run at once, over all workers
+    source_file_id: Mapped[str | None]  # uploaded file that the requests were read from at submission; not of a batch
+    erased_at: Mapped[float | None]  # hidden since then; its rows are deleted in pieces (storage.erasure)
+    # Deleted because of their age (storage.prune).
+    prompts_deleted_at: Mapped[float | None]
+    outputs_deleted_at: Mapped[float | None]
 
     __table_args__ = (
         UniqueConstraint("api_key_id", "idempotency_key"),
@@ -140,6 +145,9 @@ class JobRow(Base):
             postgresql_where=text("name IS NOT NULL"),
         ),
         _where_set("compare_plain", "compare_plain > 0 AND compared_at IS NULL"),
+        _where_set("erased_at", "erased_at IS NOT NULL"),
+        _where_set("input_file_id", "input_file_id IS NOT NULL"),
+        _where_set("source_file_id", "source_file_id IS NOT NULL"),
     )
 
 
@@ -655,6 +663,59 @@ class ApiKey(Base):
     created_at: Mapped[float]
     expires_at: Mapped[float | None]
     revoked_at: Mapped[float | None]
+    # Seconds to keep them after their job has ended, files after their creation; NULL: the installation's settings.
+    prompts_kept_s: Mapped[float | None]
+    outputs_kept_s: Mapped[float | None]
+    files_kept_s: Mapped[float | None]
+    steps_kept_s: Mapped[float | None]
+
+
+class WebhookEndpoint(Base):
+    """A URL that is called when jobs of a key end (storage.webhooks)."""
+
+    __tablename__ = "webhook_endpoints"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    api_key_id: Mapped[str]
+    name: Mapped[str]
+    url: Mapped[str]
+    event_types: Mapped[list[Any]]
+    job_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))  # NULL: of all jobs
+    all_keys: Mapped[bool] = mapped_column(server_default=false())  # of the jobs of all keys
+    secret: Mapped[str]  # signs: it can't be a hash
+    old_secret: Mapped[str | None]
+    old_secret_until: Mapped[float | None]
+    created_at: Mapped[float]
+    updated_at: Mapped[float]
+
+    __table_args__ = (_where_set("job_id", "job_id IS NOT NULL"),)
+
+
+class WebhookDelivery(Base):
+    """One event for one endpoint: the outbox. Written by the transaction that ends the job.
+
+    No foreign key to the endpoint: one that is removed meanwhile must not fail the transaction of a worker.
+    """
+
+    __tablename__ = "webhook_deliveries"
+
+    id: Mapped[str] = mapped_column(primary_key=True)  # the same in every attempt: `webhook-id`
+    endpoint_id: Mapped[str] = mapped_column(index=True)
+    event_type: Mapped[str]
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
+    created_at: Mapped[float]
+    status: Mapped[str]  # storage.statuses.DELIVERY_STATUSES
+    attempts: Mapped[int]  # the fencing token of the sender
+    queued_at: Mapped[float]  # created, or queued again by hand: retries end a day later
+    next_at: Mapped[float]  # when it is due; while it is sent, the end of the sender's claim
+    last_status_code: Mapped[int | None]
+    last_error: Mapped[str | None]  # one line
+    ended_at: Mapped[float | None]
+
+    __table_args__ = (
+        CheckConstraint(_one_of("status", DELIVERY_STATUSES), name="status"),
+        _where_set("next_at", "status = 'pending'"),
+    )
 
 
 class SpeculationStateRow(Base):

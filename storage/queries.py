@@ -63,6 +63,8 @@ class JobView:
     pause_reason: str | None  # storage.pausing.BY_USER, or why the service paused it
     priority_class: int  # storage.priorities.Priority.rank
     max_concurrent: int | None
+    prompts_deleted_at: float | None  # because of their age
+    outputs_deleted_at: float | None
     # Sampling parameters that the model's generation config gave to its first request; not in lists.
     sampling_defaults: Mapping[str, Any] | None = None
 
@@ -185,7 +187,7 @@ _FIRST_REQUEST: Final = and_(_REQUESTS.job_id == _JOBS.id, _REQUESTS.request_ind
 _JOB_QUERY: Final = select(
     *_JOB_COLUMNS,
     select(_REQUESTS.sampling_defaults).where(_FIRST_REQUEST).scalar_subquery().label("sampling_defaults"),
-).where(_JOBS.id == bindparam("job_id"))
+).where(_JOBS.id == bindparam("job_id"), _JOBS.erased_at.is_(None))
 _OWNED_JOB_QUERY: Final = _JOB_QUERY.where(_JOBS.api_key_id == bindparam("owner"))
 
 
@@ -204,7 +206,7 @@ def jobs(
     newest_first: bool = True,
 ) -> JobViewPage:
     """Return up to `limit` jobs by creation time, starting after the job `after`; an unknown `after` returns none."""
-    query = select(*_JOB_COLUMNS).where(*wanted.conditions(session))
+    query = select(*_JOB_COLUMNS).where(*wanted.conditions(session), JobRow.erased_at.is_(None))
     columns = (JobRow.created_at, JobRow.id)
     query = query.order_by(*(c.desc() if newest_first else c.asc() for c in columns)).limit(limit + 1)
     if after is not None:
@@ -374,20 +376,25 @@ def _job_view(row: AnyRow) -> JobView:
 def _output_view(rows: list[AnyRow]) -> OutputView:
     """Return a request from the rows of its join with `outputs`: one per choice; one with NULLs if it has no choice."""
     request = rows[0]
+    choices = tuple(_choice_views(row for row in rows if row.choice_index is not None))
+    is_deleted = request.status == "completed" and not choices
     return OutputView(
         custom_id=request.custom_id,
         request_index=request.request_index,
         status=request.status,
-        error_code=request.error_code,
-        error_message=request.error_message,
+        error_code="output_deleted" if is_deleted else request.error_code,
+        error_message=_OUTPUT_DELETED if is_deleted else request.error_message,
         error_param=request.error_param,
-        error_status_code=request.error_status_code,
-        choices=tuple(_choice_views(row for row in rows if row.choice_index is not None)),
+        error_status_code=410 if is_deleted else request.error_status_code,
+        choices=choices,
         answer_format=request.answer_format,
         sampling_defaults=request.sampling_defaults,
         keep=request.keep,
         body=getattr(request, "body", None),
     )
+
+
+_OUTPUT_DELETED: Final = "The output was deleted because of its age."
 
 
 def _choice_views(rows: Iterable[AnyRow]) -> Iterator[ChoiceView]:

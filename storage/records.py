@@ -50,6 +50,7 @@ class NewJob:
     body_version: int = 1  # version of the request bodies; older workers skip the job
     compare_plain: int = 0  # number of requests to decode again, with and without drafts, after completion
     traceparent: str | None = None  # W3C trace context of the submission
+    source_file_id: str | None = None  # uploaded file that the requests were read from
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,11 @@ class NewKey:
     max_tokens_queued: int | None = None
     max_requests_per_minute: int | None = None
     lasts_s: float | None = None  # lifetime; None: does not expire
+    # Seconds to keep them after their job has ended, files after their creation; None: the installation's settings.
+    prompts_kept_s: float | None = None
+    outputs_kept_s: float | None = None
+    files_kept_s: float | None = None
+    steps_kept_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

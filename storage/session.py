@@ -224,6 +224,7 @@ def _prepare_connection(connection: Any, _record: object) -> None:
     _enable_wal(cursor)
     cursor.execute("PRAGMA synchronous = NORMAL")
     cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.execute("PRAGMA secure_delete = ON")  # deleted prompts and texts leave the file; many builds do it anyway
     cursor.close()
 
 

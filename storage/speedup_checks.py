@@ -142,6 +142,7 @@ def _sampled_requests(session: Session, job_id: str) -> Iterable[SampledRequest]
             is_one_of((Request.job_id, Request.request_index), [(job_id, index) for index in sample]),
             ChoiceOutput.choice_index == 0,
             ChoiceOutput.completion_tokens > 0,
+            Request.body.is_not(None),  # NULL: deleted because of its age
         )
         .order_by(Request.request_index)
     )

@@ -65,3 +65,5 @@ FINAL_REQUEST_STATUSES: Final = (RequestStatus.COMPLETED, *ERROR_REQUEST_STATUSE
 # writing: not visible yet; deleted: hidden; cleared: hidden, and its bytes are deleted.
 FILE_STATUSES: Final = ("writing", "ready", "deleted", "cleared")
 UPLOAD_STATUSES: Final = ("pending", "completed", "cancelled")
+# Of an event that goes to a webhook: dead after a day of failed attempts.
+DELIVERY_STATUSES: Final = ("pending", "delivered", "dead")

@@ -26,6 +26,7 @@ from storage.dialect import (
 from storage.models import JobRow, Partial, Request
 from storage.records import FailedRequest, RequestFailure, RequestKey
 from storage.statuses import ACTIVE_JOB_STATUSES, CANCELLABLE_JOB_STATUSES, OPEN_REQUEST_STATUSES
+from storage.webhooks import queue_deliveries
 
 _IS_BATCH: Final = JobRow.input_file_id.is_not(None)
 
@@ -73,7 +74,9 @@ def end_finished_jobs(session: Session, job_ids: Collection[str]) -> list[tuple[
         .values(status=final, finished_at=now)
         .returning(JobRow.id, JobRow.status)
     )
-    return sorted((job_id, status) for job_id, status in ended)
+    pairs = sorted((job_id, status) for job_id, status in ended)
+    queue_deliveries(session, [job_id for job_id, _ in pairs])
+    return pairs
 
 
 def request_cancel(session: Session, job_id: str) -> str | None:

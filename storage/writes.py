@@ -159,6 +159,7 @@ def _job_row(job: NewJob, now: float) -> dict[str, Any]:
         "body_version": job.body_version,
         "compare_plain": job.compare_plain,
         "traceparent": job.traceparent,
+        "source_file_id": job.source_file_id,
     }
 
 

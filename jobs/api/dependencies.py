@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass
 from typing import Annotated, Literal, cast
 
@@ -13,18 +14,20 @@ from starlette.types import Scope
 
 from jobs.api.auth.caller import Caller, CurrentCaller
 from jobs.api.http.body import BodyReader
-from jobs.errors import IsInteractive, JobEnded, NotCancellable, NotFound
+from jobs.errors import IsInteractive, JobEnded, NotCancellable, NotDeletable, NotFound
 from jobs.messages import JobStatus
 from jobs.producer import Notify
 from jobs.settings import JobsSettings
 from jobs.streaming.hub import EventHub
-from storage import queries, writes
+from storage import erasure, queries, webhooks, writes
 from storage.pausing import pause_job, resume_job
+from storage.prune import paced
 from storage.queries import JobView
 from storage.session import Database
 
 _SCOPE_KEY = "basic.job"  # of the prefetched job
 _JOB_PATH = re.compile(r"/v1/jobs/(?P<job_id>[^/]+)(?:/|$)")
+_ERASE_S = 2.0  # of a call
 _CANCELLED = frozenset({JobStatus.CANCELLING, JobStatus.CANCELLED})
 
 
@@ -76,6 +79,28 @@ def pause_or_resume(services: Services, job: JobView, caller: Caller, act: Liter
     if act == "resume":
         services.notify(job.id, job.model)
     return found
+
+
+def delete_job(services: Services, job: JobView, *, cancel: bool = False, noun: str = "job") -> None:
+    """Hide a job that has ended and erase it; the pruner erases the rest of a large one in the background.
+
+    With `cancel`, one that still runs is cancelled, and erased as soon as it has ended; else raise NotDeletable.
+    """
+    with services.database.write() as session:
+        status = webhooks.lock_status(session, job.id)
+        if status is not None and not JobStatus(status).final:
+            if not cancel:
+                raise NotDeletable(
+                    f"The {noun} is {status}. Cancel it or wait until it has ended, then delete it; "
+                    "?cancel=true does both (basic rm --cancel)."
+                )
+            status = writes.request_cancel(session, job.id)
+        erasure.hide_job(session, job.id)
+    if status is not None and JobStatus(status).final:
+        ends_at = time.monotonic() + _ERASE_S
+        for _ in paced(erasure.erase_job(services.database, job.id)):
+            if time.monotonic() > ends_at:
+                return  # the pruner continues
 
 
 def prefetch_job(scope: Scope, caller: Caller, connection: Connection) -> None:

@@ -29,7 +29,9 @@ from jobs.schema_check import require_schema
 from jobs.settings import JobsSettings
 from jobs.streaming.pubsub import Publisher
 from jobs.tracing import start_tracing, stop_tracing
+from jobs.upkeep.pruner import Pruner
 from jobs.upkeep.reconciler import ROLE, Reconciler
+from jobs.webhooks.sender import WebhookSender
 from storage import keys
 from storage.leader_election import resign
 from storage.session import LONG_STATEMENT_TIMEOUT_S, Database, is_read_only
@@ -64,7 +66,7 @@ def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
     if ready_file is not None:
         _write_url(ready_file, listener)
     try:
-        with _reconciling(settings):
+        with _upkeep(settings):
             _Server(server_config(api)).run(sockets=[listener])
     finally:
         database.dispose()
@@ -85,8 +87,8 @@ def server_config(api: FastAPI) -> uvicorn.Config:
 
 
 @contextmanager
-def _reconciling(settings: JobsSettings) -> Iterator[None]:
-    """Run the reconciler beside the server, so that jobs expire also while no worker runs."""
+def _upkeep(settings: JobsSettings) -> Iterator[None]:
+    """Run reconciler, pruner and the sender of webhooks beside the server: jobs expire also while no worker runs."""
     database = Database.open(settings.resolved_database_url, statement_timeout_s=LONG_STATEMENT_TIMEOUT_S)
     publisher = Publisher(settings.redis_url)
     reconciler = Reconciler(
@@ -95,10 +97,15 @@ def _reconciling(settings: JobsSettings) -> Iterator[None]:
         WorkerNotifier(settings.redis_url).notify,
         lease_s=settings.lease_s,
     )
+    sender, pruner = WebhookSender(database, settings), Pruner(database, settings)
     reconciler.start()
+    sender.start()
+    pruner.start()
     try:
         yield
     finally:
+        sender.stop()
+        pruner.stop()
         reconciler.stop()
         publisher.close()
         database.dispose()

@@ -59,6 +59,7 @@ def read_submission(
 
     `open_file` opens the file of an `input_file_id`.
     """
+    file_id = None
     if _content_type(headers) in _LINES_TYPES:
         fields, items = _with_first_line(_query_fields(query), read_lines(body.open(), max_line_bytes))
     else:
@@ -70,6 +71,7 @@ def read_submission(
     submission = _submission(fields, items)
     return replace(
         submission,
+        source_file_id=file_id,
         api_key_id=key_id,
         idempotency_key=headers.get(IDEMPOTENCY_KEY),
         body_sha256=_digest(body, query),

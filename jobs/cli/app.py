@@ -18,12 +18,13 @@ import jobs
 from jobs.cli.database import database_commands
 from jobs.cli.extras import add_placeholders, extra_of, is_own_module, not_installed
 from jobs.cli.fields import fields
-from jobs.cli.jobs import cancel, follow, list_jobs, results, retry, status, submit
+from jobs.cli.jobs import cancel, follow, list_jobs, results, retry, rm, status, submit
 from jobs.cli.keys import key_commands
 from jobs.cli.options import FAILED, WRONG_USE
 from jobs.cli.service import api, doctor, down, up
 from jobs.cli.settings import settings
 from jobs.cli.stats import report, stats
+from jobs.cli.webhooks.commands import webhook_commands
 from jobs.errors import BasicError, ChildRefused, UnknownSetting
 from jobs.processes import BAD_SETTINGS_STATUS
 from jobs.settings import refuse_unknown_settings, settings_sentence
@@ -37,13 +38,14 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 COMMANDS: Sequence[Callable[..., None]] = (
-    *(submit, follow, status, results, retry, cancel, list_jobs),
+    *(submit, follow, status, results, retry, cancel, rm, list_jobs),
     *(stats, report, up, down, api, doctor, settings, fields),
 )
 for command in COMMANDS:
     app.command("jobs" if command is list_jobs else None)(command)
 app.add_typer(database_commands, name="db")
 app.add_typer(key_commands, name="keys")
+app.add_typer(webhook_commands, name="webhooks")
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,32 +36,58 @@ def _say_packed(packed: int, total: int) -> None:
     typer.echo(f"Packed {packed:,} of {total:,} decoding steps", err=True)
 
 
+def _age(what: str) -> Any:
+    return typer.Option(metavar="AGE", help=f"Delete {what} older than this: a number and m, h or d, such as 30d.")
+
+
 @database_commands.command()
 def prune(
-    steps_older_than: Annotated[
-        str, typer.Option(metavar="AGE", help="Age of the jobs, since they ended: a number and m, h or d, such as 30d.")
-    ],
+    prompts_older_than: Annotated[str | None, _age("prompts of jobs that ended")] = None,
+    outputs_older_than: Annotated[str | None, _age("outputs of jobs that ended")] = None,
+    steps_older_than: Annotated[str | None, _age("decoding steps of jobs that ended")] = None,
+    files_older_than: Annotated[str | None, _age("files")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Delete the decoding steps of jobs that ended longer ago. Jobs and outputs are kept.
+    """Delete old prompts, outputs, steps and files. The jobs and their counts are kept.
+
+    Without options, apply BASIC_PROMPT_DAYS, BASIC_OUTPUT_DAYS, BASIC_STEP_DAYS and the ages of keys now, as the API
+    server does by itself. With options, exactly these ages hold for all keys. Jobs that were deleted are erased too.
 
     Example: basic db prune --steps-older-than 30d
     """
+    given = {
+        "prompts": prompts_older_than,
+        "outputs": outputs_older_than,
+        "steps": steps_older_than,
+        "files": files_older_than,
+    }
+    ages_s = {name: _age_s(age, name) for name, age in given.items() if age is not None}
+    settings = JobsSettings()
     with needs("api"):
         from jobs.schema_check import explain_database_errors, require_schema
-        from storage.prune import prune_steps
+        from jobs.upkeep.pruner import ages_of, prune_all
+        from storage.prune import Ages
         from storage.session import Database
-    try:
-        age_s = parse_duration_s(steps_older_than, zero=True)
-    except ValueError as exc:
-        raise typer.BadParameter(f"{exc}, such as 30d", param_hint="--steps-older-than") from exc
-    url = JobsSettings().resolved_database_url
+    url = settings.resolved_database_url
     require_schema(url)
+    ages = Ages(**{f"{name}_s": age_s for name, age_s in ages_s.items()}, by_key=False) if ages_s else ages_of(settings)
     with explain_database_errors(url):
         database = Database.open(url, statement_timeout_s=None)
-        deleted = sum(prune_steps(database, age_s))
+        deleted = prune_all(database, ages)
     database.dispose()
-    typer.echo(json.dumps({"deleted_steps": deleted}) if as_json else f"Deleted {deleted:,} steps")
+    shown = {name: count for name, count in deleted.items() if count or name in ages_s}
+    if as_json:
+        typer.echo(json.dumps({f"deleted_{name}": count for name, count in shown.items()}))
+    else:
+        said = ", ".join(f"{count:,} {name}" for name, count in shown.items())
+        typer.echo(f"Deleted {said}" if said else "Nothing was old enough")
+
+
+def _age_s(age: str, name: str) -> float:
+    try:
+        return parse_duration_s(age, zero=True)
+    except ValueError as exc:
+        raise typer.BadParameter(f"{exc}, such as 30d", param_hint=f"--{name}-older-than") from exc
 
 
 @database_commands.command()

@@ -1,4 +1,4 @@
-"""`basic submit`, `follow`, `status`, `results`, `retry`, `cancel` and `jobs`."""
+"""`basic submit`, `follow`, `status`, `results`, `retry`, `cancel`, `rm` and `jobs`."""
 
 from __future__ import annotations
 
@@ -270,6 +270,21 @@ def cancel(job: Annotated[str, typer.Argument(help="Job id or a prefix of it.")]
     with lookup.connect() as client:
         info = find_job(client, job).cancel()
         print_json(info) if as_json else typer.echo(f"Job {info.id} is {job_status_text(info)}")
+
+
+def rm(
+    jobs: Annotated[list[str], typer.Argument(metavar="JOB…", help="Job ids or prefixes of them.")],
+    cancel: Annotated[bool, typer.Option("--cancel", help="Cancel jobs that still run, then erase them.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Erase jobs that have ended: prompts, outputs, steps, and files that no other job reads. There is no way back.
+
+    Example: basic rm batch_0123456789abcdef
+    """
+    with lookup.connect() as client:
+        for found in [find_job(client, job) for job in jobs]:
+            found.delete(cancel=cancel)
+            print_json({"id": found.id, "deleted": True}) if as_json else typer.echo(f"Erased job {found.id}")
 
 
 def list_jobs(

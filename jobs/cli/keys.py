@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from storage.session import Database
 
 _MAX_NAME_CHARS = 100
+_Retention = typer.Option(
+    metavar="NAME=AGE,…",
+    help="How long to keep prompts, outputs and steps after their job has ended, and files, such as "
+    "prompts=7d,outputs=30d. Default: BASIC_PROMPT_DAYS and so on.",
+)
 _MAX_REQUESTS_PER_MINUTE = 100_000
 
 key_commands = typer.Typer(
@@ -54,6 +59,7 @@ def create(
     expires_in: Annotated[
         str | None, typer.Option(help="Lifetime: a number and m, h or d, such as 30d. Default: no expiry.")
     ] = None,
+    retention: Annotated[str | None, _Retention] = None,
     key_file: Annotated[
         Path | None,
         typer.Option(
@@ -69,6 +75,7 @@ def create(
     from jobs.keys import KeyLimits, new_key
     from storage import keys
 
+    kept_s = _kept_s(retention)
     key, stored = new_key(
         _name(name),
         _scopes(scope),
@@ -81,6 +88,7 @@ def create(
         known = keys.find_key(session, stored.id)
         if known is None:
             keys.add_key(session, stored)
+            keys.change_retention(session, stored.id, kept_s)
     if known is not None:
         _refuse_another(known, stored)
     if as_json:
@@ -119,6 +127,24 @@ def list_keys(as_json: AsJson = False) -> None:
 
 
 @key_commands.command()
+def update(
+    key: Annotated[str, typer.Argument(help="Id of the key, or its name if it is unique.")],
+    retention: Annotated[str, _Retention],
+) -> None:
+    """Change how long what belongs to a key is kept; NAME=default goes back to the settings.
+
+    Example: basic keys update alice --retention prompts=7d,files=1d,steps=default
+    """
+    from storage import keys
+
+    kept_s = _kept_s(retention)
+    with _database() as database, database.write() as session:
+        key_id = _find(keys.list_keys(session), key)
+        keys.change_retention(session, key_id, kept_s)
+    typer.echo(f"Changed {key_id}")
+
+
+@key_commands.command()
 def revoke(key: Annotated[str, typer.Argument(help="Id of the key, or its name if it is unique.")]) -> None:
     """Revoke a key: it is rejected from now on. Its jobs and files are kept; keys with the scope admin can read them.
 
@@ -152,6 +178,7 @@ def _fields(key: KeyView) -> dict[str, Any]:
         "max_requests_queued": key.max_requests_queued,
         "max_tokens_queued": key.max_tokens_queued,
         "requests_per_minute": key.max_requests_per_minute,
+        "kept_s": {name: age_s for name in _KEPT if (age_s := getattr(key, f"{name}_kept_s")) is not None},
         "created_at": int(key.created_at),
         "expires_at": None if key.expires_at is None else int(key.expires_at),
         "revoked_at": None if key.revoked_at is None else int(key.revoked_at),
@@ -186,6 +213,23 @@ def _scopes(given: list[str] | None) -> tuple[Any, ...]:
         return tuple(dict.fromkeys(Scope(scope) for scope in given or (Scope.SUBMIT, Scope.READ)))
     except ValueError as exc:
         raise typer.BadParameter(f"must be one of {', '.join(Scope)}", param_hint="--scope") from exc
+
+
+def _kept_s(retention: str | None) -> dict[str, float | None]:
+    """Return the columns of a retention such as `prompts=7d,outputs=30d`."""
+    kept: dict[str, float | None] = {}
+    for part in retention.split(",") if retention is not None else ():
+        name, _, age = part.strip().partition("=")
+        if name not in _KEPT:
+            raise typer.BadParameter(f"{name!r} is not one of {', '.join(_KEPT)}", param_hint="--retention")
+        try:
+            kept[f"{name}_kept_s"] = None if age == "default" else parse_duration_s(age, zero=True)
+        except ValueError as exc:
+            raise typer.BadParameter(f"{name}: {exc}, such as 30d", param_hint="--retention") from exc
+    return kept
+
+
+_KEPT = ("prompts", "outputs", "files", "steps")
 
 
 def _seconds(text: str) -> float:

@@ -282,6 +282,8 @@ def keys_table(keys: Iterable[Mapping[str, Any]]) -> Table:
     table = Table(identity, name, "scopes", "state", "limits", box=None, pad_edge=False)
     for key in keys:
         limits = ", ".join(f"{key[limit]:,d} {unit}" for limit, unit in _LIMITS.items() if key[limit] is not None)
+        kept = ", ".join(f"{name} {age_s / 86_400:g} d" for name, age_s in key["kept_s"].items())
+        limits = f"{limits}; keeps {kept}".removeprefix("; ") if kept else limits
         table.add_row(key["id"], Text(safe(key["name"])), ", ".join(key["scopes"]), _key_state(key), limits or "none")
     return table
 

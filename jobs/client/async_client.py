@@ -206,6 +206,18 @@ class AsyncClient:
         """Cancel a job. Outputs of completed requests are kept."""
         return JobInfo.model_validate(await self._call("POST", f"/v1/jobs/{job_id}/cancel"))
 
+    async def delete(self, job_id: str, *, cancel: bool = False) -> None:
+        """Erase a job that has ended: prompts, outputs, steps and its files. `cancel`: one that still runs, too."""
+        await self._call("DELETE", f"/v1/jobs/{job_id}", params={"cancel": cancel})
+
+    async def call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
+        """Call a route that has no method here, such as those of webhooks, and return its JSON.
+
+        `arguments` are those of an httpx request, such as `json` and `params`. Retried like all calls while the service
+        is busy.
+        """
+        return await self._call(method, path, **arguments)
+
     async def retry(self, job_id: str, *, idempotency_key: str | None = None) -> AsyncJob:
         """Submit the requests of an ended job that have no result as a new job, and return it."""
         reply = await self._call("POST", f"/v1/jobs/{job_id}/retry", headers=_key(idempotency_key))
@@ -402,6 +414,10 @@ class AsyncJob:
     async def cancel(self) -> JobInfo:
         """Cancel the job. Outputs of completed requests are kept."""
         return await self._client.cancel(self.id)
+
+    async def delete(self, *, cancel: bool = False) -> None:
+        """Erase the job, which has ended: prompts, outputs, steps and its files. `cancel`: cancel it first."""
+        await self._client.delete(self.id, cancel=cancel)
 
     async def retry(self, *, idempotency_key: str | None = None) -> AsyncJob:
         """Submit the requests without a result as a new job, and return it."""

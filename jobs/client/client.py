@@ -127,6 +127,10 @@ class Client:
         """List jobs, newest first; arguments as for AsyncClient.jobs."""
         return run_without_loop(self._client.jobs(limit, after, mine=mine, id_prefix=id_prefix))
 
+    def delete(self, job_id: str, *, cancel: bool = False) -> None:
+        """Erase a job that has ended: prompts, outputs, steps and its files. `cancel`: one that still runs, too."""
+        run_without_loop(self._client.delete(job_id, cancel=cancel))
+
     def stats(self, limit: int = 100) -> DataFrame | list[Statistics]:
         """Return the statistics of the newest jobs, one row per job: a DataFrame, or a list of dicts without pandas."""
         rows = run_without_loop(self._client.job_rows(limit=limit))
@@ -208,6 +212,10 @@ class Job:
     def cancel(self) -> JobInfo:
         """Cancel the job. Outputs of completed requests are kept."""
         return self._client.run(lambda client: client.cancel(self.id))
+
+    def delete(self, *, cancel: bool = False) -> None:
+        """Erase the job, which has ended: prompts, outputs, steps and its files. `cancel`: cancel it first."""
+        self._client.delete(self.id, cancel=cancel)
 
     def retry(self, *, idempotency_key: str | None = None) -> Job:
         """Submit the requests without a result as a new job, and return it."""

@@ -58,6 +58,8 @@ class JobInfo(Reply):
     progress: JobProgress
     metadata: dict[str, str] | None = None
     retry_of: str | None = None  # the job whose requests without a result this job runs
+    prompts_deleted_at: int | None = None  # because of their age
+    outputs_deleted_at: int | None = None
     sampling_defaults: dict[str, Any] | None = None  # that the model's generation config gave to its first request
 
 

@@ -81,6 +81,7 @@ class Submission:
     window_s: float | None = None
     traceparent: str | None = None
     compare_plain: Any = None  # number of requests to decode again without drafts, to measure the speed-up
+    source_file_id: str | None = None  # uploaded file that the items are read from
     job_id: str | None = None
     api_key_id: str | None = None
     idempotency_key: str | None = None
@@ -158,7 +159,7 @@ def retry_job(
             requests = (_with_tokens(request, context_tokens) for request in found)
             first = next(requests, None)
             if first is None:
-                raise NotRetryable
+                raise NotRetryable(_PROMPTS_DELETED if job.prompts_deleted_at is not None else None)
             recorded = writes.insert_job(session, replace(again, traceparent=traceparent), chain([first], requests))
             if recorded.created:
                 check_queue_limit(session, settings.max_requests_queued)
@@ -169,6 +170,9 @@ def retry_job(
     if recorded.created:
         notify(recorded.job_id, job.model)
     return recorded.job_id
+
+
+_PROMPTS_DELETED = "The prompts of this job were deleted because of their age. Submit them again as a new job."
 
 
 def _with_tokens(request: NewRequest, context_tokens: int | None) -> NewRequest:
@@ -339,6 +343,7 @@ def new_job(submission: Submission, rules: Rules, settings: JobsSettings) -> New
         body_sha256=submission.body_sha256,
         body_version=MESSAGE_VERSION,
         compare_plain=check_compare_plain(submission.compare_plain),
+        source_file_id=submission.source_file_id,
     )
 
 

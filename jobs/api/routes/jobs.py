@@ -1,4 +1,4 @@
-"""Routes of jobs: submit, list, read, cancel, retry, and stream outputs and events."""
+"""Routes of jobs: submit, list, read, cancel, delete, retry, and stream outputs and events."""
 
 from __future__ import annotations
 
@@ -12,14 +12,23 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from jobs.api.auth.caller import Caller, CurrentCaller
 from jobs.api.auth.stream_limits import StreamSlot
-from jobs.api.dependencies import CurrentServices, ExistingJob, Services, cancel_job, find_job, pause_or_resume
+from jobs.api.dependencies import (
+    CurrentServices,
+    ExistingJob,
+    Services,
+    cancel_job,
+    delete_job,
+    find_job,
+    pause_or_resume,
+)
 from jobs.api.http.body import Body
 from jobs.api.http.event_stream import event_stream
 from jobs.api.http.stored_file import open_stored
 from jobs.api.routes.job_outputs import CURSOR, OutputSource
 from jobs.api.schemas import serializers
 from jobs.api.schemas.openapi import CHANGES_BODY, ERRORS, JOB_BODY
-from jobs.api.schemas.route_responses import EVENTS, JOB, JOB_CHECK, JOBS, LINES, STATISTICS
+from jobs.api.schemas.replies import JobDeleted
+from jobs.api.schemas.route_responses import EVENTS, JOB, JOB_CHECK, JOBS, LINES, STATISTICS, responses
 from jobs.api.submissions import json_changes, max_body_bytes, read_label, read_submission, require_json
 from jobs.api.write_threads import run_write
 from jobs.errors import InvalidValue, NotFound
@@ -174,6 +183,17 @@ async def resume(job: ExistingJob, services: CurrentServices, caller: CurrentCal
 async def cancel(job: ExistingJob, services: CurrentServices, caller: CurrentCaller) -> Response:
     """Cancel a job. May be repeated; 409 if the job has ended otherwise."""
     return JSONResponse(serializers.job(await run_write(cancel_job, services, job, caller)))
+
+
+@router.delete("/{job_id}", response_model=None, responses=responses(JobDeleted, 404, 409))
+async def delete(
+    job: ExistingJob,
+    services: CurrentServices,
+    cancel: Annotated[bool, Query(description="Cancel the job first, if it still runs.")] = False,
+) -> Response:
+    """Erase a job that has ended: prompts, outputs, steps, and files that no other job reads. 409 if it still runs."""
+    await run_write(delete_job, services, job, cancel=cancel)
+    return JSONResponse({"id": job.id, "object": "job", "deleted": True})
 
 
 @router.post("/{job_id}/retry", response_model=None, responses=JOB)

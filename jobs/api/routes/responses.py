@@ -1,4 +1,4 @@
-"""`/v1/responses`: create, read, stream and cancel responses, in the format of OpenAI's Responses API.
+"""`/v1/responses`: create, read, stream, cancel and delete responses, in the format of OpenAI's Responses API.
 
 A response is a job of one request with the same id, or a request of a batch. Its caller waits for it, or reads it later
 if it is a background response.
@@ -19,15 +19,16 @@ from fastapi.responses import JSONResponse
 from jobs.api.auth.caller import Caller, CurrentCaller
 from jobs.api.auth.stream_limits import StreamSlot, StreamSlotIfAsked
 from jobs.api.calls import call_fields, call_output, create_call, drain, follow_call, next_text, or_disconnect
-from jobs.api.dependencies import CurrentServices, Services, cancel_job
+from jobs.api.dependencies import CurrentServices, Services, cancel_job, delete_job
 from jobs.api.http.body import Body
 from jobs.api.http.event_stream import event_stream
 from jobs.api.schemas import serializers
 from jobs.api.schemas.openapi import ERRORS, RESPONSE_BODY
-from jobs.api.schemas.route_responses import INPUT_ITEMS, RESPONSE, STREAMED_RESPONSE
+from jobs.api.schemas.replies import ResponseDeleted
+from jobs.api.schemas.route_responses import INPUT_ITEMS, RESPONSE, STREAMED_RESPONSE, responses
 from jobs.api.submissions import require_json
 from jobs.api.write_threads import run_write
-from jobs.errors import BasicError, InvalidValue, NotCancellable, NotFound
+from jobs.errors import BasicError, InvalidValue, NotCancellable, NotDeletable, NotFound
 from jobs.json_lines import json_line
 from jobs.messages import RESPONSES_ENDPOINT, GenerationRequest, PartialEvent
 from jobs.openai.answer_words import WordParser
@@ -145,6 +146,15 @@ async def cancel_response(found: ExistingResponse, services: CurrentServices, ca
     except TimeoutError:
         pass  # its status says so
     return JSONResponse((await run_in_threadpool(_find, services, found.stored.id, caller)).object())
+
+
+@router.delete("/{response_id}", response_model=None, responses=responses(ResponseDeleted, 404, 409))
+async def delete_response(found: ExistingResponse, services: CurrentServices) -> Response:
+    """Erase a response that has ended; 409 for one that still runs, and for a request of a batch."""
+    if found.job.id != found.stored.id:
+        raise NotDeletable(f"This response belongs to {found.job.id}. Delete that: DELETE /v1/jobs/{found.job.id}.")
+    await run_write(delete_job, services, found.job, noun="response")
+    return JSONResponse({"id": found.stored.id, "object": "response", "deleted": True})
 
 
 @router.get("/{response_id}/input_items", response_model=None, responses=INPUT_ITEMS)

@@ -25,6 +25,7 @@ from jobs.submission.fields import PARAMETERS, Treatment, field_of
 from jobs.submission.managed.fields import MAX_CONCURRENT, MAX_NAME_CHARS
 from jobs.submission.parameters.tools import MAX_TOOLS
 from jobs.submission.request_parser import MAX_CUSTOM_ID_CHARS, MAX_TIMEOUT_S
+from storage.webhooks import EVENT_TYPES
 
 Json = dict[str, Any]
 
@@ -40,6 +41,7 @@ TAGS: Final[list[Json]] = [
     {"name": "batches", "description": "Jobs created from a file, compatible with OpenAI."},
     {"name": "completions", "description": "Single requests, answered at once, compatible with OpenAI."},
     {"name": "responses", "description": "Single requests in the format of OpenAI's Responses API."},
+    {"name": "webhooks", "description": "Calls when jobs end, compatible with OpenAI and Standard Webhooks."},
     {"name": "service", "description": "Models, workers, statistics, health."},
 ]
 _KEY: Final = "key"  # the name of the security scheme
@@ -400,6 +402,30 @@ PART_BODY: Final[Json] = {
 }
 COMPLETE_BODY: Final[Json] = _body(
     _named("UploadCompletion", _COMPLETE), {"parts": {"part_ids": ["part_0279686e3beef124974af6614f487747"]}}
+)
+_EVENT_TYPE: Final[Json] = {"type": "string", "enum": list(EVENT_TYPES)}
+_ENDPOINT_FIELDS: Final[Json] = {
+    "name": {"type": "string", "maxLength": 256},
+    "url": {"type": "string", "format": "uri", "maxLength": 2048, "description": "Public, and https."},
+    "event_types": {"type": "array", "minItems": 1, "items": _EVENT_TYPE},
+}
+_OF_JOBS: Final[Json] = {
+    "job_id": {"type": "string", "description": "Only of this job; default: of all jobs of the key."},
+    "all_keys": {"type": "boolean", "description": "Of the jobs of all keys; needs the scope admin."},
+}
+_KEEP_SECRET: Final[Json] = {"keep_old_secret_active_for_24_hours": {"type": "boolean"}}
+_A_WEBHOOK: Final[Json] = {"name": "nightly", "url": "https://example.com/hook", "event_types": ["batch.completed"]}
+WEBHOOK_BODY: Final[Json] = _body(
+    _object("WebhookEndpoint", ["url", "event_types"], _ENDPOINT_FIELDS | _OF_JOBS), {"nightly": _A_WEBHOOK}
+)
+WEBHOOK_CHANGE_BODY: Final[Json] = _body(
+    _object("WebhookEndpointChange", [], _ENDPOINT_FIELDS), {"name": {"name": "nightly"}}
+)
+WEBHOOK_SECRET_BODY: Final[Json] = _body(
+    _object("WebhookSecretRotation", [], _KEEP_SECRET), {"rotation": {next(iter(_KEEP_SECRET)): True}}
+)
+WEBHOOK_TEST_BODY: Final[Json] = _body(
+    _object("WebhookTest", [], {"event_type": _EVENT_TYPE}), {"test": {"event_type": "batch.completed"}}
 )
 BATCH_BODY: Final[Json] = {
     "requestBody": {

@@ -149,6 +149,8 @@ class JobReply(_Reply):
     paused_at: int | None
     pause_reason: str | None  # user, or why the service paused it
     retry_of: str | None
+    prompts_deleted_at: int | None  # because of their age
+    outputs_deleted_at: int | None
     # Sampling parameters that the model's generation config gave to its first request; of a single job only.
     sampling_defaults: Json | None = None
 
@@ -296,6 +298,22 @@ class FileDeleted(_Reply):
 
     id: str
     object: Literal["file"]
+    deleted: Literal[True]
+
+
+class JobDeleted(_Reply):
+    """Confirmation that a job is hidden and erased."""
+
+    id: str
+    object: Literal["job"]
+    deleted: Literal[True]
+
+
+class ResponseDeleted(_Reply):
+    """Confirmation that a response is hidden and erased."""
+
+    id: str
+    object: Literal["response"]
     deleted: Literal[True]
 
 

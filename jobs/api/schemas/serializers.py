@@ -44,6 +44,8 @@ def job(view: JobView) -> Json:
         "max_concurrent": view.max_concurrent,
         **_pause(view),
         "retry_of": view.retry_of,
+        "prompts_deleted_at": _second(view.prompts_deleted_at),
+        "outputs_deleted_at": _second(view.outputs_deleted_at),
         **({} if view.sampling_defaults is None else {"sampling_defaults": dict(view.sampling_defaults)}),
     }
 

@@ -245,6 +245,7 @@ def test_a_list_of_keys_shows_whole_ids_and_limits_in_words(width: int) -> None:
         "max_requests_queued": 1000,
         "max_tokens_queued": None,
         "requests_per_minute": 120,
+        "kept_s": {"prompts": 86_400.0},
         "expires_at": 1_795_990_000,
         "revoked_at": None,
     }
@@ -254,6 +255,7 @@ def test_a_list_of_keys_shows_whole_ids_and_limits_in_words(width: int) -> None:
     assert key["id"] in words
     assert "_queued" not in words
     assert "1,000" in words
+    assert "keeps prompts 1 d" in words
     assert re.search(r"works until .*2026-11-", words)
 
 

@@ -1,0 +1,3 @@
+"""`basic webhooks`."""
+
+from __future__ import annotations
