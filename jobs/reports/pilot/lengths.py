@@ -1,0 +1,136 @@
+"""How long the texts of a job will be, from those of its pilot.
+
+Lengths follow the Kaplan-Meier estimate (1958): a text that was cut at its `max_tokens` has at least that many tokens,
+which matters for requests with a higher one. Requests are grouped by size, because long prompts often have other
+answers than short ones.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Final
+
+_GROUP_REQUESTS: Final = 24  # pilot requests that make one more group by size
+_MAX_GROUPS: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class PilotText:
+    """A text of the pilot."""
+
+    tokens: int
+    cut: bool  # at max_tokens or the context's end: it would have had more
+
+
+@dataclass(frozen=True, slots=True)
+class PilotRequest:
+    """A request of the pilot that has ended."""
+
+    size: int  # characters of the stored request: known of all requests, before they are tokenized
+    prompt_tokens: int
+    texts: tuple[PilotText, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRequest:
+    """A request that has not run."""
+
+    size: int
+    texts: int
+    max_tokens: int | None  # None: only the context bounds it
+
+
+class LengthCurve:
+    """Survival curve of text lengths."""
+
+    def __init__(self, texts: Iterable[PilotText]) -> None:
+        """Fit the curve; without a text that ended by itself, all are as long as they may be."""
+        counts = Counter((text.tokens, text.cut) for text in texts)
+        left, alive = sum(counts.values()), 1.0
+        self._tokens: list[int] = []  # lengths at which the survival falls, ascending
+        self._alive: list[float] = []  # after them
+        for tokens, cut in sorted(counts):  # of equals, those that ended come first
+            if not cut:
+                alive *= 1 - counts[tokens, cut] / left
+                self._tokens.append(tokens)
+                self._alive.append(alive)
+            left -= counts[tokens, cut]
+        self._longest = max((tokens for tokens, _ in counts), default=0)
+        widths = [b - a for a, b in zip([0, *self._tokens], self._tokens, strict=False)]
+        self._areas = list(accumulate(w * s for w, s in zip(widths, [1.0, *self._alive], strict=False)))
+
+    def mean(self, max_tokens: int | None) -> float:
+        """Return the mean length of texts with this limit: the area below the curve up to it.
+
+        Beyond the longest text that was seen, the curve is 0 without a limit, and goes on as it is with one.
+        """
+        end = self._longest if max_tokens is None else max_tokens
+        at = bisect_left(self._tokens, end)
+        area = self._areas[at - 1] if at else 0.0
+        return area + (end - (self._tokens[at - 1] if at else 0)) * (self._alive[at - 1] if at else 1.0)
+
+    def quantile(self, share: float, max_tokens: int | None) -> int:
+        """Return the length that this share of texts does not exceed."""
+        end = self._longest if max_tokens is None else max_tokens
+        at = bisect_right(self._alive, share - 1, key=lambda alive: -alive)
+        return min(self._tokens[at], end) if at < len(self._tokens) else end
+
+
+class JobLengths:
+    """Predicted prompt and completion tokens of the open requests of a job."""
+
+    def __init__(self, pilot: Sequence[PilotRequest], bounds: Sequence[int]) -> None:
+        """Fit to the pilot, in groups of requests whose sizes are up to each of `bounds`, and beyond the last."""
+        self._bounds = bounds
+        groups: list[list[PilotText]] = [[] for _ in range(len(bounds) + 1)]
+        for request in pilot:
+            groups[self.group(request.size)] += request.texts
+        everything = LengthCurve(text for texts in groups for text in texts)
+        self._curves = [LengthCurve(texts) if texts else everything for texts in groups]
+        self._base, self._slope = _line([(request.size, request.prompt_tokens) for request in pilot])
+
+    def group(self, size: int) -> int:
+        """Return the group of a request by its size."""
+        return bisect_left(self._bounds, size)
+
+    def prompt_tokens(self, size: float) -> float:
+        """Return the prompt tokens of a request of this size."""
+        return max(1.0, self._base + self._slope * size)
+
+    def curve(self, request: OpenRequest) -> LengthCurve:
+        """Return the curve of a request's texts."""
+        return self._curves[self.group(request.size)]
+
+    def totals(self, counts: Mapping[tuple[int, int | None], int], requests: int, size: int) -> tuple[float, float]:
+        """Return prompt and completion tokens; `counts`: texts by group and limit, `size`: that of all requests."""
+        completion = sum(n * self._curves[group].mean(limit) for (group, limit), n in counts.items())
+        return (requests * self.prompt_tokens(size / requests) if requests else 0.0), completion
+
+
+def size_bounds(pilot: Sequence[PilotRequest]) -> list[int]:
+    """Return the sizes that divide the pilot into groups of equal numbers."""
+    groups = min(_MAX_GROUPS, max(1, len(pilot) // _GROUP_REQUESTS))
+    sizes = sorted(request.size for request in pilot)
+    return sorted({sizes[len(sizes) * group // groups] for group in range(1, groups)} - {sizes[-1]}) if sizes else []
+
+
+def texts_by_group(requests: Iterable[OpenRequest], lengths: JobLengths) -> Counter[tuple[int, int | None]]:
+    """Return the number of texts by group and limit."""
+    counts: Counter[tuple[int, int | None]] = Counter()
+    for request in requests:
+        counts[lengths.group(request.size), request.max_tokens] += request.texts
+    return counts
+
+
+def _line(points: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    """Return intercept and slope of the least-squares line; the mean if the sizes don't differ, or it would fall."""
+    if not points:
+        return 0.0, 0.0
+    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else 0.0
+    return (mean_y - slope * mean_x, slope) if slope > 0 else (mean_y, 0.0)
