@@ -21,6 +21,9 @@ BasicError
 │   └── UnsupportedBody         wrong content type or encoding
 ├── NotFound                    no such job, batch or file
 ├── NotCancellable              the job has already ended
+├── NoPilot                     the job has no pilot, or none that predicts anything
+├── PilotRunning                its pilot has not ended
+├── BudgetSpent                 the job would pause again at once
 ├── UploadEnded                 the upload is completed, cancelled or expired
 ├── NotRetryable                the job has not ended, or all its requests succeeded
 ├── NotDeletable                the job has not ended
@@ -208,6 +211,27 @@ class JobEnded(BasicError):
     """The job has ended."""
 
     code = "job_ended"
+    status_code = 409
+
+
+class NoPilot(BasicError):
+    """The job has no pilot: submit it with `pilot`, or with `basic estimate FILE`."""
+
+    code = "no_pilot"
+    status_code = 409
+
+
+class PilotRunning(BasicError):
+    """The pilot of the job has not ended."""
+
+    code = "pilot_running"
+    status_code = 409
+
+
+class BudgetSpent(BasicError):
+    """The job has spent its budget."""
+
+    code = "budget_spent"
     status_code = 409
 
 

@@ -27,6 +27,7 @@ from storage.dialect import (
 )
 from storage.fair_share import Ageing, FairShare, JobShare
 from storage.models import ChoiceOutput, JobRow, Partial, Request
+from storage.pilots import may_run
 from storage.records import Checkpoint, Claim, Lease, RequestKey, RequestPlan
 from storage.steps.columns import stored_steps
 from storage.transitions import cancel_requests, end_finished_jobs, lock_jobs, return_requests
@@ -171,7 +172,7 @@ def _claim_fairly(
     taken: list[RequestKey] = []
     while len(taken) < limit and (shares := fair_share.allocate(limit - len(taken))):
         for job_id, slots in shares.items():
-            unsuspected = and_(Request.job_id == job_id, Request.suspect_group.is_(None))
+            unsuspected = and_(Request.job_id == job_id, Request.suspect_group.is_(None), may_run())
             got = _lock_queued(session, unsuspected, slots, [*holding, *taken])
             taken += got
             fair_share.add_running(job_id, len(got))

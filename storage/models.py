@@ -128,6 +128,10 @@ class JobRow(Base):
     # Deleted because of their age (storage.prune).
     prompts_deleted_at: Mapped[float | None]
     outputs_deleted_at: Mapped[float | None]
+    budget_tokens: Mapped[int | None] = mapped_column(BigInteger)  # storage.budgets
+    budget_s: Mapped[float | None]
+    paused_s: Mapped[float] = mapped_column(server_default=text("0"))  # of pauses that are over, since its start
+    pilot_only: Mapped[bool] = mapped_column(server_default=false())  # only its pilot may run (storage.pilots)
 
     __table_args__ = (
         UniqueConstraint("api_key_id", "idempotency_key"),
@@ -503,6 +507,17 @@ class CheckedRequest(Base):
 
 def _of_a_job() -> ForeignKeyConstraint:
     return ForeignKeyConstraint(["job_id"], ["jobs.id"], ondelete="CASCADE")
+
+
+class PilotRow(Base):
+    """A request of a job's pilot (storage.pilots)."""
+
+    __tablename__ = "pilot_requests"
+
+    job_id: Mapped[str] = mapped_column(primary_key=True)
+    request_index: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+
+    __table_args__ = (_of_a_job(),)
 
 
 class StepMinute(Base):

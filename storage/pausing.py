@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from storage.dialect import database_now
 from storage.models import JobRow
+from storage.pilots import BY_PILOT
 from storage.statuses import PAUSABLE_JOB_STATUSES, JobStatus
 
 BY_USER: Final = "user"  # the reason of a pause that a caller asked for
@@ -40,7 +41,12 @@ def resume_job(session: Session, job_id: str) -> bool:
     """Let a job go on; False if it can't. A job that is not paused stays as it is. Notify workers after the commit."""
     now = database_now(session)
     paused = update(JobRow).where(_is_pausable(job_id), JobRow.paused_at.is_not(None))
-    session.execute(paused.values(paused_at=None, pause_reason=None, doorbell_at=now))
+    since = case((JobRow.started_at > JobRow.paused_at, JobRow.started_at), else_=JobRow.paused_at)
+    paused_s = JobRow.paused_s + case((JobRow.started_at.is_not(None), now - since), else_=0.0)
+    only_pilot = and_(JobRow.pilot_only, JobRow.pause_reason != BY_PILOT)  # a pilot that was paused goes on
+    session.execute(
+        paused.values(paused_at=None, pause_reason=None, doorbell_at=now, paused_s=paused_s, pilot_only=only_pilot)
+    )
     return _exists(session, job_id)
 
 

@@ -65,6 +65,9 @@ class JobView:
     max_concurrent: int | None
     prompts_deleted_at: float | None  # because of their age
     outputs_deleted_at: float | None
+    budget_tokens: int | None
+    budget_s: float | None
+    paused_s: float  # of pauses that are over
     # Sampling parameters that the model's generation config gave to its first request; not in lists.
     sampling_defaults: Mapping[str, Any] | None = None
 
@@ -335,6 +338,14 @@ def workers(session: Session, within_s: float | None = None) -> list[WorkerView]
     if within_s is not None:
         query = query.where(_is_alive(dialect_of(session), within_s))
     return [WorkerView(*row) for row in session.execute(query)]
+
+
+def live_workers_of(session: Session, model: str) -> list[WorkerView]:
+    """Return the live workers that serve a model, latest start first."""
+    alive = and_(Worker.target == model, _is_alive(dialect_of(session), HEARTBEAT_TIMEOUT_S))
+    columns = [getattr(Worker, name) for name in WorkerView.__dataclass_fields__]
+    rows = session.execute(select(*columns).where(alive).order_by(Worker.started_at.desc(), Worker.id))
+    return [WorkerView(*row) for row in rows]
 
 
 def models(session: Session | Connection) -> list[ModelView]:

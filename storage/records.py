@@ -47,6 +47,8 @@ class NewJob:
     name: str | None = None
     priority_class: int = 0  # storage.priorities.Priority.rank
     max_concurrent: int | None = None  # of its requests that run at once; None: any number
+    budget_tokens: int | None = None  # prompt and completion tokens after which it pauses
+    budget_s: float | None = None  # seconds after which it pauses
     body_version: int = 1  # version of the request bodies; older workers skip the job
     compare_plain: int = 0  # number of requests to decode again, with and without drafts, after completion
     traceparent: str | None = None  # W3C trace context of the submission

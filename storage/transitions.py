@@ -24,6 +24,7 @@ from storage.dialect import (
     storable,
 )
 from storage.models import JobRow, Partial, Request
+from storage.pilots import pause_after_pilot
 from storage.records import FailedRequest, RequestFailure, RequestKey
 from storage.statuses import ACTIVE_JOB_STATUSES, CANCELLABLE_JOB_STATUSES, OPEN_REQUEST_STATUSES
 from storage.webhooks import queue_deliveries
@@ -62,6 +63,7 @@ def end_finished_jobs(session: Session, job_ids: Collection[str]) -> list[tuple[
         return []
     now = database_now(session)
     finished = and_(JobRow.id.in_(job_ids), ~has_open_requests())
+    pause_after_pilot(session, job_ids)
     session.execute(
         update(JobRow)
         .where(finished, _IS_BATCH, JobRow.status == "in_progress")

@@ -149,6 +149,8 @@ def _job_row(job: NewJob, now: float) -> dict[str, Any]:
         "name": job.name,
         "priority_class": job.priority_class,
         "max_concurrent": job.max_concurrent,
+        "budget_tokens": job.budget_tokens,
+        "budget_s": job.budget_s,
         "doorbell_at": now,  # the caller notifies workers after the commit
         "input_file_id": job.input_file_id,
         "completion_window": job.completion_window,

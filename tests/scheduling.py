@@ -6,7 +6,14 @@ from xdist.scheduler import LoadScopeScheduling
 
 # Files whose tests share one `basic up` with SmolLM2.
 _ONE_SERVICE = frozenset(
-    {"test_client_libraries.py", "test_examples.py", "test_one_batch.py", "test_openai.py", "test_tool_calls.py"}
+    {
+        "test_client_libraries.py",
+        "test_estimate.py",
+        "test_examples.py",
+        "test_one_batch.py",
+        "test_openai.py",
+        "test_tool_calls.py",
+    }
 )
 # Files whose tests start servers of their own, each of them or each process: their tests run anywhere.
 _INDEPENDENT = frozenset(

@@ -91,6 +91,12 @@ class WorkerSettings(JobsSettings):
         description="Requests of other priority classes after which a waiting class gets the next slot, so that none "
         "starves.",
     )
+    power_w: float = Field(
+        0,
+        ge=0,
+        description="Power of the worker's device in watts, for estimates of energy where neither NVML nor RAPL "
+        "measures it; 0: no estimate.",
+    )
     interactive_sequences: int = Field(
         2, ge=0, description="Additional sequences that are reserved for interactive requests."
     )

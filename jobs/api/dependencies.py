@@ -10,16 +10,20 @@ from typing import Annotated, Literal, cast
 from fastapi import Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy import Connection
+from sqlalchemy.orm import Session
 from starlette.types import Scope
 
 from jobs.api.auth.caller import Caller, CurrentCaller
 from jobs.api.http.body import BodyReader
-from jobs.errors import IsInteractive, JobEnded, NotCancellable, NotDeletable, NotFound
+from jobs.errors import BudgetSpent, IsInteractive, JobEnded, NotCancellable, NotDeletable, NotFound
 from jobs.messages import JobStatus
 from jobs.producer import Notify
+from jobs.reports.progress import elapsed_s
 from jobs.settings import JobsSettings
 from jobs.streaming.hub import EventHub
 from storage import erasure, queries, webhooks, writes
+from storage.budgets import BY_TOKENS, spent_budget
+from storage.dialect import database_now
 from storage.pausing import pause_job, resume_job
 from storage.prune import paced
 from storage.queries import JobView
@@ -70,6 +74,8 @@ def cancel_job(services: Services, job: JobView, caller: Caller, noun: str = "jo
 def pause_or_resume(services: Services, job: JobView, caller: Caller, act: Literal["pause", "resume"]) -> JobView:
     """Pause a job or let it go on, and return it; raise JobEnded if it has no requests left to run."""
     with services.database.write() as session:
+        if act == "resume":
+            _require_budget(session, job)
         done = pause_job(session, job.id) if act == "pause" else resume_job(session, job.id)
     found = find_job(services, job.id, caller)
     if not done:
@@ -101,6 +107,21 @@ def delete_job(services: Services, job: JobView, *, cancel: bool = False, noun: 
         for _ in paced(erasure.erase_job(services.database, job.id)):
             if time.monotonic() > ends_at:
                 return  # the pruner continues
+
+
+def _require_budget(session: Session, job: JobView) -> None:
+    """Raise BudgetSpent if a paused job would pause again at once."""
+    reason = spent_budget(session, job.id, database_now(session)) if job.status == JobStatus.PAUSED else None
+    if reason is None:
+        return
+    name, option = ("tokens", "--budget-tokens") if reason == BY_TOKENS else ("seconds", "--budget-seconds")
+    spent = job.prompt_tokens + job.completion_tokens if reason == BY_TOKENS else round(elapsed_s(job), 1)
+    limit = job.budget_tokens if reason == BY_TOKENS else job.budget_s
+    raise BudgetSpent(
+        f"The job has spent {spent} of its budget of {limit} {name}. Raise it: basic resume {job.id} {option} N, "
+        f'or PATCH /v1/jobs/{job.id} with {{"budget": {{"{name}": N}}}}. Null removes it.',
+        param=f"budget.{name}",
+    )
 
 
 def prefetch_job(scope: Scope, caller: Caller, connection: Connection) -> None:

@@ -27,7 +27,9 @@ OpenFile = Callable[[str], IO[bytes]]
 
 _JSON_TYPES = {"application/json"}
 _LINES_TYPES = {"application/x-ndjson", "application/jsonl", "application/x-jsonlines"}
-_JOB_FIELDS = MANAGED_FIELDS | {"model", "endpoint", "metadata", "completion_window", "parameters", "compare_plain"}
+_JOB_FIELDS = MANAGED_FIELDS | {
+    *("model", "endpoint", "metadata", "completion_window", "parameters", "compare_plain", "pilot")
+}
 _TEXTS = frozenset({"model", "name"})  # never read as JSON in the query
 _LISTS = frozenset({"requests", "prompts"})
 IDEMPOTENCY_KEY = "idempotency-key"
@@ -100,6 +102,7 @@ def _submission(fields: Mapping[str, Any], items: Iterator[Item]) -> Submission:
         managed=Managed.of(fields),
         window_s=None if window is None else read_window_s(window),
         compare_plain=fields.get("compare_plain"),
+        pilot=fields.get("pilot"),
     )
 
 

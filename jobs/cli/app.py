@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 import jobs
 from jobs.cli.database import database_commands
+from jobs.cli.estimate import estimate
 from jobs.cli.extras import add_placeholders, extra_of, is_own_module, not_installed
 from jobs.cli.fields import fields
 from jobs.cli.jobs import cancel, follow, list_jobs, results, retry, rm, status, submit
@@ -38,7 +39,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 COMMANDS: Sequence[Callable[..., None]] = (
-    *(submit, follow, status, results, retry, cancel, rm, list_jobs),
+    *(submit, estimate, follow, status, results, retry, cancel, rm, list_jobs),
     *(stats, report, up, down, api, doctor, settings, fields),
 )
 for command in COMMANDS:

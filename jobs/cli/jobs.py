@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from jobs.cli import lookup
-from jobs.cli.checking import prompt_counter, report_check
+from jobs.cli.estimate import prompt_counter, report_check
 from jobs.cli.lookup import NO_JOB, find_job
-from jobs.cli.options import FAILED, AsJson, JobId, print_json
+from jobs.cli.options import (
+    FAILED,
+    AsJson,
+    BudgetSeconds,
+    BudgetTokens,
+    IdColumn,
+    IdempotencyKey,
+    JobId,
+    Keep,
+    MaxTokens,
+    MessagesColumn,
+    Model,
+    OfEndpoint,
+    PromptColumn,
+    SchemaFile,
+    Seed,
+    SourceFile,
+    Temperature,
+    Template,
+    budget_of,
+    columns_of,
+    print_json,
+    source_of,
+)
 from jobs.cli.output_files import append_outputs, refuse_output_file, write_outputs
 from jobs.cli.render import (
     choice_lines,
@@ -27,7 +48,6 @@ from jobs.cli.render import (
 from jobs.client import Client, Job
 from jobs.client.outcome import job_status_text
 from jobs.client.parameters import Parameters
-from jobs.client.request_body import DataFile, PromptFile
 from jobs.client.response_format import schema_file
 from jobs.client.results import JobInfo
 from jobs.client.service_location import local_service
@@ -35,51 +55,35 @@ from jobs.control_characters import safe
 from jobs.errors import NotRetryable, RequestRefused
 from jobs.json_lines import json_line
 from jobs.logs import without_secrets
-from jobs.messages import MAX_COMPARED_REQUESTS, TOOLS_TEMPERATURE, Endpoint, JobStatus
+from jobs.messages import MAX_COMPARED_REQUESTS, TOOLS_TEMPERATURE, JobStatus
 from jobs.settings import JobsSettings
-from jobs.tables.columns import Columns
-from jobs.tables.locations import is_url
 from storage.settings import sqlite_file
 
 _REFUSED_CODES = {RequestRefused.code, *(kind.code for kind in RequestRefused.__subclasses__())}
 
 
 def submit(
-    file: Annotated[
-        str, typer.Argument(metavar="FILE", help="Lines of JSON or text, or a table: a path, a URL, or - for stdin.")
-    ],
+    file: SourceFile,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Show the text until the job ends.")] = False,
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Show a progress bar until the job ends.")] = False,
     output: Annotated[
         str | None,
         typer.Option("--output", "-o", help="Wait, then write the outputs: .jsonl, .csv or .parquet, or a URL."),
     ] = None,
-    prompt_column: Annotated[str | None, typer.Option(help="Column of a table with the prompts.")] = None,
-    messages_column: Annotated[str | None, typer.Option(help="Column with lists of messages.")] = None,
-    template: Annotated[
-        str | None, typer.Option(help="Prompt with {column} in it, or a file of Jinja (.jinja, .j2).")
-    ] = None,
-    id_column: Annotated[str | None, typer.Option(help="Column with the custom ids.")] = None,
-    keep: Annotated[
-        list[str] | None, typer.Option(help="Columns that the outputs return, with commas between them.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Target model.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum tokens of a completion.")] = None,
-    temperature: Annotated[
-        float,
-        typer.Option(min=0, max=2, help="Temperature of lines that set none. 0 is greedy; the API's default is 1."),
-    ] = TOOLS_TEMPERATURE,
-    seed: Annotated[int | None, typer.Option(help="Random seed: the same seed gives the same text.")] = None,
-    schema: Annotated[
-        Path | None,
-        typer.Option(dir_okay=False, exists=True, help="JSON schema of the answers of lines that set none."),
-    ] = None,
-    endpoint: Annotated[
-        Endpoint | None, typer.Option(help="Endpoint of all requests. Default: the one that the lines name.")
-    ] = None,
-    idempotency_key: Annotated[
-        str | None, typer.Option(help="Submitting again with the same key creates no second job.")
-    ] = None,
+    prompt_column: PromptColumn = None,
+    messages_column: MessagesColumn = None,
+    template: Template = None,
+    id_column: IdColumn = None,
+    keep: Keep = None,
+    model: Model = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = TOOLS_TEMPERATURE,
+    seed: Seed = None,
+    schema: SchemaFile = None,
+    endpoint: OfEndpoint = None,
+    idempotency_key: IdempotencyKey = None,
+    budget_tokens: BudgetTokens = None,
+    budget_seconds: BudgetSeconds = None,
     compare_plain: Annotated[
         int | None,
         typer.Option(
@@ -109,14 +113,8 @@ def submit(
     """
     if output is not None:
         refuse_output_file(output)
-    columns = Columns(
-        prompt=prompt_column,
-        messages=messages_column,
-        template=template,
-        id=id_column,
-        keep=tuple(name.strip() for names in keep or () for name in names.split(",") if name.strip()),
-    )
-    prompts = _source(file)
+    columns = columns_of(prompt_column, messages_column, template, id_column, keep)
+    prompts = source_of(file)
     form = None if schema is None else schema_file(schema)
     parameters: Parameters = {
         "max_tokens": max_tokens,
@@ -136,6 +134,7 @@ def submit(
             idempotency_key=idempotency_key,
             columns=columns,
             compare_plain=compare_plain,
+            budget=budget_of(budget_tokens, budget_seconds),
             **parameters,
         )
         if follow:
@@ -304,18 +303,6 @@ def list_jobs(
             console.print(jobs_table(listed, console.width, time.time()))
         else:
             typer.echo(NO_JOB)
-
-
-def _source(file: str) -> PromptFile | DataFile:
-    """Return what FILE names; refuse a path that can't be read."""
-    if file == "-":
-        return PromptFile(sys.stdin.buffer.read(), name="Standard input")
-    if not is_url(file) and not Path(file).is_dir():
-        try:
-            Path(file).open("rb").close()
-        except OSError as exc:
-            raise typer.BadParameter(f"{file} can't be read: {exc.strerror}", param_hint="FILE") from exc
-    return DataFile(file)
 
 
 def _wait(job: Job, as_json: bool, output: str | None = None) -> int:

@@ -17,12 +17,12 @@ from jobs.client.parameters import Parameters
 from jobs.client.progress_bar import ProgressCallback, progress_reporter
 from jobs.client.request_body import ALL_COLUMNS, Prompts, build_body
 from jobs.client.response_format import ResponseFormat, adapter_of, response_format
-from jobs.client.results import JobCheck, JobInfo, Output, Statistics, output_rows, to_dataframe
+from jobs.client.results import JobCheck, JobEstimate, JobInfo, Output, Statistics, output_rows, to_dataframe
 from jobs.client.retries import RETRIED_STATUS_CODES, Backoff, ServiceBusy
 from jobs.client.service_errors import error_of
 from jobs.client.service_location import default_api_key, default_api_url
 from jobs.client.uploads import PARTED_BYTES, ResumedUpload
-from jobs.errors import BasicError, ServiceUnavailable
+from jobs.errors import BasicError, PilotRunning, ServiceUnavailable
 from jobs.messages import Endpoint, PartialEvent
 from jobs.settings import JobsSettings
 from jobs.tables.columns import Columns
@@ -78,6 +78,8 @@ class AsyncClient:
         metadata: Mapping[str, str] | None = None,
         completion_window: str | None = None,
         compare_plain: int | None = None,
+        pilot: bool | int | Mapping[str, int] | None = None,
+        budget: Mapping[str, float | None] | None = None,
         idempotency_key: str | None = None,
         columns: Columns = ALL_COLUMNS,
         **parameters: Unpack[Parameters],
@@ -96,6 +98,10 @@ class AsyncClient:
         `compare_plain` of its requests are decoded again with and without drafts, and the statistics of the job compare
         the times.
 
+        With `pilot` (a number of requests, or True for a hundredth of them) these run first; then the job pauses, and
+        `estimate` predicts the rest. With `budget`, an object with `tokens` or `seconds` or both, the job pauses when
+        it has spent that.
+
         A submission carries an idempotency key, so that a retry after a lost response creates no second job.
         """
         body = await self._connection.run_slow(lambda: build_body(prompts, columns))
@@ -105,6 +111,8 @@ class AsyncClient:
             "metadata": metadata,
             "completion_window": completion_window,
             "compare_plain": compare_plain,
+            "pilot": pilot,
+            "budget": None if budget is None else dict(budget),
         }
         fields, settings = _given(job), _settings(parameters)
         if body.lines is not None:
@@ -201,6 +209,18 @@ class AsyncClient:
     async def get(self, job_id: str) -> JobInfo:
         """Return the status, counts and progress of a job."""
         return JobInfo.model_validate(await self._call("GET", f"/v1/jobs/{job_id}"))
+
+    async def resume(self, job_id: str) -> JobInfo:
+        """Let a paused job go on."""
+        return JobInfo.model_validate(await self._call("POST", f"/v1/jobs/{job_id}/resume"))
+
+    async def estimate(self, job_id: str, poll_s: float = 1.0) -> JobEstimate:
+        """Wait until the pilot of a job has ended, and return what it predicts. Raises NoPilot without one."""
+        while True:
+            try:
+                return JobEstimate.model_validate(await self._call("GET", f"/v1/jobs/{job_id}/estimate"))
+            except PilotRunning:
+                await self._connection.sleep(poll_s)
 
     async def cancel(self, job_id: str) -> JobInfo:
         """Cancel a job. Outputs of completed requests are kept."""
@@ -410,6 +430,10 @@ class AsyncJob:
     async def dataframe(self, *, failed: bool = False) -> DataFrame:
         """Return the outputs so far as a pandas DataFrame."""
         return await self._client.dataframe(self.id, failed=failed, response_format=self.response_format)
+
+    async def estimate(self) -> JobEstimate:
+        """Wait until the pilot has ended, and return what it predicts."""
+        return await self._client.estimate(self.id)
 
     async def cancel(self) -> JobInfo:
         """Cancel the job. Outputs of completed requests are kept."""

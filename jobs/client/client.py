@@ -23,7 +23,7 @@ from jobs.client.parameters import Parameters
 from jobs.client.progress_bar import ProgressCallback
 from jobs.client.request_body import ALL_COLUMNS, Prompts
 from jobs.client.response_format import ResponseFormat
-from jobs.client.results import JobCheck, JobInfo, Output, Statistics
+from jobs.client.results import JobCheck, JobEstimate, JobInfo, Output, Statistics
 from jobs.messages import Endpoint, PartialEvent
 from jobs.tables.columns import Columns
 
@@ -82,6 +82,8 @@ class Client:
         metadata: Mapping[str, str] | None = None,
         completion_window: str | None = None,
         compare_plain: int | None = None,
+        pilot: bool | int | Mapping[str, int] | None = None,
+        budget: Mapping[str, float | None] | None = None,
         idempotency_key: str | None = None,
         columns: Columns = ALL_COLUMNS,
         **parameters: Unpack[Parameters],
@@ -95,6 +97,8 @@ class Client:
                 metadata=metadata,
                 completion_window=completion_window,
                 compare_plain=compare_plain,
+                pilot=pilot,
+                budget=budget,
                 idempotency_key=idempotency_key,
                 columns=columns,
                 **parameters,
@@ -208,6 +212,14 @@ class Job:
         """Return the outputs so far as a pandas DataFrame."""
         form = self.response_format
         return self._client.run(lambda client: client.dataframe(self.id, failed=failed, response_format=form))
+
+    def resume(self) -> JobInfo:
+        """Let the job go on."""
+        return self._client.run(lambda client: client.resume(self.id))
+
+    def estimate(self) -> JobEstimate:
+        """Wait until the pilot has ended, and return what it predicts."""
+        return self._client.run(lambda client: client.estimate(self.id))
 
     def cancel(self) -> JobInfo:
         """Cancel the job. Outputs of completed requests are kept."""

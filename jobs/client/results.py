@@ -57,6 +57,8 @@ class JobInfo(Reply):
     request_counts: JobCounts
     progress: JobProgress
     metadata: dict[str, str] | None = None
+    budget: JobBudget | None = None
+    pause_reason: str | None = None  # user, pilot, budget_tokens or budget_seconds
     retry_of: str | None = None  # the job whose requests without a result this job runs
     prompts_deleted_at: int | None = None  # because of their age
     outputs_deleted_at: int | None = None
@@ -100,6 +102,52 @@ class JobCheck(Reply):
     def passes(self) -> bool:
         """True if nothing would be refused."""
         return not self.request_counts.refused and self.limit is None
+
+
+class JobBudget(Reply):
+    """What a job may spend before it pauses."""
+
+    tokens: int | None = None  # of its prompts and completions
+    seconds: float | None = None  # since its start, without pauses
+
+
+class Prediction(Reply):
+    """A predicted number, and the range that holds the truth with a probability of 90 %."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+class PilotResult(Reply):
+    """The requests of a job that ran first."""
+
+    requests: int
+    completed: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class RestPrediction(Reply):
+    """What the other requests of a job will take. None: it can't be predicted."""
+
+    requests: int
+    prompt_tokens: Prediction
+    completion_tokens: Prediction
+    seconds: Prediction | None = None
+    joules: Prediction | None = None
+
+
+class JobEstimate(Reply):
+    """The prediction of a job from its pilot."""
+
+    job_id: str
+    pilot: PilotResult
+    rest: RestPrediction
+    workers: int  # that serve the model
+    batch_sequences: int  # texts of the job that a worker decodes at once
+    power_w: float | None = None  # of a worker
+    power_source: str | None = None  # measured or configured
 
 
 class ErrorDetails(Reply):

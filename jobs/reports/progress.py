@@ -8,11 +8,11 @@ from storage.queries import JobView
 
 
 def elapsed_s(job: JobView) -> float:
-    """Return the seconds from the start of a job to its end, or to now; 0 before it starts."""
+    """Return the seconds from the start of a job to its end, or to now, without its pauses; 0 before it starts."""
     if job.started_at is None:
         return 0.0
-    until = time.time() if job.finished_at is None else job.finished_at
-    return max(0.0, until - job.started_at)
+    until = next((at for at in (job.finished_at, job.paused_at) if at is not None), time.time())
+    return max(0.0, until - job.started_at - job.paused_s)
 
 
 def time_left_s(job: JobView) -> float | None:

@@ -49,6 +49,7 @@ from jobs.settings import JobsSettings
 from jobs.submission.custom_ids import CustomIds
 from jobs.submission.items import Item
 from jobs.submission.managed.fields import NOTHING_MANAGED, Managed
+from jobs.submission.managed.pilot import PilotSize, check_pilot
 from jobs.submission.models import ModelNames, known_models
 from jobs.submission.parameters.grammar import read_grammar
 from jobs.submission.parameters.sampling import parameter_fields, parse_parameters
@@ -59,6 +60,7 @@ from jobs.submission.responses_api.stored_history import StoredHistory
 from jobs.tracing import span
 from storage import keys, queries, writes
 from storage.keys import QuotaExceeded
+from storage.pilots import draw_pilot
 from storage.queries import JobView
 from storage.records import NewJob, NewRequest, RequestFailure
 from storage.session import Database
@@ -77,6 +79,7 @@ class Submission:
     endpoint: Endpoint | None = CHAT_ENDPOINT  # None: that of the first line of a batch file, else chat
     parameters: Mapping[str, Any] = field(default_factory=dict)  # defaults for its requests
     metadata: Any = None
+    pilot: Any = None  # requests that run first, before the job pauses: a number, or True for a hundredth
     managed: Managed = NOTHING_MANAGED  # name, labels, priority, concurrency limit
     window_s: float | None = None
     traceparent: str | None = None
@@ -101,7 +104,8 @@ def create_job(submission: Submission, *, database: Database, notify: Notify, se
         depth = _queue_depth(database)
         fits = depth.reserve(len(buffer), settings.max_requests_queued)
         max_queued = None if fits else settings.max_requests_queued
-        recorded = _store(job, _with_ids(buffer.requests(), ids), database, max_queued, depth)
+        pilot = check_pilot(submission.pilot)
+        recorded = _store(job, _with_ids(buffer.requests(), ids), database, max_queued, depth, pilot)
     if recorded.conflict:
         raise IdempotencyConflict
     if recorded.created:
@@ -353,11 +357,14 @@ def _store(
     database: Database,
     max_queued: int | None = None,
     depth: QueueDepth | None = None,
+    pilot: PilotSize | None = None,
 ) -> writes.InsertedJob:
     """Store a job; raise LimitReached beyond a limit of its key, or beyond `max_queued` requests of all callers."""
     try:
         with database.write() as session:
             recorded = writes.insert_job(session, job, requests)
+            if recorded.created and pilot is not None:
+                draw_pilot(session, recorded.job_id, pilot.requests, pilot.seed)
             if recorded.created and max_queued is not None:
                 counted = check_queue_limit(session, max_queued)
                 if depth is not None:

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 from storage import numerics as fingerprints
 from storage import rollups
+from storage.budgets import pause_spent
 from storage.dialect import (
     insert_into,
     insert_many,
@@ -75,6 +76,8 @@ def flush(
     cancel_requests(session, cancelled, now)
     returned = return_requests(session, is_request(check.paused)) if check.paused else set()
     _count(session, counts)
+    if check.budgeted:
+        pause_spent(session, check.budgeted, now)
     return FlushResult(
         lost=frozenset(check.keys(LeaseState.LOST) | cancelled),
         returned=frozenset(returned),

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from sqlalchemy import select
+from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from storage.dialect import AnyRow, database_now, is_request
@@ -31,6 +31,7 @@ class LeaseCheck:
     event_numbers: Mapping[str, int]  # the next one of each job
     unproven: frozenset[RequestKey]  # requests without committed tokens of any lease
     paused: frozenset[RequestKey]  # held requests of paused jobs
+    budgeted: frozenset[str]  # jobs with a budget
     now: float  # Unix seconds of the database's clock
 
     def keys(self, wanted: LeaseState) -> set[RequestKey]:
@@ -50,13 +51,15 @@ def check_leases(session: Session, worker_id: str, leases: Collection[Lease]) ->
         event_numbers={job_id: job.event_number + 1 for job_id, job in jobs.items()},
         unproven=frozenset(key for key, row in requests.items() if not row.proven),
         paused=frozenset(lease.key for lease in held if jobs[lease.job_id].paused_at is not None),
+        budgeted=frozenset(job_id for job_id, job in jobs.items() if job.budgeted),
         now=now,
     )
 
 
 def _locked_jobs(session: Session, job_ids: Collection[str]) -> Collection[AnyRow]:
     columns = (JobRow.id, JobRow.status, JobRow.paused_at, JobRow.expires_at, JobRow.event_number)
-    query = select(*columns).where(JobRow.id.in_(job_ids))
+    budgeted = or_(JobRow.budget_tokens.is_not(None), JobRow.budget_s.is_not(None)).label("budgeted")
+    query = select(*columns, budgeted).where(JobRow.id.in_(job_ids))
     return session.connection().execute(query.order_by(JobRow.id).with_for_update(key_share=True)).all()
 
 

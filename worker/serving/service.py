@@ -28,7 +28,7 @@ from storage import numerics, writes
 from storage.records import NewWorker
 from storage.session import DATABASE_UNAVAILABLE, LONG_STATEMENT_TIMEOUT_S, Database, unavailable_reason
 from worker.loading.loader import LoadedModel
-from worker.serving.energy import gpu_meter
+from worker.serving.energy import BusyPower, device_meter
 from worker.serving.engine_loop import EngineLoop
 from worker.serving.messages import Setup
 from worker.serving.request_process import RequestProcess
@@ -81,7 +81,8 @@ class EngineService:
         self._stats: dict[str, Any] = {}
         self._stats_at = float("-inf")
         self._speculation_store = SpeculationStore(self._database, loaded.draft_identity)
-        self._meter = gpu_meter()
+        self._meter = device_meter()
+        self._power, self._metered_at = BusyPower(settings.power_w), time.monotonic()
         self._joules = 0.0
         self._requests = requests or RequestProcess()
         self._wake = self._requests.news
@@ -240,22 +241,33 @@ class EngineService:
         """Write the heartbeat, statistics, energy and learned state, while the engine makes progress."""
         if not self._progressed:
             return
-        joules = self._meter.joules() if self._meter else 0.0
+        joules = self._read_energy()
         with self._database.write() as session:
             writes.record_heartbeat(session, self.worker_id)
             writes.update_calibration(session, self.worker_id, {**self._loaded.costs.as_json(), **self._learned})
             writes.update_load(
-                session, self.worker_id, {**self._stats, **self._capacity(), "joules": self._joules + joules}
+                session,
+                self.worker_id,
+                {**self._stats, **self._capacity(), "joules": self._joules + joules, **self._power.as_json()},
             )
             if joules:
                 writes.add_energy(session, self.worker_id, time.time(), joules)
         self._joules += joules
         self._speculation_store.write()
 
+    def _read_energy(self) -> float:
+        """Return the joules since the last heartbeat."""
+        joules = self._meter.joules() if self._meter else 0.0
+        now = time.monotonic()
+        self._power.take(joules, now - self._metered_at, self._stats.get("step_ms", 0.0) / 1e3)
+        self._metered_at = now
+        return joules
+
     def _capacity(self) -> dict[str, Any]:
         options = self._loaded.options
         return {
             "max_sequences": options.max_sequences,
+            "reserved_sequences": self._setup().reserved,
             "kv_capacity_tokens": options.total_kv_tokens,
             "capture_failures": self._loaded.target.capture_failures,
         }

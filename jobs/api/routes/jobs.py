@@ -28,11 +28,22 @@ from jobs.api.routes.job_outputs import CURSOR, OutputSource
 from jobs.api.schemas import serializers
 from jobs.api.schemas.openapi import CHANGES_BODY, ERRORS, JOB_BODY
 from jobs.api.schemas.replies import JobDeleted
-from jobs.api.schemas.route_responses import EVENTS, JOB, JOB_CHECK, JOBS, LINES, STATISTICS, responses
+from jobs.api.schemas.route_responses import (
+    EVENTS,
+    JOB,
+    JOB_CHECK,
+    JOB_ESTIMATE,
+    JOBS,
+    LINES,
+    STATISTICS,
+    responses,
+)
 from jobs.api.submissions import json_changes, max_body_bytes, read_label, read_submission, require_json
 from jobs.api.write_threads import run_write
-from jobs.errors import InvalidValue, NotFound
+from jobs.errors import InvalidValue, NoPilot, NotFound, PilotRunning
 from jobs.messages import JobStatus
+from jobs.reports.pilot.estimate import estimate
+from jobs.reports.pilot.record import pilot_of, power_of
 from jobs.streaming.sse import decode_cursor
 from jobs.submission.checking import check_job
 from jobs.submission.intake import Submission, create_job, retry_job
@@ -40,6 +51,7 @@ from jobs.submission.managed.changes import change_job
 from jobs.tracing import submit_span
 from storage import files, queries
 from storage.job_filter import JobFilter
+from storage.pilots import read_pilot
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses=ERRORS)
 
@@ -240,6 +252,24 @@ def outputs(
     source = OutputSource(services, job, failed=failed, with_prompt=prompt)
     lines = source.followed(cursor) if follow else source.lines(after)
     return StreamingResponse(lines, media_type="application/x-ndjson; charset=utf-8")
+
+
+@router.get("/{job_id}/estimate", response_model=None, responses=JOB_ESTIMATE)
+def estimate_job(job: ExistingJob, services: CurrentServices) -> Response:
+    """Predict tokens, time and energy of a job from its pilot. 409 until the pilot has ended, or without one."""
+    with services.database.read() as session:
+        record = read_pilot(session, job.id)
+        workers = queries.live_workers_of(session, job.model)
+    if record is None:
+        raise NoPilot
+    if record.open:
+        raise PilotRunning(f"The pilot is running: {record.open} of its {record.requests} requests are open.")
+    pilot = pilot_of(record, workers)
+    found = estimate(pilot)
+    if found is None:
+        raise NoPilot("No request of the pilot has completed, so nothing can be predicted.")
+    _, power_source = power_of(workers)
+    return JSONResponse(serializers.job_estimate(job.id, record, pilot, found, power_source))
 
 
 @router.get("/{job_id}/stats", response_model=None, responses=STATISTICS)

@@ -23,6 +23,7 @@ from jobs.messages import (
 from jobs.submission.carried import MAX_KEPT_VALUES
 from jobs.submission.fields import PARAMETERS, Treatment, field_of
 from jobs.submission.managed.fields import MAX_CONCURRENT, MAX_NAME_CHARS
+from jobs.submission.managed.pilot import MAX_PILOT_REQUESTS
 from jobs.submission.parameters.tools import MAX_TOOLS
 from jobs.submission.request_parser import MAX_CUSTOM_ID_CHARS, MAX_TIMEOUT_S
 from storage.webhooks import EVENT_TYPES
@@ -121,6 +122,15 @@ _MANAGED: Final[Json] = {
     "name": {"type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARS, "description": "Name of the job."},
     "labels": {**_METADATA, "description": "Labels to find the job by; the same pairs as metadata."},
     "priority": {"type": "string", "enum": list(Priority), "description": "Which waiting jobs run first."},
+    "budget": {
+        "type": "object",
+        "properties": {
+            "tokens": {"type": ["integer", "null"], "minimum": 1},
+            "seconds": {"type": ["number", "null"], "exclusiveMinimum": 0},
+        },
+        "additionalProperties": False,
+        "description": "Prompt and completion tokens, or seconds without pauses, after which the job pauses.",
+    },
     "max_concurrent": {
         "type": "integer",
         "minimum": 1,
@@ -232,6 +242,14 @@ _JOB: Final[Json] = {
         "minimum": 1,
         "maximum": MAX_COMPARED_REQUESTS,
         "description": "Number of requests to decode again, with and without drafts, after the job completes.",
+    },
+    "pilot": {
+        "anyOf": [
+            {"type": "boolean"},
+            {"type": "integer", "minimum": 1, "maximum": MAX_PILOT_REQUESTS},
+            {"type": "object", "properties": {"requests": {"type": "integer"}, "seed": {"type": "integer"}}},
+        ],
+        "description": "Requests that run first; then the job pauses and can be estimated. True: a hundredth.",
     },
 }
 _SUBMISSION: Final = _object(

@@ -117,6 +117,13 @@ class Progress(_Reply):
     time_left_s: float | None
 
 
+class BudgetReply(_Reply):
+    """What a job may spend before it pauses."""
+
+    tokens: int | None  # of its prompts and completions
+    seconds: float | None  # since its start, without pauses
+
+
 class JobReply(_Reply):
     """A job. Times are Unix seconds."""
 
@@ -146,8 +153,9 @@ class JobReply(_Reply):
     labels: dict[str, str]  # the same pairs as metadata
     priority: Priority
     max_concurrent: int | None  # of its requests that run at once
+    budget: BudgetReply | None
     paused_at: int | None
-    pause_reason: str | None  # user, or why the service paused it
+    pause_reason: str | None  # user, pilot, budget_tokens or budget_seconds
     retry_of: str | None
     prompts_deleted_at: int | None  # because of their age
     outputs_deleted_at: int | None
@@ -188,6 +196,46 @@ class JobCheckReply(_Reply):
     requests_without_max_tokens: int
     refused: list[RefusedRequestReply]
     limit: str | None
+
+
+class IntervalReply(_Reply):
+    """A prediction, and the range that holds the truth with a probability of 90 %."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+class PilotReply(_Reply):
+    """The requests of a job that ran first."""
+
+    requests: int
+    completed: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class RestReply(_Reply):
+    """What the other requests of a job will take. Null: it can't be predicted."""
+
+    requests: int
+    prompt_tokens: IntervalReply
+    completion_tokens: IntervalReply
+    seconds: IntervalReply | None
+    joules: IntervalReply | None
+
+
+class JobEstimateReply(_Reply):
+    """The prediction of a job from its pilot."""
+
+    object: Literal["job.estimate"]
+    job_id: str
+    pilot: PilotReply
+    rest: RestReply
+    workers: int
+    batch_sequences: int  # texts of the job that a worker decodes at once
+    power_w: float | None  # of a worker
+    power_source: Literal["measured", "configured"] | None
 
 
 class JobPage(_Reply):

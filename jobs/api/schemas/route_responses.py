@@ -16,6 +16,7 @@ from jobs.api.schemas.replies import (
     FileReply,
     HealthReply,
     JobCheckReply,
+    JobEstimateReply,
     JobPage,
     JobReply,
     JobRowList,
@@ -51,6 +52,7 @@ def _streamed(content_type: str, part: str, model: type[BaseModel], description:
 
 
 JOB: Final = _replied(JobReply, "The job.")
+JOB_ESTIMATE: Final = _replied(JobEstimateReply, "The estimate.")
 JOB_CHECK: Final = _replied(JobCheckReply, "The check.")
 JOBS: Final = _replied(JobPage, "A page of the list.")
 NUMERICS: Final = _replied(NumericsReply, "The parts of the fingerprint.")

@@ -12,10 +12,12 @@ from jobs.openai.completions import answer_format, call_id, choice_parts, finish
 from jobs.openai.errors import error_body
 from jobs.openai.logprobs import logprobs_object
 from jobs.openai.prompt_details import PromptDetails
+from jobs.reports.pilot.estimate import Estimate, Pilot
 from jobs.reports.progress import elapsed_s, time_left_s
 from jobs.submission.checking import SubmissionCheck
 from storage.files import FileView
 from storage.numerics import Numerics
+from storage.pilots import PilotRecord
 from storage.priorities import priority_of
 from storage.queries import ChoiceView, JobStats, JobView, OutputView, WorkerView
 from storage.statuses import FINAL_JOB_STATUSES
@@ -42,6 +44,7 @@ def job(view: JobView) -> Json:
         "labels": dict(view.metadata or {}),
         "priority": priority_of(view.priority_class),
         "max_concurrent": view.max_concurrent,
+        "budget": _budget(view),
         **_pause(view),
         "retry_of": view.retry_of,
         "prompts_deleted_at": _second(view.prompts_deleted_at),
@@ -69,6 +72,31 @@ def check(checked: SubmissionCheck) -> Json:
         "refused": [asdict(refused) for refused in checked.refusals],
         "limit": checked.limit,
     }
+
+
+def job_estimate(job_id: str, record: PilotRecord, pilot: Pilot, found: Estimate, power_source: str | None) -> Json:
+    """Return the prediction of a job from its pilot."""
+    return {
+        "object": "job.estimate",
+        "job_id": job_id,
+        "pilot": {
+            "requests": record.requests,
+            "completed": len(pilot.requests),
+            "prompt_tokens": sum(request.prompt_tokens for request in pilot.requests),
+            "completion_tokens": sum(text.completion_tokens for text in record.outputs),
+        },
+        "rest": {"requests": len(pilot.rest), **asdict(found)},
+        "workers": pilot.workers,
+        "batch_sequences": pilot.slots,
+        "power_w": pilot.power_w,
+        "power_source": power_source,
+    }
+
+
+def _budget(view: JobView) -> Json | None:
+    if view.budget_tokens is None and view.budget_s is None:
+        return None
+    return {"tokens": view.budget_tokens, "seconds": view.budget_s}
 
 
 def _pause(view: JobView) -> Json:

@@ -20,6 +20,7 @@ class MeasuredStep:
     ms: float  # from the end of the step before, so that pauses between steps count
     emitted: float  # mean tokens of a sequence; 0: all sequences had their first token
     prefilled_tokens: int = 0  # of prompts whose first token it emitted
+    with_prefill: bool = False  # it computed a prompt, or a part of one
 
 
 class StepCurve:
@@ -28,12 +29,11 @@ class StepCurve:
     def __init__(self, steps: Sequence[MeasuredStep], rows_ms: Mapping[int, float], rows_per_sequence: float) -> None:
         """Fit to the steps. Beyond their largest batch, times grow as the worker's calibrated `rows_ms` do."""
         decoding = [step for step in steps if step.emitted]
-        self._points = list(_bins([step for step in decoding if not step.prefilled_tokens] or decoding))
+        self._points = list(_bins([step for step in decoding if not step.with_prefill] or decoding))
         self._rows_ms = sorted(rows_ms.items())
         self._rows_per_sequence = max(1.0, rows_per_sequence)
-        prefilled = [step for step in steps if step.prefilled_tokens]
-        tokens = sum(step.prefilled_tokens for step in prefilled)
-        extra = sum(step.ms - self.step_ms(step.sequences) for step in prefilled)
+        tokens = sum(step.prefilled_tokens for step in steps)
+        extra = sum(step.ms - self.step_ms(step.sequences) for step in steps if step.with_prefill)
         self.prefill_ms = max(0.0, extra / tokens) if tokens else 0.0  # per prompt token
 
     def step_ms(self, sequences: int) -> float:

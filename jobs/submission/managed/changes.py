@@ -1,4 +1,4 @@
-"""Change the name, labels, priority and concurrency limit of a stored job."""
+"""Change the name, labels, priority, concurrency limit and budget of a stored job."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from jobs.errors import InvalidValue, IsInteractive, JobEnded, NotFound
 from jobs.messages import JobStatus
+from jobs.submission.managed.budget import budget_columns
 from jobs.submission.managed.fields import MANAGED_FIELDS, check_max_concurrent, check_name, check_priority
 from jobs.submission.managed.labels import changed_labels
 from jobs.submission.values import refuse_unknown
@@ -14,7 +15,7 @@ from storage import job_changes
 from storage.queries import JobView
 from storage.session import Database
 
-_OF_OPEN_JOBS: Final = frozenset({"priority", "max_concurrent"})
+_OF_OPEN_JOBS: Final = frozenset({"priority", "max_concurrent", "budget"})
 
 
 def change_job(job: JobView, fields: Mapping[str, Any], database: Database) -> None:
@@ -24,7 +25,7 @@ def change_job(job: JobView, fields: Mapping[str, Any], database: Database) -> N
     """
     refuse_unknown(fields, MANAGED_FIELDS)
     if not fields:
-        raise InvalidValue("Give at least one of name, labels, priority and max_concurrent.")
+        raise InvalidValue("Give at least one of name, labels, priority, max_concurrent and budget.")
     ended_with = sorted(_OF_OPEN_JOBS & fields.keys())
     if ended_with and JobStatus(job.status).final:
         raise JobEnded(f"The job is {job.status}: {ended_with[0]} has no effect any more.", param=ended_with[0])
@@ -35,6 +36,8 @@ def change_job(job: JobView, fields: Mapping[str, Any], database: Database) -> N
         columns["priority_class"] = check_priority(fields["priority"]).rank
     if "max_concurrent" in fields:
         columns["max_concurrent"] = check_max_concurrent(fields["max_concurrent"])
+    if "budget" in fields:
+        columns |= budget_columns(fields["budget"])
     with database.write() as session:
         stored = job_changes.lock_job(session, job.id)
         if stored is None:

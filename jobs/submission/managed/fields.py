@@ -8,13 +8,14 @@ from typing import Any, Final
 
 from jobs.errors import InvalidValue
 from jobs.messages import Priority
+from jobs.submission.managed.budget import budget_columns
 from jobs.submission.managed.labels import joined_labels, one_line
 from jobs.submission.values import check_metadata, shown
 from storage.dialect import storable
 
 MAX_NAME_CHARS: Final = 128
 MAX_CONCURRENT: Final = 1_000_000
-MANAGED_FIELDS: Final = frozenset({"name", "labels", "priority", "max_concurrent"})
+MANAGED_FIELDS: Final = frozenset({"name", "labels", "priority", "max_concurrent", "budget"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class Managed:
     labels: Any = None
     priority: Any = None
     max_concurrent: Any = None
+    budget: Any = None
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Managed:
@@ -39,6 +41,7 @@ class Managed:
             "metadata": labels,
             "priority_class": check_priority(self.priority).rank,
             "max_concurrent": check_max_concurrent(self.max_concurrent),
+            **budget_columns(self.budget),
         }
 
 

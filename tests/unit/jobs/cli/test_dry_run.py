@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select
 
-from jobs.cli import checking
 from jobs.client.results import JobCheck
 from storage import writes
 from storage.models import JobRow
@@ -20,7 +19,6 @@ __all__ = ["run"]
 
 @pytest.fixture(autouse=True)
 def _no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checking, "prompt_counter", lambda: None)
     monkeypatch.setattr("jobs.cli.jobs.prompt_counter", lambda: None)
 
 

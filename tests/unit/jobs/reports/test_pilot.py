@@ -96,7 +96,9 @@ def test_accepted_draft_tokens_shorten_the_job() -> None:
 
 
 def test_prefill_is_priced_by_its_tokens() -> None:
-    steps = machine_steps([4] * 20) + [MeasuredStep(4, step_ms(4) + 30.0, 1.0, prefilled_tokens=60)] * 5
+    steps = (
+        machine_steps([4] * 20) + [MeasuredStep(4, step_ms(4) + 30.0, 1.0, prefilled_tokens=60, with_prefill=True)] * 5
+    )
     curve = StepCurve(steps, ROWS_MS, 1.0)
     assert curve.prefill_ms == pytest.approx(0.5)
     assert decode_ms([1], 100, 4, curve) == pytest.approx(curve.step_ms(1) + 50.0)

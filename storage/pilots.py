@@ -1,0 +1,202 @@
+"""The pilot of a job: a sample of its requests that runs first. Then the job pauses, and the others wait.
+
+The pilot's answers are the job's own: after `storage.pausing.resume_job` only the other requests run.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Final
+
+from sqlalchemy import ColumnElement, Text, and_, cast, func, insert, or_, select, update
+from sqlalchemy.orm import Session
+
+from storage.dialect import database_now, has_open_requests
+from storage.models import ChoiceOutput, JobRow, PackedSteps, PilotRow, Request
+from storage.statuses import OPEN_REQUEST_STATUSES
+from storage.steps.columns import MS_UNITS
+from storage.steps.packing import unpack, unpack_optional
+
+BY_PILOT: Final = "pilot"  # the reason of a pause after a pilot
+MIN_REQUESTS, MAX_REQUESTS, SHARE = 32, 300, 0.01  # of a pilot whose size is not given
+
+
+@dataclass(frozen=True, slots=True)
+class PilotOutput:
+    """A text of the pilot."""
+
+    request_index: int
+    size: int  # characters of the stored request
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reason: str
+    first_of_prompt: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingRequest:
+    """A request that has not run."""
+
+    size: int
+    texts: int
+    max_tokens: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class PilotStep:
+    """A step of a worker in which the pilot took part."""
+
+    worker_id: str
+    ended_ms: int  # Unix milliseconds
+    step_ms: float
+    batch_sequences: int
+    rows: int  # of the pilot's texts in it that had a token before
+    emitted_tokens: int  # of these
+    tree_nodes: int  # of these
+    first_tokens_of: tuple[int, ...]  # requests of which a text had its first token
+    with_prefill: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PilotRecord:
+    """What the pilot of a job has left in the database."""
+
+    requests: int  # of the pilot
+    open: int  # of them, neither completed nor failed
+    outputs: Sequence[PilotOutput]
+    steps: Sequence[PilotStep]  # by worker and time
+    waiting: Sequence[WaitingRequest]  # requests of the job outside the pilot
+    serving: bool  # only the pilot's requests run
+
+
+def draw_pilot(session: Session, job_id: str, requests: int | None, seed: int) -> int:
+    """Draw the pilot of a new job, spread over its queued requests, and let only these run; return their number.
+
+    One request is drawn from each of as many equal parts of the job. `requests` is their number; None: a hundredth of
+    the job, within MIN_REQUESTS and MAX_REQUESTS. A job that is not larger than its pilot runs as a whole.
+    """
+    queued = (Request.job_id == job_id, Request.status == "queued")
+    indexes = session.scalars(select(Request.request_index).where(*queued).order_by(Request.request_index)).all()
+    count = min(max(round(SHARE * len(indexes)), MIN_REQUESTS), MAX_REQUESTS) if requests is None else requests
+    count = min(count, len(indexes))
+    draws = random.Random(seed)
+    edges = [len(indexes) * part // count for part in range(count + 1)] if count else []
+    drawn = [indexes[draws.randrange(low, high)] for low, high in pairwise(edges)]
+    if drawn:
+        session.execute(insert(PilotRow), [{"job_id": job_id, "request_index": index} for index in drawn])
+        session.execute(update(JobRow).where(JobRow.id == job_id).values(pilot_only=True))
+    return len(drawn)
+
+
+def may_run() -> ColumnElement[bool]:
+    """Return the condition that a request does not wait for the pilot of its job."""
+    holds = select(JobRow.id).where(JobRow.id == Request.job_id, JobRow.pilot_only).exists()
+    return or_(~holds, _in_pilot())
+
+
+def pause_after_pilot(session: Session, job_ids: Collection[str]) -> None:
+    """Pause those of the jobs whose pilot has ended; the caller has ended requests of them."""
+    member = and_(PilotRow.job_id == Request.job_id, PilotRow.request_index == Request.request_index)
+    running = and_(Request.job_id == JobRow.id, Request.status.in_(OPEN_REQUEST_STATUSES))
+    open_in_pilot = select(Request.job_id).join(PilotRow, member).where(running).correlate(JobRow).exists()
+    ended = and_(JobRow.status == "in_progress", JobRow.paused_at.is_(None), ~open_in_pilot, has_open_requests())
+    session.execute(
+        update(JobRow)
+        .where(JobRow.id.in_(job_ids), JobRow.pilot_only, ended)
+        .values(paused_at=database_now(session), pause_reason=BY_PILOT)
+    )
+
+
+def read_pilot(session: Session, job_id: str) -> PilotRecord | None:
+    """Return what the pilot of a job has measured; None if the job has none."""
+    of_pilot = and_(Request.job_id == job_id, _in_pilot())
+    statuses = session.scalars(select(Request.status).where(of_pilot)).all()
+    if not statuses:
+        return None
+    return PilotRecord(
+        requests=len(statuses),
+        open=sum(status in OPEN_REQUEST_STATUSES for status in statuses),
+        outputs=_outputs(session, job_id),
+        steps=_steps(session, job_id),
+        waiting=_waiting(session, job_id),
+        serving=bool(session.scalar(select(JobRow.pilot_only).where(JobRow.id == job_id))),
+    )
+
+
+def _in_pilot() -> ColumnElement[bool]:
+    same = (PilotRow.job_id == Request.job_id, PilotRow.request_index == Request.request_index)
+    return select(PilotRow.job_id).where(*same).exists()
+
+
+_SIZE: Final = func.length(cast(Request.body, Text))
+
+
+def _outputs(session: Session, job_id: str) -> list[PilotOutput]:
+    of_request = and_(ChoiceOutput.job_id == Request.job_id, ChoiceOutput.request_index == Request.request_index)
+    columns = (ChoiceOutput.prompt_tokens, ChoiceOutput.completion_tokens, ChoiceOutput.finish_reason)
+    query = select(Request.request_index, _SIZE, *columns, ChoiceOutput.first_of_prompt).join(ChoiceOutput, of_request)
+    found = query.where(Request.job_id == job_id, _in_pilot(), Request.status == "completed")
+    order = (ChoiceOutput.request_index, ChoiceOutput.choice_index)
+    return [PilotOutput(*row) for row in session.execute(found.order_by(*order))]
+
+
+def _waiting(session: Session, job_id: str) -> list[WaitingRequest]:
+    sampling = Request.body["sampling"]
+    limit, n = sampling["max_tokens"].as_integer(), sampling["n"].as_integer()
+    prompts = Request.body["prompts"]
+    rest = and_(Request.job_id == job_id, Request.body.is_not(None), ~_in_pilot(), Request.status != "failed")
+    rows = session.execute(select(_SIZE, n, limit, cast(prompts, Text)).where(rest).order_by(Request.request_index))
+    return [WaitingRequest(size, (n or 1) * _number_of(given), limit) for size, n, limit, given in rows]
+
+
+def _number_of(prompts: str | None) -> int:
+    """Return the number of prompts of a request, from its field `prompts` as JSON."""
+    return len(json.loads(prompts) or [None]) if prompts else 1
+
+
+def _steps(session: Session, job_id: str) -> list[PilotStep]:
+    in_pilot = select(PilotRow.request_index).where(PilotRow.job_id == job_id)
+    query = select(*_STEP_COLUMNS).where(PackedSteps.job_id == job_id, PackedSteps.request_index.in_(in_pilot))
+    parts: dict[tuple[str, int], list[tuple[int, ...]]] = {}
+    for row in session.execute(query):
+        columns = zip(*(_column(row, name) for name in _UNPACKED), _plain(row), strict=True)
+        for step, (ended, *values) in enumerate(columns, start=row.first_step):
+            parts.setdefault((row.worker_id, ended), []).append((row.request_index, step, *values))
+    return [_joined(worker_id, ended, rows) for (worker_id, ended), rows in sorted(parts.items())]
+
+
+_UNPACKED: Final = ("ended_ms", "step_ms", "batch_sequences", "emitted_tokens", "tree_nodes")
+_STEP_COLUMNS: Final = (
+    *(PackedSteps.request_index, PackedSteps.first_step, PackedSteps.steps, PackedSteps.worker_id),
+    *(getattr(PackedSteps, f"min_{name}") for name in (*_UNPACKED, "plain_step_ms")),
+    *(getattr(PackedSteps, name) for name in (*_UNPACKED, "plain_step_ms")),
+)
+
+
+def _column(row: Any, name: str) -> list[int]:
+    return unpack(getattr(row, f"min_{name}"), getattr(row, name), row.steps)
+
+
+def _plain(row: Any) -> list[int]:
+    """Return for each step whether it shared a prefill."""
+    return [int(ms is None) for ms in unpack_optional(row.min_plain_step_ms, row.plain_step_ms, row.steps)]
+
+
+def _joined(worker_id: str, ended_ms: int, rows: Sequence[tuple[int, ...]]) -> PilotStep:
+    """Return a step from its rows: request, step of the text, ms, batch, emitted tokens, nodes, with prefill."""
+    later = [row for row in rows if row[1] > 0]
+    return PilotStep(
+        worker_id=worker_id,
+        ended_ms=ended_ms,
+        step_ms=min(row[2] for row in rows) / MS_UNITS,
+        batch_sequences=max(row[3] for row in rows),
+        rows=len(later),
+        emitted_tokens=sum(row[4] for row in later),
+        tree_nodes=sum(row[5] for row in later),
+        first_tokens_of=tuple(row[0] for row in rows if row[1] == 0),
+        with_prefill=any(row[6] for row in rows),
+    )
