@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -17,7 +18,7 @@ from storage.transitions import end_finished_jobs, fail_requests
 from tests.factories import a_checkpoint, a_finished_choice, a_job, some_requests, some_steps
 
 
-def store(database: Database, requests: int, pilot: int | None = None, **fields: object) -> None:
+def store(database: Database, requests: int, pilot: int | None = None, **fields: Any) -> None:
     with database.write() as session:
         writes.insert_job(session, a_job(**fields), some_requests(requests))
         if pilot is not None:
@@ -129,7 +130,7 @@ def test_a_job_without_a_pilot_has_no_record_of_one(database: Database) -> None:
     ("budget", "reason"), [({"budget_tokens": 9}, "budget_tokens"), ({"budget_s": 1e-9}, "budget_seconds")]
 )
 def test_a_job_that_has_spent_its_budget_pauses_and_gives_its_running_requests_back(
-    database: Database, budget: dict[str, float], reason: str
+    database: Database, budget: dict[str, Any], reason: str
 ) -> None:
     store(database, 5, **budget)
     claims = claimed(database)

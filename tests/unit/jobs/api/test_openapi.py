@@ -86,7 +86,7 @@ def test_rejected_submissions_are_invalid_by_the_document(
 def test_every_parsed_field_is_in_the_document(document: dict[str, Any]) -> None:
     schemas = document["components"]["schemas"]
     job = {"model", "endpoint", "metadata", "completion_window", "parameters", "compare_plain"}
-    job |= {"requests", "prompts", "input_file_id", "name", "labels", "priority", "max_concurrent"}
+    job |= {"requests", "prompts", "input_file_id", "name", "labels", "priority", "max_concurrent", "budget", "pilot"}
     assert schemas["JobSubmission"]["properties"].keys() == PARAMETERS | job
     given = {"input", "instructions", "previous_response_id"}
     request = {"custom_id", "id", "prompt", "messages", "model", "timeout_s", "keep"} | given
