@@ -53,7 +53,7 @@ def plain(service: Service, prompts: str) -> list[str]:
     return texts(service, job["id"])
 
 
-def test_a_sample_predicts_the_job_and_its_answers_are_kept(service: Service, prompts: str, plain: list[str]) -> None:
+def test_a_pilot_predicts_the_job_and_its_answers_are_kept(service: Service, prompts: str, plain: list[str]) -> None:
     predicted = printed(service, "estimate", prompts, "--pilot", str(PILOT), *OPTIONS)
     job = predicted["job_id"]
     shown = job_when(service, job, "paused")

@@ -25,7 +25,7 @@ def submitted(**fields: Any) -> str:
         return client.submit(LINES.encode(), **fields).id
 
 
-def test_a_sample_is_answered_first_and_predicts_the_rest_which_then_waits(run: Run, database: Database) -> None:
+def test_a_pilot_is_answered_first_and_predicts_the_rest_which_then_waits(run: Run, database: Database) -> None:
     job = submitted(pilot=2)
     answer_all(database, limit=100, prompt_tokens=5, completion_tokens=4)
     status = json.loads(run("status", job, "--json"))
@@ -50,7 +50,7 @@ def test_an_estimate_that_may_run_on_ends_with_every_request_answered_once(run: 
     assert (status["status"], status["request_counts"]["completed"]) == ("completed", 5)
 
 
-def test_a_job_without_a_sample_can_not_be_estimated(run: Run) -> None:
+def test_a_job_without_a_pilot_can_not_be_estimated(run: Run) -> None:
     with pytest.raises(NoPilot, match="basic estimate"):
         run("estimate", "--job", submitted())
 
@@ -86,7 +86,7 @@ def test_a_job_that_has_spent_its_budget_says_what_was_spent_and_how_to_raise_it
         ({"pilot": {"seed": "x"}}, "pilot.seed"),
     ],
 )
-def test_a_budget_or_sample_that_means_nothing_is_refused_by_name(
+def test_a_budget_or_pilot_that_means_nothing_is_refused_by_name(
     settings: JobsSettings, database: Database, fields: dict[str, Any], param: str
 ) -> None:
     api = TestClient(make_api(settings, database, notify=lambda job_id, model: True))
