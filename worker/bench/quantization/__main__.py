@@ -26,7 +26,6 @@ from worker.settings import WorkerSettings
 from worker.text.codec import load_tokenizer
 
 _PLAIN, _FP8_KV = "none", "+kv"
-_TEXT_TOKENS = 200  # of a text, at most
 
 
 def main(
@@ -39,6 +38,7 @@ def main(
     ] = "none,none+kv,int8,fp8",
     rows: Annotated[str, typer.Option(help="Sequences of a timed step, comma-separated.")] = "1,8,64",
     count: Annotated[int, typer.Option(min=1, help="Texts that are read.")] = 60,
+    tokens: Annotated[int, typer.Option(min=2, help="Max tokens of a text.")] = 200,
     threads: Annotated[int, typer.Option(min=1, help="Threads of a step.")] = 1,
     context: Annotated[int, typer.Option(min=1, help="Tokens of each sequence before a timed step.")] = CONTEXT,
     rounds: Annotated[int, typer.Option(min=1, help="Steps per form and number of rows.")] = 12,
@@ -60,9 +60,9 @@ def main(
             store_kv_in_fp8(model)
         fuse_layers(model)
         mib[form] = round(sum(stored_bytes(model).values()) / 2**20, 1)
-        models[form] = PackedModel(model, slots=max(batches), capacity=_TEXT_TOKENS + context)
+        models[form] = PackedModel(model, slots=max(batches), capacity=tokens + context)
     tokenizer = load_tokenizer(path)
-    ids = [tokenizer(text)["input_ids"][:_TEXT_TOKENS] for text in read_prompts(texts, count)]
+    ids = [tokenizer(text)["input_ids"][:tokens] for text in read_prompts(texts, count)]
     distances = measure_distances(models, mib, ids)
     steps = [one for batch in batches for one in measure_steps(models, batch, rounds, context)]
     sections: dict[str, Sequence[FormDistance | FormTime]] = {"Distances": distances, "Steps": steps}

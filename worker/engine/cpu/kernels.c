@@ -674,6 +674,13 @@ typedef struct {
     float eps;
 } heads_t;
 
+/* Decoded panels of the keys or the values of one slot and KV head. */
+typedef struct {
+    scalar *numbers;
+    const void *of;     /* the entries; NULL: none are kept */
+    int64_t first, end; /* panels that are decoded; panel p is at p * PANEL * dim, or at 0 if none are kept */
+} decoded_t;
+
 /* Buffers of one thread, for at most BLOCK queries of one slot and KV head. */
 typedef struct {
     int64_t length;   /* entries, a multiple of PANEL */
@@ -682,7 +689,9 @@ typedef struct {
     scalar *weights;  /* [BLOCK, length] */
     scalar *gathered; /* [length, dim] */
     floats (*mixed)[BLOCK][2]; /* [dim / PANEL] */
-    scalar *decoded;  /* [PANEL, dim] a panel of entries in FP8 */
+    /* with FP8 only */
+    decoded_t keys, values; /* [length, dim] */
+    float *scales;          /* [length] of values */
 } workspace_t;
 
 static inline int64_t key_at(int64_t position, int64_t i, int64_t dim) {
@@ -715,11 +724,11 @@ static inline int64_t exponent_at(const plan_t *plan, int64_t position) {
     return fp8_panel_at(plan, position) + PANEL * plan->dim + position % PANEL;
 }
 
-static inline float scale_at(const plan_t *plan, const void *entries, int64_t position) {
-    return fp8_scale(((const uint8_t *)entries)[exponent_at(plan, position)]);
+static scalar *make_panels(int64_t fp8, int64_t count) {
+    return fp8 ? aligned_alloc(LINE, sizeof(scalar) * (size_t)count) : NULL;
 }
 
-static workspace_t make_workspace(int64_t end, int64_t dim) {
+static workspace_t make_workspace(int64_t end, int64_t dim, int64_t fp8) {
     int64_t length = (end + 2 * PANEL - 1) / PANEL * PANEL;
     return (workspace_t){length,
                          malloc(sizeof(scalar) * (size_t)(BLOCK * dim)),
@@ -727,12 +736,14 @@ static workspace_t make_workspace(int64_t end, int64_t dim) {
                          malloc(sizeof(scalar) * (size_t)(BLOCK * length)),
                          malloc(sizeof(scalar) * (size_t)(length * dim)),
                          aligned_alloc(sizeof(floats), sizeof(floats[BLOCK][2]) * (size_t)(dim / PANEL)),
-                         aligned_alloc(LINE, sizeof(scalar) * (size_t)(PANEL * dim))};
+                         {make_panels(fp8, length * dim), NULL, 0, 0},
+                         {make_panels(fp8, length * dim), NULL, 0, 0},
+                         malloc(sizeof(float) * (size_t)length)};
 }
 
 static void free_workspace(workspace_t workspace) {
     free(workspace.queries), free(workspace.scores), free(workspace.weights), free(workspace.gathered);
-    free(workspace.mixed), free(workspace.decoded);
+    free(workspace.mixed), free(workspace.keys.numbers), free(workspace.values.numbers), free(workspace.scales);
 }
 
 /* Scale scores, and bend them towards +-softcap. */
@@ -810,25 +821,32 @@ static void gather(const plan_t *plan, const workspace_t *workspace, const seen_
 typedef struct {
     const void *keys, *values; /* scalars, or FP8 */
     int64_t end;               /* one past the last */
+    int shared;                /* other groups see them, too */
 } entries_t;
 
-/* Decode a panel of keys or values; prefetch the panel `ahead` meanwhile. */
-static const scalar *decode_panel(const plan_t *plan, const workspace_t *workspace, const void *entries, int64_t panel,
-                                  const void *ahead) {
+/* Return a panel of keys or values, decoded; prefetch the panel `ahead` meanwhile. With `kept`, panels stay decoded for
+ * the next group of the slot. */
+static const scalar *decode_panel(const plan_t *plan, decoded_t *decoded, const void *entries, int64_t panel,
+                                  const void *ahead, int kept) {
+    scalar *to = decoded->numbers + (kept ? panel * PANEL * plan->dim : 0);
+    if (!kept || decoded->of != entries || panel < decoded->first || panel > decoded->end)
+        decoded->of = kept ? entries : NULL, decoded->first = decoded->end = panel;
+    if (panel < decoded->end) return to;
+    decoded->end = panel + 1;
     const uint8_t *from = (const uint8_t *)entries + entry_elements(plan, panel * PANEL);
     const char *next = (const char *)ahead + entry_elements(plan, panel * PANEL);
     for (int64_t at = 0; at < PANEL * plan->dim; at += PANEL * STEP) {
         __builtin_prefetch(next + at, 0, 2);
-        decode_fp8(from + at, workspace->decoded + at);
+        decode_fp8(from + at, to + at);
     }
-    return workspace->decoded;
+    return to;
 }
 
 /* Multiply `rows` queries with a panel of keys in FP8. */
-static void score_fp8(const plan_t *plan, const workspace_t *workspace, floats scores[][2], entries_t now, entries_t next,
+static void score_fp8(const plan_t *plan, workspace_t *workspace, floats scores[][2], entries_t now, entries_t next,
                       int64_t panel, int64_t rows) {
     const void *ahead = panel * PANEL < next.end ? next.keys : now.keys;
-    const scalar *keys = decode_panel(plan, workspace, now.keys, panel, ahead);
+    const scalar *keys = decode_panel(plan, &workspace->keys, now.keys, panel, ahead, now.shared);
     const uint8_t *exponents = (const uint8_t *)now.keys + exponent_at(plan, panel * PANEL);
     float scales[PANEL];
     for (int64_t i = 0; i < PANEL; i++) scales[i] = fp8_scale(exponents[i]);
@@ -838,12 +856,13 @@ static void score_fp8(const plan_t *plan, const workspace_t *workspace, floats s
 }
 
 /* Add the values from..end-1, in FP8, to what `rows` rows from `first` on mix. Their weights have the scales. */
-static void mix_fp8(const plan_t *plan, const workspace_t *workspace, const void *values, const void *ahead, int64_t from,
-                    int64_t end, int64_t first, int64_t rows) {
+static void mix_fp8(const plan_t *plan, workspace_t *workspace, entries_t now, entries_t next, int64_t from, int64_t end,
+                    int64_t first, int64_t rows) {
     const int64_t dim = plan->dim, length = workspace->length;
     while (from < end) {
         const int64_t panel = from / PANEL, stop = (panel + 1) * PANEL < end ? (panel + 1) * PANEL : end;
-        const scalar *decoded = decode_panel(plan, workspace, values, panel, ahead) + from % PANEL * dim;
+        const scalar *decoded = decode_panel(plan, &workspace->values, now.values, panel, next.values, now.shared);
+        decoded += from % PANEL * dim;
         for (int64_t part = 0; part < dim / PANEL; part++)
             multiply_tile(workspace->mixed[part] + first, decoded + part * PANEL * STEP, dim * STEP,
                           workspace->weights + first * length + from, length, stop - from, NULL, rows);
@@ -851,21 +870,33 @@ static void mix_fp8(const plan_t *plan, const workspace_t *workspace, const void
     }
 }
 
+/* Fill the scales of the values of the entries first..end-1 in FP8. */
+static void fill_scales(const plan_t *plan, const workspace_t *workspace, const void *values, int64_t first, int64_t end) {
+    for (int64_t at = first / PANEL * PANEL; at < end; at += PANEL) {
+        const uint8_t *exponents = (const uint8_t *)values + exponent_at(plan, at);
+#pragma omp simd
+        for (int64_t i = 0; i < PANEL; i++) workspace->scales[at + i] = fp8_scale(exponents[i]);
+    }
+}
+
 /* Multiply the weights first..count-1 of a row with the scales of their values in FP8, which are powers of two. */
-static void scale_weights(const plan_t *plan, const seen_t *seen, const void *values, scalar *weights) {
-    for (int64_t j = seen->first; j < seen->count; j++)
-        weights[j] = from_float(to_float(weights[j]) * scale_at(plan, values, entry_of(seen, j)));
+static void scale_weights(const seen_t *seen, const float *scales, scalar *weights) {
+#pragma omp simd
+    for (int64_t j = seen->first; j < seen->prefix; j++) weights[j] = from_float(to_float(weights[j]) * scales[j]);
+    for (int64_t j = seen->prefix; j < seen->count; j++)
+        weights[j] = from_float(to_float(weights[j]) * scales[entry_of(seen, j)]);
 }
 
 /* Attend `heads` prepared queries of each of the rows from `row` on, of one group. The products of the rows share what
  * they read; each keeps the order of its own sum. Prefetch the entries `next` meanwhile. `sinks` are those of
  * the heads, or NULL. Head h of row r goes to out[(r * plan->heads + h) * dim]. */
-static void attend_block(const plan_t *plan, const view_t *view, const workspace_t *workspace, entries_t now,
+static void attend_block(const plan_t *plan, const view_t *view, workspace_t *workspace, entries_t now,
                          entries_t next, int64_t row, int64_t rows, int64_t heads, const float *sinks, scalar *out) {
     const int64_t dim = plan->dim, length = workspace->length, first = view->first[row];
     const int64_t from = first / STEP * STEP;
     int64_t common = now.end; /* values from..common-1 are read in place by all rows */
     float sums[BLOCK];
+    if (plan->fp8) fill_scales(plan, workspace, now.values, first, now.end);
     for (int64_t panel = first / PANEL; panel * PANEL < now.end; panel++) {
         floats scores[BLOCK][2] = {0};
         if (plan->fp8) {
@@ -890,7 +921,7 @@ static void attend_block(const plan_t *plan, const view_t *view, const workspace
             if (plan->softcap > 0.0f) cap_scores(scores + first, seen.count - first, plan->scale, plan->softcap);
             sums[i] = softmax_weights(scores + first, weights + first, seen.count - first,
                                       plan->softcap > 0.0f ? 1.0f : plan->scale, sinks ? sinks + i - r * heads : NULL);
-            if (plan->fp8) scale_weights(plan, &seen, now.values, weights);
+            if (plan->fp8) scale_weights(&seen, workspace->scales, weights);
             for (int64_t j = from; j < first; j++) weights[j] = 0;
             for (int64_t j = seen.count; j % STEP; j++) weights[j] = 0;
         }
@@ -905,12 +936,12 @@ static void attend_block(const plan_t *plan, const view_t *view, const workspace
         multiply_tile(workspace->mixed[part], value, dim * STEP, workspace->weights + from, length, common - from,
                       ahead, rows * heads);
     }
-    if (plan->fp8) mix_fp8(plan, workspace, now.values, next.values, from, common, 0, rows * heads);
+    if (plan->fp8) mix_fp8(plan, workspace, now, next, from, common, 0, rows * heads);
     for (int64_t r = 0; r < rows; r++) {
         seen_t seen = seen_by(view, row + r);
         const scalar *weights = workspace->weights + r * heads * length;
         if (seen.count > seen.whole) gather(plan, workspace, &seen, now.values);
-        if (plan->fp8) mix_fp8(plan, workspace, now.values, now.values, common, seen.whole, r * heads, heads);
+        if (plan->fp8) mix_fp8(plan, workspace, now, now, common, seen.whole, r * heads, heads);
         for (int64_t part = 0; part < dim / PANEL; part++) {
             floats(*mixed)[2] = workspace->mixed[part] + r * heads;
             const scalar *value = (const scalar *)now.values + (common * dim + part * PANEL * STEP);
@@ -931,6 +962,33 @@ static void attend_block(const plan_t *plan, const view_t *view, const workspace
 typedef struct {
     int64_t first, end;
 } share_t;
+
+/* The group and the KV head of an item. The groups first..end-1 of a slot follow each other head by head: they read the
+ * same. */
+typedef struct {
+    int64_t group, head, first, end;
+} item_t;
+
+static int64_t end_of_slot(const plan_t *plan, const view_t *view, int64_t first) {
+    int64_t end = first + 1;
+    while (end < view->groups && plan->slot[view->group_start[end]] == plan->slot[view->group_start[first]]) end++;
+    return end;
+}
+
+static item_t item_at(const plan_t *plan, const view_t *view, int64_t number) {
+    int64_t first = 0, end = end_of_slot(plan, view, 0);
+    while (end * plan->kv_heads <= number && end < view->groups) first = end, end = end_of_slot(plan, view, first);
+    const int64_t at = number - first * plan->kv_heads;
+    return (item_t){first + at % (end - first), at / (end - first), first, end};
+}
+
+/* The item after this one, which is not the last. */
+static item_t item_after(const plan_t *plan, const view_t *view, item_t item) {
+    if (++item.group < item.end) return item;
+    item.group = item.first;
+    if (++item.head < plan->kv_heads) return item;
+    return (item_t){item.end, 0, item.end, end_of_slot(plan, view, item.end)};
+}
 
 static share_t share_of(const view_t *view, int64_t kv_heads) {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -1007,32 +1065,38 @@ static inline void prepare_queries(const plan_t *plan, const heads_t *of, const 
 /* Store the rows' keys and values, then attend into `out` [rows, heads, dim]. Every thread must call it; it ends with a
  * barrier. */
 static inline void attend_all(team_t *team, const plan_t *plan, const view_t *view, const heads_t *of, char *keys, char *values,
-                              const workspace_t *workspace, scalar *out) {
+                              workspace_t *workspace, scalar *out) {
     const int64_t dim = plan->dim, kv_heads = plan->kv_heads, heads = plan->heads / kv_heads;
     const share_t share = share_of(view, kv_heads);
-    for (int64_t item = share.first; item < share.end; item++) {
-        int64_t group = item / kv_heads, head = item % kv_heads, next = item + 1 < share.end ? item + 1 : item;
-        int64_t next_row = view->group_start[next / kv_heads], ahead = start_of(plan, next_row, next % kv_heads);
+    const item_t start_item = item_at(plan, view, share.first);
+    item_t item = start_item;
+    for (int64_t i = share.first; i < share.end; i++) {
+        const item_t next = i + 1 < share.end ? item_after(plan, view, item) : item;
+        int64_t next_row = view->group_start[next.group], ahead = start_of(plan, next_row, next.head);
         prefetch_row(plan, keys + ahead, values + ahead, next_row);
-        for (int64_t row = view->group_start[group]; row < view->group_start[group + 1]; row++) {
-            int64_t start = start_of(plan, row, head);
-            store_row(plan, of, keys + start, values + start, row, head);
+        for (int64_t row = view->group_start[item.group]; row < view->group_start[item.group + 1]; row++) {
+            int64_t start = start_of(plan, row, item.head);
+            store_row(plan, of, keys + start, values + start, row, item.head);
         }
+        item = next;
     }
     barrier(team);
-    for (int64_t item = share.first; item < share.end; item++) {
-        int64_t group = item / kv_heads, kv_head = item % kv_heads, next = item + 1 < share.end ? item + 1 : item;
-        int64_t row = view->group_start[group], rows = view->group_start[group + 1] - row;
-        int64_t start = start_of(plan, row, kv_head);
-        int64_t ahead = start_of(plan, view->group_start[next / kv_heads], next % kv_heads);
-        entries_t entries = {keys + start, values + start, group_end(view, group)};
-        entries_t after = {keys + ahead, values + ahead, group_end(view, next / kv_heads)};
+    item = start_item;
+    for (int64_t i = share.first; i < share.end; i++) {
+        const item_t next = i + 1 < share.end ? item_after(plan, view, item) : item;
+        const int shared = item.end - item.first > 1 || heads > BLOCK;
+        int64_t row = view->group_start[item.group], rows = view->group_start[item.group + 1] - row;
+        int64_t start = start_of(plan, row, item.head);
+        int64_t ahead = start_of(plan, view->group_start[next.group], next.head);
+        entries_t entries = {keys + start, values + start, group_end(view, item.group), shared};
+        entries_t after = {keys + ahead, values + ahead, group_end(view, next.group), 0};
         for (int64_t h = 0; h < heads; h += BLOCK) {
-            int64_t some = heads - h < BLOCK ? heads - h : BLOCK, head = kv_head * heads + h;
+            int64_t some = heads - h < BLOCK ? heads - h : BLOCK, head = item.head * heads + h;
             prepare_queries(plan, of, workspace, row, rows, head, some);
             attend_block(plan, view, workspace, entries, after, row, rows, some, plan->sinks ? plan->sinks + head : NULL,
                          out + (row * plan->heads + head) * dim);
         }
+        item = next;
     }
     barrier(team);
 }
@@ -1042,7 +1106,7 @@ void attend(const plan_t *plan, const view_t *view, const heads_t *of, char *key
     team_t team = {0};
 #pragma omp parallel
     {
-        workspace_t workspace = make_workspace(view->end, plan->dim);
+        workspace_t workspace = make_workspace(view->end, plan->dim, plan->fp8);
         attend_all(&team, plan, view, of, keys, values, &workspace, out);
         free_workspace(workspace);
     }
@@ -1111,7 +1175,7 @@ static void layers_all(team_t *team, const layer_t *layers, int64_t count, const
                        char *values, int64_t layer_size, int64_t width, float eps, scalar *tapped, int64_t taps,
                        int64_t by_entry, const int64_t *kept, int64_t keep) {
     int64_t rows = plan->rows, dim = plan->dim, row = (plan->heads + 2 * plan->kv_heads) * dim;
-    workspace_t workspace = make_workspace(views[0].end, dim); /* all views have the same end */
+    workspace_t workspace = make_workspace(views[0].end, dim, plan->fp8); /* all views have the same end */
     for (int64_t i = 0; i < count; i++) {
         const layer_t *layer = layers + i;
         heads_t heads = {scratch->stacked, scratch->stacked + plan->heads * dim,
