@@ -290,7 +290,7 @@ def _peers(
         modes = [mode for mode in modes if mode != "transformers-assisted"]
     if not modes:
         return {}
-    model = load_peer(resolve(settings.target, settings.cache_dir), loaded)
+    model = load_peer(resolve(settings.target, settings.cache_dir, base=settings.base_model), loaded)
     extra: dict[str, dict[str, Any]] = {
         "transformers-greedy": {},
         "transformers-prompt-lookup": {"prompt_lookup_num_tokens": _LOOKUP_TOKENS},

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 
+from jobs.errors import SetupError
 from jobs.settings import JobsSettings
 from jobs.upkeep.doctor import Finding
 from worker.engine.errors import ModelRefused
 from worker.engine.model.checkpoint import folder_of
 from worker.engine.model.quantized_checkpoint import refuse_quantized
+from worker.loading.adapters import base_of, is_adapter
 from worker.loading.model_store import PACKAGED
 from worker.settings import WorkerSettings
 
@@ -34,6 +36,8 @@ def _model(settings: WorkerSettings) -> Finding:
         return Finding("model files", "problem", f"file not found: {file}", "set BASIC_TARGET to a GGUF file")
     if target.startswith(("/", ".", "~")):
         directory = Path(target).expanduser()
+        if is_adapter(directory):
+            return _adapter(directory, settings.base_model)
         if not (directory / "config.json").exists():
             return Finding(
                 "model files", "problem", f"no model in {directory}", "set BASIC_TARGET to a model directory"
@@ -52,6 +56,16 @@ def _model(settings: WorkerSettings) -> Finding:
     return Finding(
         "model files", "warning", f"{target} is not downloaded yet", f"fetch it with: basic models pull {target}"
     )
+
+
+def _adapter(directory: Path, base: str) -> Finding:
+    try:
+        base = base or base_of(directory)
+    except SetupError as refused:
+        return Finding("model files", "problem", str(refused))
+    if not base:
+        return Finding("model files", "problem", f"{directory} names no base model", "set BASIC_BASE_MODEL to it")
+    return Finding("model files", "ok", f"{directory} is merged into {base} at the first start")
 
 
 def _quantized(directory: str) -> Finding | None:

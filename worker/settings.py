@@ -22,6 +22,11 @@ def _draft(named: str) -> str:
 class WorkerSettings(JobsSettings):
     """Settings of a worker process, and of commands that load the same models."""
 
+    base_model: str = Field(
+        "",
+        description="Base model of a target that is the directory of a LoRA adapter; empty: as its adapter_config.json "
+        "says.",
+    )
     draft: Annotated[str, AfterValidator(_draft)] = Field(
         "",
         description="Draft: a directory, a hub id, or `suffix` (or `none`) to draft from repetitions of the text only; "

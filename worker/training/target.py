@@ -50,7 +50,7 @@ def load_target(settings: WorkerSettings) -> Target:
     """Load the target of the settings without fusing its layers; raises ModelRefused or SetupError."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = native_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    path = resolve(settings.target, settings.cache_dir)
+    path = resolve(settings.target, settings.cache_dir, base=settings.base_model)
     model, tokenizer = load(path, dtype=dtype, device=device), load_tokenizer(path)
     identity = target_identity(model, model_name(settings.target), tokenizer.get_vocab())
     return Target(path, model, tokenizer, identity, embeddings(model), output_weights(model).clone())

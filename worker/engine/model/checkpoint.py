@@ -73,11 +73,14 @@ def refuse_unreadable(path: str) -> None:
             raise ModelRefused(f"{file} is a Git LFS pointer and not the file itself; fetch it with: git lfs pull")
     if not (folder / _CONFIG).exists():
         if (folder / "adapter_config.json").exists():
-            raise ModelRefused(f"{folder} is a LoRA adapter, not a whole model; merge it into its base model first")
+            raise ModelRefused(f"{folder} is an adapter, not a whole model; give its directory as the target")
         packed = next(iter(sorted(folder.glob("*.gguf"))), None)
         if packed is not None:
             raise ModelRefused(f"{folder} has no {_CONFIG}; give the path of its GGUF file, {packed}")
         raise ModelRefused(f"{folder} has no {_CONFIG}; give the directory of a model as transformers saves it")
+    if (folder / "adapter_config.json").exists():
+        # transformers would load the base model that it names, with the adapter beside its weights.
+        raise ModelRefused(f"{folder} holds a model and an adapter; move adapter_config.json away, or {_CONFIG}")
     kind = draft_kind(folder)
     if kind is not None:
         raise ModelRefused(f"{folder} is {kind}, a draft for another model; give a language model")
