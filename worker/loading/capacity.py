@@ -10,7 +10,13 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from worker.engine.kv.fp8 import has_fp8_kv
-from worker.engine.model.architecture import batch_dependent_rope, kv_bytes_per_token, max_positions, ranks_of
+from worker.engine.model.architecture import (
+    batch_dependent_rope,
+    has_long_factors,
+    kv_bytes_per_token,
+    max_positions,
+    ranks_of,
+)
 from worker.engine.model.backend import uses_paged_kv
 from worker.engine.model.packed_model import PackedModel
 from worker.engine.options import MAX_STEP_NODES, EngineOptions, Mode
@@ -87,18 +93,21 @@ def _wanted(
 
 def _context(settings: WorkerSettings, config: PretrainedConfig, whole_slots: bool, on_message: OnMessage) -> int:
     """Return the maximum context in tokens; report it if rotary embeddings limit it below the settings."""
-    positions = max_positions(config)
+    positions, kind = max_positions(config), batch_dependent_rope(config)
     default = WHOLE_SLOT_CONTEXT if whole_slots or positions is None else positions
     wanted = settings.max_context or default
-    if positions is None or wanted <= positions:
-        return wanted
-    kind = batch_dependent_rope(config)
-    if kind:
+    if has_long_factors(config):
+        on_message(
+            f"The longrope rotary embeddings of {settings.target} use their long factors for texts of any length, "
+            "because BASIC_MAX_CONTEXT is beyond their original positions; with a smaller one, texts are others"
+        )
+    elif kind and (wanted > (positions or wanted) or not settings.max_context):
+        more = "; set BASIC_MAX_CONTEXT to more for their long factors" if kind == "longrope" else ""
         on_message(
             f"The context is limited to {positions} tokens: beyond them the {kind} rotary embeddings of "
-            f"{settings.target} depend on the other sequences of a batch"
+            f"{settings.target} depend on the other sequences of a batch{more}"
         )
-    return positions
+    return wanted if positions is None else min(wanted, positions)
 
 
 def _share(model: PreTrainedModel) -> float:

@@ -234,6 +234,7 @@ def _with_model(
         device=input_device(model),
         ranks=draft_tp_size(path, settings) if on_all_ranks else 1,
         quantization=chosen_quantization(settings, model.device),
+        context=settings.max_context,
     )
     refuse_unpacked(network, settings.draft)
     choose_kv_dtype(settings, network)

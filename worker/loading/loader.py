@@ -125,6 +125,7 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
         ranks=settings.tp,
         offload=_spread(settings),
         quantization=quantization,
+        context=settings.max_context,
     )
     refuse_unpacked(model, settings.target)
     choose_kv_dtype(settings, model)

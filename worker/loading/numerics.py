@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from storage.numerics import Numerics
 from worker.engine.model import arithmetic
+from worker.engine.model.architecture import has_long_factors
 from worker.engine.quantization.weights import QuantizationMethod
 from worker.text.codec import Codec
 
@@ -77,6 +78,8 @@ def numerics_of(
         "libraries": _libraries(gpu=gpu),
         "depends_on_batch": depends_on_batch,
     }
+    if has_long_factors(model.config.get_text_config()):
+        parts["rotary"] = "long factors"
     return Numerics(f"fp_{_hash(parts)}", parts)
 
 

@@ -68,7 +68,7 @@ def _load(settings: WorkerSettings, device: torch.device) -> list[PreTrainedMode
     """Load the target's share, and the draft if all ranks hold it, exactly as the first rank does (`load_engine`)."""
     dtype = native_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     path = resolve(settings.target, settings.cache_dir, base=settings.base_model)
-    target = load(path, dtype=dtype, device=device, ranks=settings.tp)
+    target = load(path, dtype=dtype, device=device, ranks=settings.tp, context=settings.max_context)
     draft = draft_path(settings)
     if draft is None:
         return [target]
@@ -77,7 +77,8 @@ def _load(settings: WorkerSettings, device: torch.device) -> list[PreTrainedMode
         return [target]
     if settings.draft_ranks != "all":
         return [target]
-    network = load(draft, dtype=dtype, device=device, ranks=draft_tp_size(draft, settings))
+    ranks = draft_tp_size(draft, settings)
+    network = load(draft, dtype=dtype, device=device, ranks=ranks, context=settings.max_context)
     fuse_layers(network)
     return [target, network]
 

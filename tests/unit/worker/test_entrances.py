@@ -24,6 +24,7 @@ from worker.bench import grid, host_costs, mixed_lengths, schema_validity
 from worker.benchmark import OWN_MODES
 from worker.cli import commands
 from worker.engine.options import Mode
+from worker.engine.segments import chain
 from worker.generate import generate as decoded
 from worker.generate import request_for, resident_model
 from worker.loading.loader import load_engine
@@ -232,7 +233,8 @@ def test_a_model_that_is_refused_ends_every_process_that_loads_it_with_a_sentenc
     assert "is damaged or truncated" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_longrope_ends_texts_at_its_original_positions_and_logs_it(tmp_path: Path) -> None:
+def save_longrope(directory: Path) -> Any:
+    """Save a tiny model with longrope, 64 original positions of 512; return it as transformers loads it."""
     rope = {
         "rope_type": "longrope",
         "rope_theta": 10_000.0,
@@ -243,15 +245,22 @@ def test_longrope_ends_texts_at_its_original_positions_and_logs_it(tmp_path: Pat
     }
     model = tiny(vocab=258)
     model.config.rope_parameters = rope
-    model.save_pretrained(tmp_path / "long")
-    byte_tokenizer().save_pretrained(tmp_path / "long")
-    own: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "long")
-    said: list[str] = []
+    model.save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return AutoModelForCausalLM.from_pretrained(directory)
+
+
+def test_longrope_ends_texts_at_its_original_positions_and_logs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BASIC_MAX_CONTEXT")
+    own, said = save_longrope(tmp_path / "long"), list[str]()
     settings = WorkerSettings(target=str(tmp_path / "long"), dtype="float32", draft="suffix", max_sequences=2)
     loaded = load_engine(settings, said.append)
     assert loaded.numerics.parts["dtype"] == "float32"
     assert loaded.options.max_context == 64
-    assert any("limited to 64 tokens" in sentence and "longrope" in sentence for sentence in said)
+    assert any("limited to 64 tokens" in sentence and "set BASIC_MAX_CONTEXT" in sentence for sentence in said)
+    assert "rotary" not in loaded.numerics.parts
     request = request_for("long", PROMPT, max_tokens=60)
     for mode in Mode:
         done = decoded(loaded, request, endpoint=COMPLETIONS_ENDPOINT, mode=mode)
@@ -259,6 +268,26 @@ def test_longrope_ends_texts_at_its_original_positions_and_logs_it(tmp_path: Pat
         with torch.no_grad():
             exact = own.generate(prompt, max_length=64, do_sample=False, eos_token_id=256, pad_token_id=0)
         assert [*done.prompt_token_ids, *done.token_ids] == exact[0].tolist()
+
+
+def test_a_context_beyond_longropes_original_positions_uses_its_long_factors_for_all_texts(tmp_path: Path) -> None:
+    own, said = save_longrope(tmp_path / "long"), list[str]()
+    settings = WorkerSettings(target=str(tmp_path / "long"), dtype="float32", draft="suffix", max_sequences=2)
+    loaded = load_engine(settings, said.append)
+    assert loaded.options.max_context == 300
+    assert any("long factors for texts of any length" in sentence for sentence in said)
+    assert loaded.numerics.parts["rotary"] == "long factors"
+    long = request_for("long", PROMPT * 7, max_tokens=30)
+    for mode in Mode:
+        done = decoded(loaded, long, endpoint=COMPLETIONS_ENDPOINT, mode=mode)
+        prompt = torch.tensor([done.prompt_token_ids])
+        with torch.no_grad():  # transformers takes the long factors for a prompt of this length
+            exact = own.generate(prompt, max_new_tokens=30, do_sample=False, eos_token_id=256, pad_token_id=0)
+        assert [*done.prompt_token_ids, *done.token_ids] == exact[0].tolist()
+    short = chain(0, 0, [3, 1, 4, 1, 5], keep_last=True)
+    alone = loaded.target.forward([short]).clone()
+    both = loaded.target.forward([short, chain(1, 0, [7] * 100, keep_last=True)])
+    assert torch.equal(both[:1], alone), "a long text changes no bit of a short one"
 
 
 def test_answers_by_a_schema_are_valid_and_a_bad_schema_is_refused(

@@ -72,15 +72,46 @@ def max_positions(config: PretrainedConfig) -> int | None:
     if "chunked_attention" in (getattr(config, "layer_types", None) or []):
         known.append(_size(config, "attention_chunk_size"))  # below it, a chunk is all of a text
     ropes = list(_ropes(getattr(config, "rope_parameters", None) or {}))
-    if any(rope.get("rope_type") in _BATCH_DEPENDENT_ROPE for rope in ropes):
+    if any(_depends_on_batch(rope) for rope in ropes):
         known += [rope.get(_ORIGINAL) for rope in ropes] + [getattr(config, _ORIGINAL, None)]
     return min((int(n) for n in known if isinstance(n, int) and n > 0), default=None)
 
 
 def batch_dependent_rope(config: PretrainedConfig) -> str | None:
     """Return the kind of rotary embeddings whose frequencies change beyond `max_positions`; None if there is none."""
-    kinds = (str(rope.get("rope_type")) for rope in _ropes(getattr(config, "rope_parameters", None) or {}))
-    return next((kind for kind in kinds if kind in _BATCH_DEPENDENT_ROPE), None)
+    ropes = _ropes(getattr(config, "rope_parameters", None) or {})
+    return next((str(rope["rope_type"]) for rope in ropes if _depends_on_batch(rope)), None)
+
+
+def use_long_factors(config: PretrainedConfig, context: int) -> bool:
+    """Let the long factors of longrope hold for texts of any length if texts of `context` tokens are wanted.
+
+    The frequencies then depend on no length. Do nothing, and return False, if the original positions are enough.
+    """
+    positions, ropes = max_positions(config), _longropes(config)
+    if not ropes or positions is None or context <= positions:
+        return False
+    for rope in ropes:
+        for name in [name for name in rope if name.startswith("long_")]:  # factors, and scales of some models
+            rope[name.replace("long_", "short_", 1)] = rope[name]
+    return True
+
+
+def has_long_factors(config: PretrainedConfig) -> bool:
+    """Return whether longrope uses its long factors for texts of any length."""
+    ropes = _longropes(config)
+    return bool(ropes) and not any(_depends_on_batch(rope) for rope in ropes)
+
+
+def _longropes(config: PretrainedConfig) -> list[dict[str, Any]]:
+    ropes = _ropes(getattr(config, "rope_parameters", None) or {})
+    return [rope for rope in ropes if rope["rope_type"] == "longrope" and "long_factor" in rope]
+
+
+def _depends_on_batch(rope: dict[str, Any]) -> bool:
+    """Return whether frequencies depend on the longest sequence of a forward."""
+    same = "long_factor" in rope and rope["long_factor"] == rope.get("short_factor")
+    return rope.get("rope_type") in _BATCH_DEPENDENT_ROPE and not (rope["rope_type"] == "longrope" and same)
 
 
 def kv_bytes_per_token(model: PreTrainedModel) -> int:

@@ -25,6 +25,7 @@ from worker.engine.model.architecture import (
     ranks_of,
     refuse_tp_size,
     refuse_unsupported,
+    use_long_factors,
 )
 from worker.engine.model.attention import ATTENTION_NAME, KV_SHAPE, WINDOW_OF_CONFIG, AttentionPlan
 from worker.engine.model.backend import Backend, make_backend
@@ -75,13 +76,15 @@ def load(
     ranks: int = 1,
     offload: OffloadOptions | None = None,
     quantization: QuantizationMethod | None = None,
+    context: int = 0,
 ) -> PreTrainedModel:
     """Load a causal model from a local directory or a hub id; safetensors only, no remote code.
 
     With `ranks` above 1, load this process's shard, by the tensor parallel plan that transformers has for the model.
     With `offload`, accelerate lays the model out over all devices. With `quantization`, round the weights of linear
-    layers; a checkpoint with FP8 weights keeps them. Raises ModelRefused, with what to do, if the model is missing,
-    damaged or not supported.
+    layers; a checkpoint with FP8 weights keeps them. `context` is how many tokens a text may have, 0: those of the
+    model; beyond the original positions of longrope, its long factors hold for all texts. Raises ModelRefused, with
+    what to do, if the model is missing, damaged or not supported.
     """
     with as_model_refused(f"{path} could not be loaded", ranks=ranks):
         refuse_quantized(path)
@@ -90,11 +93,12 @@ def load(
         refuse_unfit(path, config)
         refuse_unsupported(config.get_text_config())
         refuse_tp_size(config.get_text_config(), ranks)
+        given = {"config": config} if use_long_factors(config.get_text_config(), context) else {}
         if _is_fp8(config):
             _refuse_fp8_parts(path, ranks, offload, quantization)
             model = _load_fp8(path, config, dtype)
         else:
-            model = _load_weights(path, dtype, ranks, offload)
+            model = _load_weights(path, dtype, ranks, offload, **given)
         if quantization is not None and quantization_method(model) is None:
             quantize(model, quantization)
         if not is_offloaded(model):
@@ -156,7 +160,7 @@ def _load_weights(
     try:
         with _quiet_transformers():
             loaded: Any = kind.from_pretrained(
-                None if given else path,
+                None if "state_dict" in given else path,
                 dtype=dtype,
                 attn_implementation=ATTENTION_NAME,
                 use_safetensors=True,

@@ -18,7 +18,13 @@ from worker.engine.errors import ModelRefused, OutOfSlots
 from worker.engine.kv import dense
 from worker.engine.kv.dense import DenseKv, lazy_zeros
 from worker.engine.kv.slot_allocator import SlotAllocator
-from worker.engine.model.architecture import batch_dependent_rope, max_positions, refuse_unsupported
+from worker.engine.model.architecture import (
+    batch_dependent_rope,
+    has_long_factors,
+    max_positions,
+    refuse_unsupported,
+    use_long_factors,
+)
 from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.packed_model import PackedModel
 from worker.engine.options import Mode
@@ -173,6 +179,21 @@ def test_rotary_embeddings_that_depend_on_the_batch_limit_the_positions(rope: di
     refuse_unsupported(config)
     assert max_positions(config) == 64
     assert batch_dependent_rope(config) in ("dynamic", "longrope")
+
+
+def test_the_long_factors_of_longrope_hold_for_any_length_if_longer_texts_are_wanted() -> None:
+    config = tiny().config
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 64, "short_mscale": 1.1, "long_mscale": 1.2}
+    config.rope_parameters = rope | {"short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
+    assert not use_long_factors(config, 0)
+    assert not use_long_factors(config, 64)
+    assert not has_long_factors(config)
+    assert use_long_factors(config, 65)
+    assert has_long_factors(config)
+    assert config.rope_parameters["short_factor"] == [4.0] * 16
+    assert config.rope_parameters["short_mscale"] == 1.2
+    assert max_positions(config) == config.max_position_embeddings
+    assert batch_dependent_rope(config) is None
 
 
 def test_rotary_embeddings_that_do_not_depend_on_the_batch_have_all_positions() -> None:
