@@ -158,7 +158,7 @@ def _submission(batch: PromptBatch, items: list[Item]) -> Submission:
         endpoint=batch.endpoint,
         parameters=batch.parameters,
         metadata=batch.metadata,
-        managed=Managed(batch.name, batch.labels, batch.priority, batch.max_concurrent),
+        managed=Managed(batch.name, batch.labels, batch.priority, batch.max_concurrent, batch.budget),
         compare_plain=batch.compare_plain,
         job_id=batch_job_id(batch.id),
         idempotency_key=_KEY_PREFIX + batch.id,

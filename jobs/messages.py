@@ -322,6 +322,7 @@ class PromptBatch(Frozen):
     labels: dict[str, str] | None = _unset(None)
     priority: Priority | None = _unset(None)
     max_concurrent: int | None = _unset(None, strict=True)
+    budget: dict[str, Any] | None = _unset(None)  # tokens, seconds
     compare_plain: int | None = Field(
         None, ge=1, le=MAX_COMPARED_REQUESTS, strict=True, exclude_if=lambda count: count is None
     )

@@ -66,6 +66,11 @@ def test_a_batch_asks_for_a_comparison_with_plain_decoding(database: Database, s
     assert comparison.requests_asked == 20
 
 
+def test_a_batch_has_a_budget(database: Database, settings: JobsSettings) -> None:
+    ingested(a_message(budget={"tokens": 100}), database, settings)
+    assert (job_of("nightly", database).budget_tokens, job_of("nightly", database).budget_s) == (100, None)
+
+
 def test_a_batch_without_compare_plain_omits_the_field_for_older_versions() -> None:
     assert set(a_message()) == {"v", "id", "model", "endpoint", "requests", "parameters", "metadata"}
 
