@@ -17,7 +17,6 @@ from sqlalchemy.orm import Session
 from storage.dialect import (
     AnyRow,
     database_now,
-    has_queued_requests,
     has_room,
     has_served,
     is_one_of,
@@ -27,7 +26,7 @@ from storage.dialect import (
 )
 from storage.fair_share import Ageing, FairShare, JobShare
 from storage.models import ChoiceOutput, JobRow, Partial, Request
-from storage.pilots import may_run
+from storage.pilots import has_claimable, may_run
 from storage.records import Checkpoint, Claim, Lease, RequestKey, RequestPlan
 from storage.steps.columns import stored_steps
 from storage.transitions import cancel_requests, end_finished_jobs, lock_jobs, return_requests
@@ -109,7 +108,7 @@ def jobs_to_notify(session: Session, older_than_s: float) -> list[tuple[str, str
     """
     now = database_now(session)
     overdue = or_(JobRow.doorbell_at.is_(None), JobRow.doorbell_at < now - older_than_s)
-    waiting = lock_jobs(session, and_(is_serving(), overdue, has_queued_requests()))
+    waiting = lock_jobs(session, and_(is_serving(), overdue, has_claimable()))
     if not waiting:
         return []
     notified = session.execute(
@@ -253,7 +252,7 @@ def _shares(*, interactive: bool) -> Select[Any]:
             JobRow.id,
             JobRow.api_key_id.label("owner"),
             running_requests(bindparam("now")).label("running"),
-            and_(has_queued_requests(), has_room()).label("waits"),
+            and_(has_claimable(), has_room()).label("waits"),
             JobRow.priority_class.label("rank"),
         )
         .where(_may_serve(), wanted)

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from storage.dialect import database_now
 from storage.models import JobRow
-from storage.pilots import BY_PILOT
+from storage.pilots import BY_PILOT, pause_after_pilot
 from storage.statuses import PAUSABLE_JOB_STATUSES, JobStatus
 
 BY_USER: Final = "user"  # the reason of a pause that a caller asked for
@@ -47,6 +47,7 @@ def resume_job(session: Session, job_id: str) -> bool:
     session.execute(
         paused.values(paused_at=None, pause_reason=None, doorbell_at=now, paused_s=paused_s, pilot_only=only_pilot)
     )
+    pause_after_pilot(session, [job_id])  # its pilot may have ended meanwhile
     return _exists(session, job_id)
 
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, Text, and_, cast, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
-from storage.dialect import database_now, has_open_requests
+from storage.dialect import database_now, has_open_requests, has_queued_requests
 from storage.models import ChoiceOutput, JobRow, PackedSteps, PilotRow, Request
 from storage.statuses import OPEN_REQUEST_STATUSES
 from storage.steps.columns import MS_UNITS
@@ -96,6 +96,14 @@ def may_run() -> ColumnElement[bool]:
     """Return the condition that a request does not wait for the pilot of its job."""
     holds = select(JobRow.id).where(JobRow.id == Request.job_id, JobRow.pilot_only).exists()
     return or_(~holds, _in_pilot())
+
+
+def has_claimable() -> ColumnElement[bool]:
+    """Return the condition that a job has queued requests that may run."""
+    member = and_(PilotRow.job_id == Request.job_id, PilotRow.request_index == Request.request_index)
+    queued = and_(Request.job_id == JobRow.id, Request.status == "queued")
+    in_pilot = select(Request.job_id).join(PilotRow, member).where(queued).correlate(JobRow).exists()
+    return and_(has_queued_requests(), or_(~JobRow.pilot_only, in_pilot))
 
 
 def pause_after_pilot(session: Session, job_ids: Collection[str]) -> None:

@@ -98,6 +98,26 @@ def test_a_pilot_that_was_paused_goes_on_as_a_pilot(database: Database) -> None:
     assert len(claimed(database)) == 4
 
 
+def test_a_pilot_that_ends_during_another_pause_holds_the_job_after_it(database: Database) -> None:
+    store(database, 40, pilot=1)
+    only = claimed(database)
+    with database.write() as session:
+        assert pause_job(session, "job-1")
+    flushed(database, only)
+    resumed(database)
+    assert (job(database).status, job(database).pause_reason) == ("paused", "pilot")
+    resumed(database)
+    assert len(claimed(database)) == 39
+
+
+def test_a_job_whose_pilot_runs_takes_no_turn_of_another_job(database: Database) -> None:
+    store(database, 40, pilot=4)
+    assert len(claimed(database)) == 4
+    with database.write() as session:
+        writes.insert_job(session, a_job("job-2"), some_requests(8))
+    assert [claim.lease.job_id for _ in range(8) for claim in claimed(database, limit=1)] == ["job-2"] * 8
+
+
 def test_a_pilot_whose_last_request_fails_at_its_deadline_has_ended(database: Database) -> None:
     store(database, 40, pilot=1)
     (only,) = claimed(database)
