@@ -179,6 +179,18 @@ def test_every_command_is_one_of_ours(manifests: list[Manifest]) -> None:
                 parse(arguments)
 
 
+def test_commands_are_those_of_docker_compose_which_a_test_runs_as_processes(
+    overlays: Mapping[str, list[Manifest]],
+) -> None:
+    composed = YAML(typ="safe").load((ROOT / "docker-compose.yml").read_text())["services"]
+    trial = YAML(typ="safe").load((ROOT / "docs/compose-cpu.yml").read_text().replace("!reset ", ""))["services"]
+    for manifest, container in ours(overlays["cpu-trial"]):
+        name = container["name"]
+        assert container["command"] == trial.get(name, {}).get("command", composed[name]["command"]), manifest["kind"]
+    worker = containers(only(overlays["gpu"], "StatefulSet", "basic-worker"))[0]
+    assert ["CMD", *worker["readinessProbe"]["exec"]["command"]] == composed["worker"]["healthcheck"]["test"]
+
+
 def test_probes_and_ports_are_those_of_the_api_server(manifests: list[Manifest]) -> None:
     routes = {getattr(route, "path", "") for router in (service.router, metrics.router) for route in router.routes}
     probed = set()
