@@ -28,6 +28,7 @@ BasicError
 ├── NotRetryable                the job has not ended, or all its requests succeeded
 ├── NotDeletable                the job has not ended
 ├── WebhookUnreachable          an endpoint did not answer a test
+├── NotVerifiable               no request of the job has an output to verify
 ├── CallerRefused               authentication, permission or rate limit
 │   ├── InvalidKey              missing or invalid API key
 │   ├── NotPermitted            the key lacks the scope
@@ -261,6 +262,13 @@ class WebhookUnreachable(BasicError):
 
     code = "webhook_unreachable"
     status_code = 400
+
+
+class NotVerifiable(BasicError):
+    """No request of the job has an output to verify."""
+
+    code = "not_verifiable"
+    status_code = 409
 
 
 class CallerRefused(BasicError):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from ipaddress import ip_network
+from pathlib import Path
 from typing import Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator
@@ -64,6 +65,12 @@ class JobsSettings(StorageSettings):
     lease_s: float = Field(
         20.0, gt=0, description="Seconds until a worker's unrenewed claim lapses; more than the longest step."
     )
+    signing_key: str = Field(
+        "",
+        description="Ed25519 key that signs reports of verifications: PEM, or a file of it, which is created if it is "
+        "missing; empty: `signing.key` in the data directory.",
+        repr=False,
+    )
     partials_interval_s: float = Field(0.5, gt=0, description="Seconds between commits of new tokens.")
     webhook_networks: str = Field(
         "",
@@ -74,6 +81,13 @@ class JobsSettings(StorageSettings):
     webhook_retry_s: float = Field(
         86_400, ge=0, description="Seconds for which a webhook that fails is tried again; then its event is dead."
     )
+
+    @property
+    def resolved_signing_key(self) -> Path | str:
+        """The signing key as PEM, or its file, with the default applied."""
+        if self.signing_key.startswith("-----BEGIN"):
+            return self.signing_key
+        return Path(self.signing_key).expanduser() if self.signing_key else self.data_dir / "signing.key"
 
     @property
     def served_names(self) -> tuple[str, ...]:

@@ -18,16 +18,23 @@ from storage.files import clear_chunks
 from storage.models import ChoiceOutput, File, JobRow, PackedSteps, Request, UploadRow
 from storage.session import Database
 from storage.statuses import FINAL_JOB_STATUSES
+from storage.transitions import request_cancel
 
 REQUESTS_PER_DELETE: Final = 200
 _JOBS_AT_ONCE: Final = 100
 
 
 def hide_job(session: Session, job_id: str) -> None:
-    """Hide a job from callers: it will be erased. Its idempotency key is free again, and it gets no more work."""
+    """Hide a job from callers, and its verifications, which hold its prompts and texts: they will be erased.
+
+    Its idempotency key is free again, and it gets no more work.
+    """
     now = database_now(session)
     hidden = {"erased_at": now, "idempotency_key": None, "compared_at": func.coalesce(JobRow.compared_at, now)}
-    session.execute(update(JobRow).where(JobRow.id == job_id, JobRow.erased_at.is_(None)).values(**hidden))
+    its_own = or_(JobRow.id == job_id, JobRow.verification_of == job_id)
+    session.execute(update(JobRow).where(its_own, JobRow.erased_at.is_(None)).values(**hidden))
+    for verification_id in session.scalars(select(JobRow.id).where(JobRow.verification_of == job_id)).all():
+        request_cancel(session, verification_id)
 
 
 def hidden_jobs(session: Session) -> list[str]:

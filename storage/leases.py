@@ -310,9 +310,14 @@ def _as_claims(session: Session, taken: Collection[AnyRow]) -> list[Claim]:
     jobs = {
         job.id: job
         for job in session.execute(
-            select(JobRow.id, JobRow.endpoint, JobRow.priority, JobRow.traceparent, JobRow.max_concurrent).where(
-                JobRow.id.in_({job for job, _ in keys})
-            )
+            select(
+                JobRow.id,
+                JobRow.endpoint,
+                JobRow.priority,
+                JobRow.traceparent,
+                JobRow.max_concurrent,
+                JobRow.verification_of,
+            ).where(JobRow.id.in_({job for job, _ in keys}))
         )
     }
     checkpoints = _checkpoints(session, keys)
@@ -331,6 +336,7 @@ def _as_claims(session: Session, taken: Collection[AnyRow]) -> list[Claim]:
             traceparent=jobs[row.job_id].traceparent,
             plan=RequestPlan(row.answer_format, row.sampling_defaults),
             max_concurrent=jobs[row.job_id].max_concurrent,
+            verifies=jobs[row.job_id].verification_of is not None,
         )
         for row in taken
     ]

@@ -132,6 +132,8 @@ class JobRow(Base):
     budget_s: Mapped[float | None]
     paused_s: Mapped[float] = mapped_column(server_default=text("0"))  # of pauses that are over, since its start
     pilot_only: Mapped[bool] = mapped_column(server_default=false())  # only its pilot may run (storage.pilots)
+    # The job of which it computes a sample again, without drafts (storage.verifications): it is erased with that job.
+    verification_of: Mapped[str | None]
 
     __table_args__ = (
         UniqueConstraint("api_key_id", "idempotency_key"),
@@ -152,6 +154,7 @@ class JobRow(Base):
         _where_set("erased_at", "erased_at IS NOT NULL"),
         _where_set("input_file_id", "input_file_id IS NOT NULL"),
         _where_set("source_file_id", "source_file_id IS NOT NULL"),
+        _where_set("verification_of", "verification_of IS NOT NULL"),
     )
 
 

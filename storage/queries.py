@@ -68,6 +68,7 @@ class JobView:
     budget_tokens: int | None
     budget_s: float | None
     paused_s: float  # of pauses that are over
+    verification_of: str | None  # job of which it computes a sample again, without drafts
     # Sampling parameters that the model's generation config gave to its first request; not in lists.
     sampling_defaults: Mapping[str, Any] | None = None
 
@@ -208,8 +209,13 @@ def jobs(
     *,
     newest_first: bool = True,
 ) -> JobViewPage:
-    """Return up to `limit` jobs by creation time, starting after the job `after`; an unknown `after` returns none."""
-    query = select(*_JOB_COLUMNS).where(*wanted.conditions(session), JobRow.erased_at.is_(None))
+    """Return up to `limit` jobs by creation time, starting after the job `after`; an unknown `after` returns none.
+
+    Verifications are not listed.
+    """
+    query = select(*_JOB_COLUMNS).where(
+        *wanted.conditions(session), JobRow.erased_at.is_(None), JobRow.verification_of.is_(None)
+    )
     columns = (JobRow.created_at, JobRow.id)
     query = query.order_by(*(c.desc() if newest_first else c.asc() for c in columns)).limit(limit + 1)
     if after is not None:

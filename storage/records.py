@@ -53,6 +53,7 @@ class NewJob:
     compare_plain: int = 0  # number of requests to decode again, with and without drafts, after completion
     traceparent: str | None = None  # W3C trace context of the submission
     source_file_id: str | None = None  # uploaded file that the requests were read from
+    verification_of: str | None = None  # id of the job of which it computes a sample again, without drafts
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +208,7 @@ class Claim:
     traceparent: str | None = None  # W3C trace context of the submission
     plan: RequestPlan = RequestPlan()  # of earlier owners
     max_concurrent: int | None = None  # of the job
+    verifies: bool = False  # computes a text again, to verify it: without drafts
 
     @property
     def begun(self) -> bool:

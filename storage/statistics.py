@@ -563,7 +563,7 @@ def job_summaries(
     asked = true() if job_id is None else JobRow.id == job_id
     jobs = session.execute(
         select(shown_status(JobRow).label("status"), *(getattr(JobRow, name) for name in _OF_JOB))
-        .where(mine, asked, JobRow.erased_at.is_(None))
+        .where(mine, asked, JobRow.erased_at.is_(None), JobRow.verification_of.is_(None))
         .order_by(JobRow.created_at.desc(), JobRow.id.desc())
         .limit(limit)
     ).all()

@@ -290,7 +290,7 @@ def _listeners() -> Select[Any]:
             JobRow.status,
         )
         .join(JobRow, and_(wanted, of_job))
-        .where(JobRow.id.in_(bindparam("job_ids", expanding=True)))
+        .where(JobRow.id.in_(bindparam("job_ids", expanding=True)), JobRow.verification_of.is_(None))
         .order_by(JobRow.id, WebhookEndpoint.id)
     )
 

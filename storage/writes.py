@@ -162,6 +162,7 @@ def _job_row(job: NewJob, now: float) -> dict[str, Any]:
         "compare_plain": job.compare_plain,
         "traceparent": job.traceparent,
         "source_file_id": job.source_file_id,
+        "verification_of": job.verification_of,
     }
 
 

@@ -15,7 +15,19 @@ from jobs.api.http.limits import BodyLimitMiddleware
 from jobs.api.http.multipart import FORM_BYTES
 from jobs.api.http.paths import PathMiddleware
 from jobs.api.request_ids import RequestIdMiddleware
-from jobs.api.routes import batches, completions, docs, files, jobs, metrics, responses, service, uploads, webhooks
+from jobs.api.routes import (
+    batches,
+    completions,
+    docs,
+    files,
+    jobs,
+    metrics,
+    responses,
+    service,
+    uploads,
+    verifications,
+    webhooks,
+)
 from jobs.api.schemas import openapi
 from jobs.producer import Notify
 from jobs.queue.worker_notifier import WorkerNotifier
@@ -69,6 +81,7 @@ def make_api(
         metrics,
         uploads,
         webhooks,
+        verifications,
         docs,
     ):  # the most frequent are matched first
         app.router.routes.extend(resource.router.routes)  # include_router would build each route again for this app

@@ -22,6 +22,7 @@ from jobs.cli.fields import fields
 from jobs.cli.jobs import cancel, follow, list_jobs, results, retry, rm, status, submit
 from jobs.cli.keys import key_commands
 from jobs.cli.options import FAILED, WRONG_USE
+from jobs.cli.proof.verify import verify
 from jobs.cli.service import api, doctor, down, up
 from jobs.cli.settings import settings
 from jobs.cli.stats import report, stats
@@ -40,7 +41,7 @@ app = typer.Typer(
 )
 COMMANDS: Sequence[Callable[..., None]] = (
     *(submit, estimate, follow, status, results, retry, cancel, rm, list_jobs),
-    *(stats, report, up, down, api, doctor, settings, fields),
+    *(stats, report, verify, up, down, api, doctor, settings, fields),
 )
 for command in COMMANDS:
     app.command("jobs" if command is list_jobs else None)(command)

@@ -12,7 +12,12 @@ from jobs.errors import SetupError
 
 # The commands of `worker.cli`, for an installation that can't import it.
 _WORKER_COMMANDS = ("worker", "generate", "bench", "plan", "models", "draft")
-_EXTRAS = {"matplotlib": "plot", "pandas": "pandas", "psycopg": "postgres"}  # import name -> extra
+_EXTRAS = {
+    "cryptography": "proof",
+    "matplotlib": "plot",
+    "pandas": "pandas",
+    "psycopg": "postgres",
+}  # import name -> extra
 _OWN_PACKAGES = ("jobs", "storage", "worker", "migrations")
 
 

@@ -17,7 +17,16 @@ from jobs.client.parameters import Parameters
 from jobs.client.progress_bar import ProgressCallback, progress_reporter
 from jobs.client.request_body import ALL_COLUMNS, Prompts, build_body
 from jobs.client.response_format import ResponseFormat, adapter_of, response_format
-from jobs.client.results import JobCheck, JobEstimate, JobInfo, Output, Statistics, output_rows, to_dataframe
+from jobs.client.results import (
+    JobCheck,
+    JobEstimate,
+    JobInfo,
+    Output,
+    Statistics,
+    Verification,
+    output_rows,
+    to_dataframe,
+)
 from jobs.client.retries import RETRIED_STATUS_CODES, Backoff, ServiceBusy
 from jobs.client.service_errors import error_of
 from jobs.client.service_location import default_api_key, default_api_url
@@ -242,6 +251,20 @@ class AsyncClient:
         """Submit the requests of an ended job that have no result as a new job, and return it."""
         reply = await self._call("POST", f"/v1/jobs/{job_id}/retry", headers=_key(idempotency_key))
         return AsyncJob(self, reply["id"])
+
+    async def verify(self, job_id: str, sample: str | int = "1%") -> Verification:
+        """Let the service compute a random sample of a job's outputs again: a share such as 1%, or a number."""
+        body = {"sample": sample}
+        reply = await self._call("POST", f"/v1/jobs/{job_id}/verifications", json=body, headers=_key(None))
+        return Verification.model_validate(reply)
+
+    async def verification(self, verification_id: str) -> Verification:
+        """Return a verification: its progress, and its results when it has ended."""
+        return Verification.model_validate(await self._call("GET", f"/v1/verifications/{verification_id}"))
+
+    async def verification_report(self, verification_id: str) -> dict[str, Any]:
+        """Return the signed report of an ended verification."""
+        return await self._call("GET", f"/v1/verifications/{verification_id}/report")
 
     async def job_stats(self, job_id: str) -> Statistics:
         """Return speed and speculation statistics of a job."""

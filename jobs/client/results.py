@@ -150,6 +150,25 @@ class JobEstimate(Reply):
     power_source: str | None = None  # measured or configured
 
 
+class VerificationCounts(Reply):
+    """Verified requests by result."""
+
+    equal: int
+    different: int
+    not_comparable: int
+
+
+class Verification(Reply):
+    """A sample of a job that the service computes again. `counts` are there when it has ended."""
+
+    id: str
+    job_id: str
+    status: JobStatus
+    sample: str
+    request_counts: JobCounts
+    counts: VerificationCounts | None = None
+
+
 class ErrorDetails(Reply):
     """Why a request has no output text."""
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-_OWN_FILES: Final = ("basic.sqlite3*", "local.key*", "logs", "redis", "up.*")  # created by embedded mode
+_OWN_FILES: Final = (
+    "basic.sqlite3*",
+    "local.key*",
+    "logs",
+    "redis",
+    "signing.key*",
+    "up.*",
+)  # created by embedded mode
 _GROUP_AND_OTHERS: Final = 0o077
 _FILE_MODE: Final = 0o600
 
@@ -17,9 +25,23 @@ def write_private(path: Path, text: str) -> None:
     """Write a file atomically. Only its owner can read it, from the first byte on."""
     part = path.with_suffix(".part")
     part.unlink(missing_ok=True)
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _FILE_MODE), "w") as file:
-        file.write(text)
+    _write_new(part, text)
     part.replace(path)
+
+
+def create_private(path: Path, text: str) -> None:
+    """Write a new file atomically, as `write_private` does. Raises FileExistsError if it is there."""
+    part = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+    try:
+        _write_new(part, text)
+        os.link(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write_new(path: Path, text: str) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _FILE_MODE), "w") as file:
+        file.write(text)
 
 
 def private_opener(path: str, flags: int) -> int:

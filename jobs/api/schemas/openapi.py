@@ -43,6 +43,7 @@ TAGS: Final[list[Json]] = [
     {"name": "completions", "description": "Single requests, answered at once, compatible with OpenAI."},
     {"name": "responses", "description": "Single requests in the format of OpenAI's Responses API."},
     {"name": "webhooks", "description": "Calls when jobs end, compatible with OpenAI and Standard Webhooks."},
+    {"name": "verifications", "description": "Compute a sample of a job again, and sign what was found."},
     {"name": "service", "description": "Models, workers, statistics, health."},
 ]
 _KEY: Final = "key"  # the name of the security scheme
@@ -337,6 +338,20 @@ JOB_BODY: Final = _body(
     **{"application/x-ndjson": _LINES, "application/jsonl": _LINES, "application/x-jsonlines": _LINES},
 )
 CHANGES_BODY: Final = _body(_CHANGES, {"labels": {"name": "Nightly summary", "labels": {"team": "search"}}})
+VERIFICATION_BODY: Final = _body(
+    {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            "sample": {
+                "type": ["string", "integer"],
+                "description": "A share of the completed requests such as 1%, the default, or their number.",
+            }
+        },
+    },
+    {"share": {"sample": "1%"}, "number": {"sample": 20}},
+    _IDEMPOTENCY,
+)
 CHAT_BODY: Final = _body(
     _CHAT,
     {"chat": {"model": "smollm2-135m-instruct", "messages": [{"role": "user", "content": "Name two rivers."}]}},

@@ -159,6 +159,7 @@ class JobReply(_Reply):
     retry_of: str | None
     prompts_deleted_at: int | None  # because of their age
     outputs_deleted_at: int | None
+    verification_of: str | None = None  # of a verification: the job whose sample it computes again
     # Sampling parameters that the model's generation config gave to its first request; of a single job only.
     sampling_defaults: Json | None = None
 
@@ -586,6 +587,91 @@ class WorkerList(_Reply):
 
     object: Literal["list"]
     data: list[WorkerView]
+
+
+class Verdicts(_Reply):
+    """Sampled requests by result."""
+
+    equal: int
+    different: int
+    not_comparable: int
+
+
+class VerificationReply(_Reply):
+    """A sample of a job that is computed again. Times are Unix seconds."""
+
+    id: str
+    object: Literal["verification"]
+    job_id: str
+    status: JobStatus
+    sample: str  # as asked for
+    seed: str  # of the random sample
+    created_at: int
+    finished_at: int | None
+    request_counts: RequestCounts
+    counts: Verdicts | None  # null until it has ended
+
+
+class VerifiedJob(_Reply):
+    """The job that was verified."""
+
+    id: str
+    model: str
+    endpoint: Endpoint
+    created_at: int
+    requests_total: int
+    requests_completed: int
+
+
+class VerifiedOutput(_Reply):
+    """A sampled request: what fixed the bits of both computations, hashes of both, and the result."""
+
+    index: int
+    custom_id: str
+    result: Literal["equal", "different", "not_comparable"]
+    reason: str | None  # where it differs, or why it can't be compared
+    numerics: list[str]
+    recomputed_numerics: list[str]
+    sha256: str | None  # of [text, token ids, finish reason] of each choice, as JSON
+    recomputed_sha256: str | None
+
+
+class ReportSignature(_Reply):
+    """A signature over all other fields: JSON in UTF-8 with sorted keys and without white space."""
+
+    algorithm: Literal["Ed25519"]
+    public_key: str  # base64, as is the next
+    value: str
+
+
+class VerificationReport(_Reply):
+    """The signed report of an ended verification."""
+
+    id: str
+    object: Literal["verification_report"]
+    version: Literal[1]
+    service: str
+    job_id: str
+    job: VerifiedJob
+    status: JobStatus
+    sample: str
+    seed: str
+    drafts: Literal[False]
+    created_at: int
+    finished_at: int | None
+    request_counts: RequestCounts
+    counts: Verdicts
+    numerics: dict[str, Json]  # parts of each fingerprint
+    requests: list[VerifiedOutput]
+    signature: ReportSignature
+
+
+class SigningKeyReply(_Reply):
+    """The public key that signs reports."""
+
+    object: Literal["signing_key"]
+    algorithm: Literal["Ed25519"]
+    public_key: str  # base64
 
 
 class NumericsReply(_Reply):

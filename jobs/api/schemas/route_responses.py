@@ -25,8 +25,11 @@ from jobs.api.schemas.replies import (
     NumericsReply,
     OutputLine,
     ReadyReply,
+    SigningKeyReply,
     TextChunk,
     TextReply,
+    VerificationReply,
+    VerificationReport,
     WorkerList,
 )
 from jobs.api.schemas.responses import InputItemPage, ResponseEvent, ResponseReply
@@ -56,6 +59,9 @@ JOB_ESTIMATE: Final = _replied(JobEstimateReply, "The estimate.")
 JOB_CHECK: Final = _replied(JobCheckReply, "The check.")
 JOBS: Final = _replied(JobPage, "A page of the list.")
 NUMERICS: Final = _replied(NumericsReply, "The parts of the fingerprint.")
+VERIFICATION: Final = _replied(VerificationReply, "The verification.")
+VERIFICATION_REPORT: Final = _replied(VerificationReport, "The signed report.")
+SIGNING_KEY: Final = _replied(SigningKeyReply, "The public key.")
 STATISTICS: Final = _replied(JobStats, "The statistics.")
 LINES: Final = _streamed("application/x-ndjson", "x-line", OutputLine, "JSON lines, one request per line.")
 EVENTS: Final = _streamed("text/event-stream", "x-event", PartialEvent, "Server-sent events with JSON data.")

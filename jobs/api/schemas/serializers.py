@@ -49,6 +49,7 @@ def job(view: JobView) -> Json:
         "retry_of": view.retry_of,
         "prompts_deleted_at": _second(view.prompts_deleted_at),
         "outputs_deleted_at": _second(view.outputs_deleted_at),
+        **({} if view.verification_of is None else {"verification_of": view.verification_of}),
         **({} if view.sampling_defaults is None else {"sampling_defaults": dict(view.sampling_defaults)}),
     }
 

@@ -10,7 +10,7 @@ class Decision(StrEnum):
 
     TREE = "tree"  # some sequence verified draft nodes
     GRAMMAR = "grammar"  # only tokens that a grammar forces were verified, and no draft
-    OFF = "off"  # the mode is plain
+    OFF = "off"  # the mode is plain, or no sequence may have drafts
     PROBE = "probe"  # plain on purpose, to measure plain decoding
     GUARD = "guard"  # blocked by the regret guard: speculation has not paid lately
     UNPROFITABLE = "unprofitable"  # drafts were grown, and none was worth its time

@@ -167,7 +167,7 @@ class Planner:
 
         Not those where a grammar forces tokens, but if these are at most `reads` and others may follow them.
         """
-        roots, masks = np.arange(len(batch.decoding)), forest.masks
+        roots, masks = _drafted(batch, forest), forest.masks
         if masks is None:
             return roots
         stretches = [masks.root(tree) if masks.constrained[tree] else None for tree in roots.tolist()]
@@ -177,7 +177,7 @@ class Planner:
         """Return a plan without drafts, but with forced tokens unless it is to be plain or has no memory for them."""
         allowed = (Decision.GUARD, Decision.DRAFT_LAGGING, Decision.GRAMMAR)
         if forest.masks is not None and reason in allowed:
-            forest.force(np.arange(len(batch.decoding)))
+            forest.force(_drafted(batch, forest))
             return self._cut(
                 StepPlan(forest, forest, forest.roots, [], reason), self._budget(batch, self._strategies[0])
             )
@@ -282,6 +282,8 @@ class Planner:
             return Decision.OFF
         if not batch_size:
             return Decision.PREFILL
+        if not len(_drafted(batch, forest)):
+            return Decision.OFF
         if batch.draft_rows < (batch_size if self._options.mode is Mode.PAPER else 1):
             return Decision.MEMORY
         if self._options.mode is Mode.PAPER:
@@ -387,7 +389,7 @@ class Planner:
         """
         if forest.masks is None:
             return self._grow_from(forest, budget, start)
-        _, ends = forest.force(np.arange(len(batch.decoding)))
+        _, ends = forest.force(_drafted(batch, forest))
         taken = np.isin(forest.tree[ends], start.roots) if start.strategy.forced_reads else np.ones(len(ends), np.bool_)
         growth, catch_up_ms = self._grow_from(forest, budget, start, ends[taken])
         detached = np.concatenate([growth.detached, ends[~taken]])
@@ -442,3 +444,9 @@ class Planner:
             values, count = selected.value[drafted], int(drafted[accepted.visited].sum())
         if len(values):
             self._acceptance.learn_discount(float(values.sum()), count)
+
+
+def _drafted(batch: Batch, forest: Forest) -> IntArray:
+    """Return the roots of the decoding sequences that may have drafts."""
+    roots = np.arange(len(batch.decoding))
+    return roots if forest.columns.all_drafted else roots[forest.columns.drafted[: len(roots)]]

@@ -64,6 +64,16 @@ class SequenceColumns:
         return bool(self.argmax.all())
 
     @cached_property
+    def drafted(self) -> BoolArray:
+        """Which sequences may have drafts [sequences]."""
+        return np.array([s.drafts for s in self.sequences], np.bool_)
+
+    @cached_property
+    def all_drafted(self) -> bool:
+        """True if all sequences may have drafts."""
+        return all(s.drafts for s in self.sequences)
+
+    @cached_property
     def any_traced(self) -> bool:
         """True if some sequence returns the trees of its first steps."""
         return bool(self.traced_steps.any())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from jobs.openai.logprobs import Stored
 from storage.dialect import storable
@@ -37,6 +37,7 @@ class ActiveChoice:
     started_at: float
     first_of_prompt: bool = True
     wants_logprobs: bool = False
+    measured: bool = True  # its steps tell what drafts gain
     next_seq: int = 0  # sequence number of its next event
     announced: bool = False  # its `started` event is published, by this worker or an earlier one
     _ids: list[int] = field(default_factory=list)
@@ -67,7 +68,8 @@ class ActiveChoice:
         self._logprobs += [likelihoods.stored() for likelihoods in written.logprobs or ()]
         tree = None if result.tree is None else tree_row(result.tree, text_of)
         if written.tokens:  # not with max_tokens 0
-            _add_step(self._steps, written.stats, now, tree)
+            stats = written.stats if self.measured else replace(written.stats, plain_step_ms=None)
+            _add_step(self._steps, stats, now, tree)
 
     def checkpoint(self) -> Checkpoint | None:
         """Return the tokens since the last checkpoint and start the next one; None without new tokens.

@@ -275,7 +275,7 @@ class RequestLoop:
             number, prompt, first = index // n, prompts[index // n], index % n == 0
             record = PromptRecord(self._codec, body, claim.endpoint, number, prompt, first=first)
             sequence = self._codec.sequence((*claim.lease.key, index), prompt, body.sampling, index, reading.grammar)
-            sequence.prompt_top = record.top
+            sequence.prompt_top, sequence.drafts = record.top, not claim.verifies
             choice = ActiveChoice(
                 index=index,
                 number=sequence.number,
@@ -289,6 +289,7 @@ class RequestLoop:
                 started_at=claim.started_at or time.time(),
                 first_of_prompt=first,
                 wants_logprobs=body.sampling.logprobs is not None,
+                measured=not claim.verifies,
             )
             choice.resume(earlier[index], sequence)
             request.choices[index] = choice

@@ -67,6 +67,22 @@ def test_text_does_not_depend_on_draft_mode_or_batch(sampling: Sampling, kind: s
     assert outputs(some) == plain_texts(sampling=sampling)
 
 
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("mode", [Mode.PAPER, Mode.OPT_TREE])
+def test_sequences_without_drafts_have_the_same_text_beside_others_that_have_drafts(
+    sampling: Sampling, mode: Mode
+) -> None:
+    some = sequences(sampling=sampling)
+    for sequence in some[::2]:
+        sequence.drafts = False
+    results = decode(engine(packed(tiny()), drafter("same"), all_at_once(mode)), some)
+    assert outputs(some) == plain_texts(sampling=sampling)
+    plain = {sequence.number for sequence in some[::2]}
+    assert not any(result.stats.tree_nodes for result in results if result.number in plain)
+    drafted = any(result.stats.tree_nodes for result in results)
+    assert drafted or mode is Mode.OPT_TREE, "no tree was verified, so nothing was tested"  # one that measures may not
+
+
 def test_a_draft_with_the_targets_weights_is_accepted_to_full_depth() -> None:
     some = sequences(max_tokens=16)
     results = decode(engine(packed(tiny()), drafter("same"), all_at_once(Mode.PAPER, threshold=0, nodes=60)), some)

@@ -124,9 +124,14 @@ def test_a_value_that_the_database_rejects_fails_its_request_and_the_others_are_
     real = writes.flush
 
     def choosy(
-        session: Session, owner: str, lease_s: float, progress: list[RequestProgress], held: list[Lease]
+        session: Session,
+        owner: str,
+        lease_s: float,
+        progress: list[RequestProgress],
+        held: list[Lease],
+        numerics: str | None,
     ) -> FlushResult:
-        result = real(session, owner, lease_s, progress, held)
+        result = real(session, owner, lease_s, progress, held, numerics)
         if any(entry.lease.request_index == BAD and entry.checkpoints for entry in progress):
             raise ValueError("a value is refused")  # the transaction is rolled back
         return result

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from jobs.messages import CHAT_ENDPOINT, GenerationRequest, PartialEvent, SamplingParameters
 from jobs.openai.logprobs import TokenAlternatives
-from storage import leases, queries, writes
+from jobs.settings import JobsSettings
+from jobs.verification.sample import start_verification
+from storage import leases, queries, verifications, writes
 from storage.lease_recovery import reclaim
 from storage.models import ChoiceOutput, DecodeStep, JobRow, Partial, Request
 from storage.records import NewJob, NewRequest
@@ -265,6 +267,35 @@ def test_a_text_that_is_resumed_on_another_kind_of_device_names_both(database: D
     with database.read() as session:
         outputs = [*queries.outputs(session, "batch_1"), *queries.outputs(session, "batch_2")]
     assert [output.numerics for output in outputs] == ["fp_gpu,fp_cpu", "fp_gpu,fp_cpu", "fp_cpu"]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_verification_computes_the_same_texts_without_drafts_also_of_a_text_that_was_resumed(
+    database: Database, temperature: float
+) -> None:
+    submit(database, "one", "two", "the cat", temperature=temperature, n=2)
+    dying = Worker(database, "b", numerics="fp_1")
+    for _ in range(3):
+        dying.runner.run_once(notified=True)
+    lapse_leases(database)
+    Worker(database, "c", interval_s=AT_END, numerics="fp_1").run()
+    with database.read() as session:
+        before = queries.job(session, "batch_1"), queries.job_stats(session, "batch_1")
+    assert before[0] is not None
+    quiet = JobsSettings(target=MODEL)
+    started = start_verification(before[0], "100%", database=database, notify=lambda *_: True, settings=quiet)
+    heir = Worker(database, "d", interval_s=AT_END, numerics="fp_1", max_sequences=2)
+    heir.runner.run_once(notified=True)
+    lapse_leases(database)
+    Worker(database, "e", interval_s=AT_END, numerics="fp_1").run()
+    with database.read() as session:
+        found = list(verifications.compared(session, started, "batch_1"))
+        assert [(one.request_index, one.verdict) for one in found] == [(n, "equal") for n in range(3)]
+        assert all(len(one.second) == 2 for one in found)
+        drafted = select(func.sum(DecodeStep.tree_nodes), func.count(DecodeStep.plain_step_ms))
+        assert tuple(session.execute(drafted.where(DecodeStep.job_id == started)).one()) == (0, 0)
+        assert (queries.job(session, "batch_1"), queries.job_stats(session, "batch_1")) == before
+        assert [job.id for job in queries.jobs(session, 10).jobs] == ["batch_1"], "it is in no list"
 
 
 PENALTIES: dict[str, Any] = {
