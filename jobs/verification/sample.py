@@ -32,7 +32,7 @@ _COUNT = re.compile(r"\d{1,9}")
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class SampleSize:
     """How many of a job's completed requests are computed again: a share in percent, or a number."""
 
     asked: str
@@ -40,7 +40,7 @@ class Sample:
     number: int | None = None
 
     @classmethod
-    def read(cls, asked: Any) -> Sample:
+    def read(cls, asked: Any) -> SampleSize:
         """Return what `1%` or `20` ask for. Raises InvalidValue."""
         text = str(asked).strip() if isinstance(asked, str | int) and not isinstance(asked, bool) else ""
         share = _SHARE.fullmatch(text)
@@ -74,7 +74,7 @@ def start_verification(
 
     Raises InvalidValue for a wrong sample, and NotVerifiable if there is nothing to compute again.
     """
-    sample = Sample.read(asked)
+    sample = SampleSize.read(asked)
     if job.verification_of is not None:
         raise NotVerifiable(f"{job.id} is itself a verification; verify {job.verification_of}.")
     models = known_models(database, settings)

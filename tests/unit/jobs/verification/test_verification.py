@@ -21,7 +21,7 @@ from jobs.cli import lookup
 from jobs.client import Client
 from jobs.errors import InvalidValue, SetupError
 from jobs.settings import JobsSettings
-from jobs.verification.sample import Sample
+from jobs.verification.sample import SampleSize
 from jobs.verification.signature import SignatureInvalid, check_signature, public_key_of, signed
 from storage import numerics, verifications, writes
 from storage.erasure import erase_job, hidden_jobs
@@ -127,13 +127,20 @@ def test_a_verification_belongs_to_the_owner_of_its_job_and_is_in_no_list(
 @pytest.mark.parametrize("asked", ["0%", "101%", "-1", "0", "a few", True, 1.5, [1], "1e3"])
 def test_a_sample_that_is_no_share_and_no_number_is_refused(asked: Any) -> None:
     with pytest.raises(InvalidValue, match="share such as 1%"):
-        Sample.read(asked)
+        SampleSize.read(asked)
 
 
 def test_a_sample_has_a_request_at_least_and_ten_thousand_at_most(api: TestClient, database: Database) -> None:
-    assert [Sample.read(asked).of(400) for asked in ("1%", "0.1%", "100%", "20", 20, "500")] == [4, 1, 400, 20, 20, 400]
+    assert [SampleSize.read(asked).of(400) for asked in ("1%", "0.1%", "100%", "20", 20, "500")] == [
+        4,
+        1,
+        400,
+        20,
+        20,
+        400,
+    ]
     with pytest.raises(InvalidValue, match="at most 10,000"):
-        Sample.read("100%").of(10_001)
+        SampleSize.read("100%").of(10_001)
     job = submitted(api, "Hello")
     answer_all(database)
     refused = api.post(f"/v1/jobs/{job['id']}/verifications", json={"sample": "all"}).json()["error"]
