@@ -16,13 +16,13 @@ from sqlalchemy import ColumnElement, Text, and_, cast, func, insert, or_, selec
 from sqlalchemy.orm import Session
 
 from storage.dialect import database_now, has_open_requests, has_queued_requests
-from storage.models import ChoiceOutput, JobRow, PackedSteps, PilotRow, Request
+from storage.models import ChoiceOutput, JobRow, PackedSteps, PilotRow, Request, Worker
 from storage.statuses import OPEN_REQUEST_STATUSES
 from storage.steps.columns import MS_UNITS
 from storage.steps.packing import unpack, unpack_optional
 
 BY_PILOT: Final = "pilot"  # the reason of a pause after a pilot
-MIN_REQUESTS, MAX_REQUESTS, SHARE = 32, 300, 0.01  # of a pilot whose size is not given
+MIN_REQUESTS, MAX_REQUESTS, MIN_SHARE, MAX_SHARE = 16, 300, 0.01, 0.25  # of a pilot whose size is not given
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +77,13 @@ def draw_pilot(session: Session, job_id: str, requests: int | None, seed: int) -
     """Draw the pilot of a new job, spread over its queued requests, and let only these run; return their number.
 
     One request is drawn from each of as many equal parts of the job. `requests` is their number; None: a hundredth of
-    the job, within MIN_REQUESTS and MAX_REQUESTS. A job that is not larger than its pilot runs as a whole.
+    the job, but as many as the workers decode at once, so that its steps are those of the job, unless that is more
+    than a quarter of it; always within MIN_REQUESTS and MAX_REQUESTS. A job that is not larger than its pilot runs as
+    a whole.
     """
     queued = (Request.job_id == job_id, Request.status == "queued")
     indexes = session.scalars(select(Request.request_index).where(*queued).order_by(Request.request_index)).all()
-    count = min(max(round(SHARE * len(indexes)), MIN_REQUESTS), MAX_REQUESTS) if requests is None else requests
-    count = min(count, len(indexes))
+    count = _size(session, job_id, len(indexes)) if requests is None else min(requests, len(indexes))
     draws = random.Random(seed)
     edges = [len(indexes) * part // count for part in range(count + 1)] if count else []
     drawn = [indexes[draws.randrange(low, high)] for low, high in pairwise(edges)]
@@ -90,6 +91,16 @@ def draw_pilot(session: Session, job_id: str, requests: int | None, seed: int) -
         session.execute(insert(PilotRow), [{"job_id": job_id, "request_index": index} for index in drawn])
         session.execute(update(JobRow).where(JobRow.id == job_id).values(pilot_only=True))
     return len(drawn)
+
+
+def _size(session: Session, job_id: str, requests: int) -> int:
+    """Return the size of the pilot of a job of so many requests."""
+    model = select(JobRow.model).where(JobRow.id == job_id).scalar_subquery()
+    serving = (Worker.target == model, Worker.stopped_at.is_(None), Worker.lost_at.is_(None))
+    loads = [load or {} for load in session.scalars(select(Worker.load).where(*serving))]
+    at_once = sum(load.get("max_sequences", 0) - load.get("reserved_sequences", 0) for load in loads)
+    wanted = max(round(MIN_SHARE * requests), min(at_once, round(MAX_SHARE * requests)))
+    return min(max(wanted, MIN_REQUESTS), MAX_REQUESTS, requests)
 
 
 def may_run() -> ColumnElement[bool]:

@@ -50,7 +50,7 @@ def estimate(
     ] = None,
     pilot: Annotated[
         int | None,
-        typer.Option(min=1, help="Requests that run first. Default: a hundredth, from 32 to 300 of them."),
+        typer.Option(min=1, help="Requests that run first. Default: a hundredth, or one batch of the workers."),
     ] = None,
     pilot_seed: Annotated[int, typer.Option(help="Seed by which the pilot is drawn.")] = 0,
     run: Annotated[bool, typer.Option("--run", help="Run the rest after the estimate, without asking.")] = False,

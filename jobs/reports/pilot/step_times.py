@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 _BIN_STEPS: Final = 12  # steps that make a batch size a point of the curve
+_MAX_GROWTH: Final = 1.1  # of the time of a row with the batch: a calibration beside other programs may say more
 _BLOCKS: Final = 16  # of consecutive steps: how much the pace of the machine varies
 
 
@@ -57,7 +58,7 @@ class StepCurve:
         low = self._points[at - 1]
         if at == len(self._points):
             grown = self._calibrated(sequences) / self._calibrated(low[0])
-            return low[1] * grown, low[2]
+            return low[1] * min(grown, _MAX_GROWTH * sequences / low[0]), low[2]
         high = self._points[at]
         share = (sequences - low[0]) / (high[0] - low[0])
         return low[1] + share * (high[1] - low[1]), low[2] + share * (high[2] - low[2])

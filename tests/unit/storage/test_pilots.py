@@ -15,7 +15,7 @@ from storage.queries import JobView
 from storage.records import Claim, RequestFailure, RequestProgress
 from storage.session import Database
 from storage.transitions import end_finished_jobs, fail_requests
-from tests.factories import a_checkpoint, a_finished_choice, a_job, some_requests, some_steps
+from tests.factories import a_checkpoint, a_finished_choice, a_job, a_worker_card, some_requests, some_steps
 
 
 def store(database: Database, requests: int, pilot: int | None = None, **fields: Any) -> None:
@@ -108,6 +108,16 @@ def test_a_pilot_that_ends_during_another_pause_holds_the_job_after_it(database:
     assert (job(database).status, job(database).pause_reason) == ("paused", "pilot")
     resumed(database)
     assert len(claimed(database)) == 39
+
+
+@pytest.mark.parametrize(("requests", "drawn"), [(10, 10), (100, 16), (120, 30), (400, 62), (8_000, 80)])
+def test_a_pilot_is_a_hundredth_or_a_batch_of_the_workers(database: Database, requests: int, drawn: int) -> None:
+    at_once = 62 if requests > 100 else 0
+    with database.write() as session:
+        writes.register_worker(session, a_worker_card(id="w", target="tiny"))
+        writes.update_load(session, "w", {"max_sequences": at_once + 2, "reserved_sequences": 2})
+        writes.insert_job(session, a_job(), some_requests(requests))
+        assert draw_pilot(session, "job-1", None, seed=0) == drawn
 
 
 def test_a_job_whose_pilot_runs_takes_no_turn_of_another_job(database: Database) -> None:

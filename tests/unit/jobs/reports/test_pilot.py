@@ -90,6 +90,11 @@ def test_a_batch_larger_than_the_pilots_takes_as_long_as_the_calibration_says() 
     assert seconds(found).estimate == pytest.approx(320 / 32 * 50 * step_ms(32) / 1e3, rel=0.01)
 
 
+def test_a_calibration_that_other_programs_disturbed_does_not_make_rows_dearer_with_the_batch() -> None:
+    curve = StepCurve(machine_steps([8] * 20), {8: 10.0, 16: 100.0}, 1.0)
+    assert curve.step_ms(16) == pytest.approx(2.2 * step_ms(8))
+
+
 def test_accepted_draft_tokens_shorten_the_job() -> None:
     curve = StepCurve(machine_steps([4] * 20, emitted=2.0), ROWS_MS, 1.0)
     assert decode_ms([100] * 4, 0, 4, curve) == pytest.approx(50 * step_ms(4))
