@@ -271,7 +271,7 @@ def log_in(page: Page, key: str) -> None:
 
 def expect_log_in(page: Page) -> None:
     expect(page.get_by_role("heading", name="Log in")).to_be_visible()
-    assert page.url.endswith("/dashboard/login", timeout=240)
+    assert page.url.endswith("/dashboard/login")
 
 
 def test_once_there_is_a_key_the_pages_ask_for_it_and_a_revoked_one_closes_them(
