@@ -38,7 +38,7 @@ def pause_job(session: Session, job_id: str, reason: str = BY_USER) -> bool:
 
 
 def resume_job(session: Session, job_id: str) -> bool:
-    """Let a job go on; False if it can't. A job that is not paused stays as it is. Notify workers after the commit."""
+    """Resume a job; False if it can't. A job that is not paused stays as it is. Notify workers after the commit."""
     now = database_now(session)
     paused = update(JobRow).where(_is_pausable(job_id), JobRow.paused_at.is_not(None))
     since = case((JobRow.started_at > JobRow.paused_at, JobRow.started_at), else_=JobRow.paused_at)

@@ -72,7 +72,7 @@ def cancel_job(services: Services, job: JobView, caller: Caller, noun: str = "jo
 
 
 def pause_or_resume(services: Services, job: JobView, caller: Caller, act: Literal["pause", "resume"]) -> JobView:
-    """Pause a job or let it go on, and return it; raise JobEnded if it has no requests left to run."""
+    """Pause or resume a job, and return it; raise JobEnded if it has no requests left to run."""
     with services.database.write() as session:
         if act == "resume":
             _require_budget(session, job)

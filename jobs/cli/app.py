@@ -19,8 +19,10 @@ from jobs.cli.database import database_commands
 from jobs.cli.estimate import estimate
 from jobs.cli.extras import add_placeholders, extra_of, is_own_module, not_installed
 from jobs.cli.fields import fields
-from jobs.cli.jobs import cancel, follow, list_jobs, results, retry, rm, status, submit
+from jobs.cli.jobs import cancel, follow, results, retry, rm, status, submit
 from jobs.cli.keys import key_commands
+from jobs.cli.manage.changes import edit, pause, resume
+from jobs.cli.manage.listing import list_jobs
 from jobs.cli.options import FAILED, WRONG_USE
 from jobs.cli.proof.verify import verify
 from jobs.cli.service import api, doctor, down, up
@@ -40,7 +42,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 COMMANDS: Sequence[Callable[..., None]] = (
-    *(submit, estimate, follow, status, results, retry, cancel, rm, list_jobs),
+    *(submit, estimate, follow, status, results, retry, cancel, rm),
+    *(list_jobs, edit, pause, resume),
     *(stats, report, verify, up, down, api, doctor, settings, fields),
 )
 for command in COMMANDS:

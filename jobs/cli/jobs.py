@@ -1,4 +1,4 @@
-"""`basic submit`, `follow`, `status`, `results`, `retry`, `cancel`, `rm` and `jobs`."""
+"""`basic submit`, `follow`, `status`, `results`, `retry`, `cancel` and `rm`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from jobs.cli import lookup
 from jobs.cli.estimate import prompt_counter, report_check
-from jobs.cli.lookup import NO_JOB, find_job
+from jobs.cli.lookup import find_job
 from jobs.cli.options import (
     FAILED,
     AsJson,
@@ -20,10 +20,14 @@ from jobs.cli.options import (
     IdempotencyKey,
     JobId,
     Keep,
+    Labels,
+    MaxConcurrent,
     MaxTokens,
     MessagesColumn,
     Model,
+    Name,
     OfEndpoint,
+    PriorityClass,
     PromptColumn,
     SchemaFile,
     Seed,
@@ -33,13 +37,13 @@ from jobs.cli.options import (
     budget_of,
     columns_of,
     print_json,
+    read_labels,
     source_of,
 )
 from jobs.cli.output_files import append_outputs, refuse_output_file, write_outputs
 from jobs.cli.render import (
     choice_lines,
     closing_table,
-    jobs_table,
     make_console,
     make_view,
     numerics_lines,
@@ -81,6 +85,10 @@ def submit(
     seed: Seed = None,
     schema: SchemaFile = None,
     endpoint: OfEndpoint = None,
+    name: Name = None,
+    label: Labels = None,
+    priority: PriorityClass = None,
+    max_concurrent: MaxConcurrent = None,
     idempotency_key: IdempotencyKey = None,
     budget_tokens: BudgetTokens = None,
     budget_seconds: BudgetSeconds = None,
@@ -109,11 +117,14 @@ def submit(
 
     Example: basic submit prompts.txt --schema person.schema.json --output people.jsonl
 
+    Example: basic submit prompts.jsonl --name nightly --label team=search --priority low --max-concurrent 8
+
     Example: basic submit prompts.jsonl --dry-run
     """
     if output is not None:
         refuse_output_file(output)
     columns = columns_of(prompt_column, messages_column, template, id_column, keep)
+    labels = read_labels(label)
     prompts = source_of(file)
     form = None if schema is None else schema_file(schema)
     parameters: Parameters = {
@@ -131,6 +142,10 @@ def submit(
             prompts,
             model=model,
             endpoint=endpoint,
+            name=name,
+            labels=labels or None,
+            priority=priority,
+            max_concurrent=max_concurrent,
             idempotency_key=idempotency_key,
             columns=columns,
             compare_plain=compare_plain,
@@ -284,25 +299,6 @@ def rm(
         for found in [find_job(client, job) for job in jobs]:
             found.delete(cancel=cancel)
             print_json({"id": found.id, "deleted": True}) if as_json else typer.echo(f"Erased job {found.id}")
-
-
-def list_jobs(
-    limit: Annotated[int, typer.Option(min=1, max=100, help="Maximum number of jobs.")] = 20,
-    as_json: AsJson = False,
-) -> None:
-    """List jobs, newest first. A narrow window shows id prefixes, which all commands accept.
-
-    Example: basic jobs --limit 5
-    """
-    with lookup.connect() as client:
-        listed = client.jobs(limit)
-        if as_json:
-            print_json(listed)
-        elif listed:
-            console = make_console()
-            console.print(jobs_table(listed, console.width, time.time()))
-        else:
-            typer.echo(NO_JOB)
 
 
 def _wait(job: Job, as_json: bool, output: str | None = None) -> int:

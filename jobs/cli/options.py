@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from jobs.client.request_body import DataFile, PromptFile
 from jobs.client.results import JobInfo
 from jobs.json_lines import one_line
-from jobs.messages import Endpoint
+from jobs.messages import Endpoint, Priority
 from jobs.tables.columns import Columns
 from jobs.tables.locations import is_url
 
@@ -23,6 +23,16 @@ WRONG_USE = 2
 
 JobId = Annotated[
     str | None, typer.Argument(metavar="[JOB]", help="Job id or a prefix of it. Default: your newest job.")
+]
+Name = Annotated[str | None, typer.Option(help="Name of the job.")]
+Labels = Annotated[
+    list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="Label of the job; may be repeated.")
+]
+PriorityClass = Annotated[
+    Priority | None, typer.Option(help="Waiting jobs of a higher class run first. Default: normal.")
+]
+MaxConcurrent = Annotated[
+    int | None, typer.Option(min=1, help="Maximum number of its requests that run at once. Default: no limit.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 SourceFile = Annotated[
@@ -78,6 +88,18 @@ def source_of(file: str) -> PromptFile | DataFile:
         except OSError as exc:
             raise typer.BadParameter(f"{file} can't be read: {exc.strerror}", param_hint="FILE") from exc
     return DataFile(file)
+
+
+def read_labels(given: list[str] | None) -> dict[str, str]:
+    """Return labels from options such as team=search; refuse other texts."""
+    labels: dict[str, str] = {}
+    for text in given or ():
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise typer.BadParameter(f"{text!r} is not a label; write KEY=VALUE", param_hint="--label")
+        if labels.setdefault(key, value) != value:
+            raise typer.BadParameter(f"{key} has two values; a job has one for each key", param_hint="--label")
+    return labels
 
 
 def print_json(value: BaseModel | list[JobInfo] | dict[str, Any]) -> None:

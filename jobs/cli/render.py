@@ -19,7 +19,7 @@ from jobs.client.durations import age_text, duration_text, local_time
 from jobs.client.outcome import completed_with_failures, job_status_text
 from jobs.client.results import Choice, JobInfo, Statistics
 from jobs.control_characters import safe
-from jobs.messages import PartialEvent, Piece
+from jobs.messages import PartialEvent, Piece, Priority
 from jobs.reports.speedup import speedup_text
 
 STYLES = {"draft": "green", "target": "magenta"}  # accepted draft tokens, tokens of the target itself
@@ -215,6 +215,7 @@ def status_table(info: JobInfo, now: float) -> Table:
     counts, progress = info.request_counts, info.progress
     rows: dict[str, str | Text] = {
         "job": info.id,
+        **({} if info.name is None else {"name": safe(info.name)}),
         "status": status_text(info),
         "model": f"{info.model}, {info.endpoint}",
         "submitted": f"{local_time(info.created_at)}, {age_text(info.created_at, now)}",
@@ -232,15 +233,25 @@ def status_table(info: JobInfo, now: float) -> Table:
     if info.retry_of is not None:
         rows["retry of"] = info.retry_of
     if info.metadata:
-        rows["metadata"] = ", ".join(f"{safe(name)}={safe(value)}" for name, value in info.metadata.items())
+        rows["labels"] = ", ".join(f"{safe(name)}={safe(value)}" for name, value in info.metadata.items())
+    if info.priority is not Priority.NORMAL:
+        rows["priority"] = info.priority
+    if info.max_concurrent is not None:
+        rows["at most"] = f"{info.max_concurrent:,d} requests at once"
+    if info.paused_at is not None:
+        reason = "" if info.pause_reason in (None, "user") else f", because: {safe(info.pause_reason)}"
+        rows["paused"] = f"{local_time(info.paused_at)}, {age_text(info.paused_at, now)}{reason}"
     return _grid(rows.items())
 
 
 def jobs_table(jobs: Sequence[JobInfo], width: int, now: float) -> Table:
     """Return one row per job. A narrow window shows unique id prefixes, which commands accept."""
     chars = _ID_CHARS if width >= _WHOLE_ID_WIDTH else _unique_prefix_chars([job.id for job in jobs])
-    lines = [_job_cells(job, chars, now) for job in jobs]
-    headings = ("job", "status", "requests", "tokens", "submitted", "model")
+    lines: list[tuple[Text, ...]] = [_job_cells(job, chars, now) for job in jobs]
+    headings = ["job", "status", "requests", "tokens", "submitted", "model"]
+    if any(job.name for job in jobs):
+        headings.insert(1, "name")
+        lines = [(cells[0], Text(_short(job.name)), *cells[1:]) for job, cells in zip(jobs, lines, strict=True)]
     *fixed, _ = (max(map(len, cells)) for cells in zip(headings, *lines, strict=True))
     columns = [
         Column(name, no_wrap=True, min_width=chars, justify="right" if name in _NUMBER_COLUMNS else "left")
@@ -265,6 +276,11 @@ def _job_cells(job: JobInfo, chars: int, now: float) -> tuple[Text, ...]:
         safe(job.model),
     )
     return (Text(job.id[:chars]), status, *map(Text, rest))
+
+
+def _short(name: str | None) -> str:
+    shown = safe(name or "")
+    return shown if len(shown) <= _NAME_CHARS else shown[: _NAME_CHARS - 1] + "…"
 
 
 def _unique_prefix_chars(ids: Sequence[str]) -> int:

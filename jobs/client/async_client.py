@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import aclosing
-from typing import IO, TYPE_CHECKING, Any, Final, Self, Unpack
+from typing import IO, TYPE_CHECKING, Any, Final, Literal, Self, Unpack
 
 import httpx
 
 from jobs.client.connection import AsyncConnection, Connection, ErrorResponse, FileContent
 from jobs.client.event_filter import EventFilter
-from jobs.client.parameters import Parameters
+from jobs.client.parameters import JobChanges, Parameters
 from jobs.client.progress_bar import ProgressCallback, progress_reporter
 from jobs.client.request_body import ALL_COLUMNS, Prompts, build_body
 from jobs.client.response_format import ResponseFormat, adapter_of, response_format
@@ -32,7 +32,7 @@ from jobs.client.service_errors import error_of
 from jobs.client.service_location import default_api_key, default_api_url
 from jobs.client.uploads import PARTED_BYTES, ResumedUpload
 from jobs.errors import BasicError, PilotRunning, ServiceUnavailable
-from jobs.messages import Endpoint, PartialEvent
+from jobs.messages import Endpoint, JobStatus, PartialEvent, Priority
 from jobs.settings import JobsSettings
 from jobs.tables.columns import Columns
 
@@ -85,6 +85,10 @@ class AsyncClient:
         model: str | None = None,
         endpoint: Endpoint | None = None,
         metadata: Mapping[str, str] | None = None,
+        name: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        priority: Priority | Literal["high", "normal", "low"] | None = None,
+        max_concurrent: int | None = None,
         completion_window: str | None = None,
         compare_plain: int | None = None,
         pilot: bool | int | Mapping[str, int] | None = None,
@@ -111,6 +115,9 @@ class AsyncClient:
         `estimate` predicts the rest. With `budget`, an object with `tokens` or `seconds` or both, the job pauses when
         it has spent that.
 
+        `name` and `labels` are what lists and searches find the job by; labels are stored as metadata. Waiting jobs of
+        a higher `priority` run first. At most `max_concurrent` requests of the job run at once.
+
         A submission carries an idempotency key, so that a retry after a lost response creates no second job.
         """
         body = await self._connection.run_slow(lambda: build_body(prompts, columns))
@@ -118,6 +125,10 @@ class AsyncClient:
             "model": model,
             "endpoint": endpoint or body.endpoint,
             "metadata": metadata,
+            "name": name,
+            "labels": None if labels is None else dict(labels),
+            "priority": priority,
+            "max_concurrent": max_concurrent,
             "completion_window": completion_window,
             "compare_plain": compare_plain,
             "pilot": pilot,
@@ -197,11 +208,35 @@ class AsyncClient:
         return AsyncJob(self, job_id, response_format)
 
     async def jobs(
-        self, limit: int = 20, after: str | None = None, *, mine: bool = False, id_prefix: str = ""
+        self,
+        limit: int = 20,
+        after: str | None = None,
+        *,
+        mine: bool = False,
+        id_prefix: str = "",
+        labels: Mapping[str, str | None] | None = None,
+        status: Collection[JobStatus | str] = (),
+        name: str | None = None,
+        model: str | None = None,
+        search: str = "",
     ) -> list[JobInfo]:
-        """List jobs, newest first. With `mine`: only jobs of this API key, even if the key may read all."""
-        params: dict[str, Any] = {"limit": limit, "after": after, "mine": mine or None, "id_prefix": id_prefix or None}
-        given = {name: value for name, value in params.items() if value is not None}
+        """List jobs, newest first, that meet all conditions.
+
+        `mine`: only jobs of this API key, even if the key may read all. `labels`: with these labels; None is any value.
+        `status`: with one of these. `search`: with this text in the name or a label, in any case.
+        """
+        params: dict[str, Any] = {
+            "limit": limit,
+            "after": after,
+            "mine": mine or None,
+            "id_prefix": id_prefix or None,
+            "label": [key if value is None else f"{key}={value}" for key, value in (labels or {}).items()],
+            "status": [status] if isinstance(status, str) else [str(one) for one in status],
+            "name": name,
+            "model": model,
+            "search": search or None,
+        }
+        given = {name: value for name, value in params.items() if value not in (None, [])}
         reply = await self._call("GET", "/v1/jobs", params=given)
         listed = [JobInfo.model_validate(job) for job in reply["data"]]
         return [job for job in listed if job.id.startswith(id_prefix)]  # an older server ignores `id_prefix`
@@ -218,10 +253,6 @@ class AsyncClient:
     async def get(self, job_id: str) -> JobInfo:
         """Return the status, counts and progress of a job."""
         return JobInfo.model_validate(await self._call("GET", f"/v1/jobs/{job_id}"))
-
-    async def resume(self, job_id: str) -> JobInfo:
-        """Let a paused job go on."""
-        return JobInfo.model_validate(await self._call("POST", f"/v1/jobs/{job_id}/resume"))
 
     async def estimate(self, job_id: str, poll_s: float = 1.0) -> JobEstimate:
         """Wait until the pilot of a job has ended, and return what it predicts. Raises NoPilot without one."""
@@ -246,6 +277,20 @@ class AsyncClient:
         is busy.
         """
         return await self._call(method, path, **arguments)
+
+    async def pause(self, job_id: str) -> JobInfo:
+        """Pause a job: its running requests return to the queue with their text so far. May be repeated."""
+        return JobInfo.model_validate(await self._call("POST", f"/v1/jobs/{job_id}/pause"))
+
+    async def resume(self, job_id: str) -> JobInfo:
+        """Resume a paused job; its texts are those without the pause. May be repeated."""
+        return JobInfo.model_validate(await self._call("POST", f"/v1/jobs/{job_id}/resume"))
+
+    async def change(self, job_id: str, **changes: Unpack[JobChanges]) -> JobInfo:
+        """Change the name, labels, priority or concurrency limit of a job; None removes one. Other labels stay."""
+        labels = changes.get("labels")
+        content = {**changes, **({} if labels is None else {"labels": dict(labels)})}
+        return JobInfo.model_validate(await self._call("PATCH", f"/v1/jobs/{job_id}", json=content))
 
     async def retry(self, job_id: str, *, idempotency_key: str | None = None) -> AsyncJob:
         """Submit the requests of an ended job that have no result as a new job, and return it."""
@@ -465,6 +510,18 @@ class AsyncJob:
     async def delete(self, *, cancel: bool = False) -> None:
         """Erase the job, which has ended: prompts, outputs, steps and its files. `cancel`: cancel it first."""
         await self._client.delete(self.id, cancel=cancel)
+
+    async def pause(self) -> JobInfo:
+        """Pause the job: its running requests return to the queue with their text so far."""
+        return await self._client.pause(self.id)
+
+    async def resume(self) -> JobInfo:
+        """Resume the job; its texts are those without the pause."""
+        return await self._client.resume(self.id)
+
+    async def change(self, **changes: Unpack[JobChanges]) -> JobInfo:
+        """Change the name, labels, priority or concurrency limit; None removes one. Other labels stay."""
+        return await self._client.change(self.id, **changes)
 
     async def retry(self, *, idempotency_key: str | None = None) -> AsyncJob:
         """Submit the requests without a result as a new job, and return it."""

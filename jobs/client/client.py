@@ -11,20 +11,20 @@ A job is identified by its id: after an interruption, `client.job(job_id)` conti
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Generator, Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack
 
 import httpx
 
 from jobs.client.async_client import AsyncClient, CountPrompts
 from jobs.client.connection import BlockingConnection, run_without_loop
-from jobs.client.parameters import Parameters
+from jobs.client.parameters import JobChanges, Parameters
 from jobs.client.progress_bar import ProgressCallback
 from jobs.client.request_body import ALL_COLUMNS, Prompts
 from jobs.client.response_format import ResponseFormat
 from jobs.client.results import JobCheck, JobEstimate, JobInfo, Output, Statistics
-from jobs.messages import Endpoint, PartialEvent
+from jobs.messages import Endpoint, JobStatus, PartialEvent, Priority
 from jobs.tables.columns import Columns
 
 if TYPE_CHECKING:
@@ -80,6 +80,10 @@ class Client:
         model: str | None = None,
         endpoint: Endpoint | None = None,
         metadata: Mapping[str, str] | None = None,
+        name: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        priority: Priority | Literal["high", "normal", "low"] | None = None,
+        max_concurrent: int | None = None,
         completion_window: str | None = None,
         compare_plain: int | None = None,
         pilot: bool | int | Mapping[str, int] | None = None,
@@ -95,6 +99,10 @@ class Client:
                 model=model,
                 endpoint=endpoint,
                 metadata=metadata,
+                name=name,
+                labels=labels,
+                priority=priority,
+                max_concurrent=max_concurrent,
                 completion_window=completion_window,
                 compare_plain=compare_plain,
                 pilot=pilot,
@@ -126,10 +134,44 @@ class Client:
         return Job(self, job_id, response_format)
 
     def jobs(
-        self, limit: int = 20, after: str | None = None, *, mine: bool = False, id_prefix: str = ""
+        self,
+        limit: int = 20,
+        after: str | None = None,
+        *,
+        mine: bool = False,
+        id_prefix: str = "",
+        labels: Mapping[str, str | None] | None = None,
+        status: Collection[JobStatus | str] = (),
+        name: str | None = None,
+        model: str | None = None,
+        search: str = "",
     ) -> list[JobInfo]:
         """List jobs, newest first; arguments as for AsyncClient.jobs."""
-        return run_without_loop(self._client.jobs(limit, after, mine=mine, id_prefix=id_prefix))
+        return run_without_loop(
+            self._client.jobs(
+                limit,
+                after,
+                mine=mine,
+                id_prefix=id_prefix,
+                labels=labels,
+                status=status,
+                name=name,
+                model=model,
+                search=search,
+            )
+        )
+
+    def pause(self, job_id: str) -> JobInfo:
+        """Pause a job; as AsyncClient.pause."""
+        return run_without_loop(self._client.pause(job_id))
+
+    def resume(self, job_id: str) -> JobInfo:
+        """Resume a paused job; as AsyncClient.resume."""
+        return run_without_loop(self._client.resume(job_id))
+
+    def change(self, job_id: str, **changes: Unpack[JobChanges]) -> JobInfo:
+        """Change the name, labels, priority or concurrency limit of a job; as AsyncClient.change."""
+        return run_without_loop(self._client.change(job_id, **changes))
 
     def delete(self, job_id: str, *, cancel: bool = False) -> None:
         """Erase a job that has ended: prompts, outputs, steps and its files. `cancel`: one that still runs, too."""
@@ -213,10 +255,6 @@ class Job:
         form = self.response_format
         return self._client.run(lambda client: client.dataframe(self.id, failed=failed, response_format=form))
 
-    def resume(self) -> JobInfo:
-        """Let the job go on."""
-        return self._client.run(lambda client: client.resume(self.id))
-
     def estimate(self) -> JobEstimate:
         """Wait until the pilot has ended, and return what it predicts."""
         return self._client.run(lambda client: client.estimate(self.id))
@@ -228,6 +266,18 @@ class Job:
     def delete(self, *, cancel: bool = False) -> None:
         """Erase the job, which has ended: prompts, outputs, steps and its files. `cancel`: cancel it first."""
         self._client.delete(self.id, cancel=cancel)
+
+    def pause(self) -> JobInfo:
+        """Pause the job: its running requests return to the queue with their text so far."""
+        return self._client.pause(self.id)
+
+    def resume(self) -> JobInfo:
+        """Resume the job; its texts are those without the pause."""
+        return self._client.resume(self.id)
+
+    def change(self, **changes: Unpack[JobChanges]) -> JobInfo:
+        """Change the name, labels, priority or concurrency limit; None removes one. Other labels stay."""
+        return self._client.change(self.id, **changes)
 
     def retry(self, *, idempotency_key: str | None = None) -> Job:
         """Submit the requests without a result as a new job, and return it."""

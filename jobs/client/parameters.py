@@ -6,6 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 from jobs.client.response_format import ResponseFormat
+from jobs.messages import Priority
+
+
+class JobChanges(TypedDict, total=False):
+    """What can be changed of a job; None removes it. Labels that are not named stay."""
+
+    name: str | None
+    labels: Mapping[str, str | None] | None
+    priority: Priority | Literal["high", "normal", "low"]
+    max_concurrent: int | None
 
 
 class Parameters(TypedDict, total=False):

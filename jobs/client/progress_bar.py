@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from jobs.client.durations import duration_text
 from jobs.client.outcome import completed_with_failures, job_status_text
 from jobs.client.results import JobInfo
+from jobs.messages import JobStatus
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,6 +47,8 @@ def speed_text(info: JobInfo) -> str:
         parts.append(f"{failed} failed")
     if info.status.final:
         parts.append(job_status_text(info))
+    elif info.status is JobStatus.PAUSED:
+        parts.append("paused")
     elif progress.time_left_s is not None:
         parts.append(f"about {duration_text(progress.time_left_s)} left")
     return " · ".join(parts)

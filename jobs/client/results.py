@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, TypeAdapter
 
 from jobs.client.response_format import read_answer
 from jobs.errors import AnswerUnreadable, RequestFailed, SetupError
-from jobs.messages import JobStatus, RequestStatus
+from jobs.messages import JobStatus, Priority, RequestStatus
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -59,6 +59,11 @@ class JobInfo(Reply):
     metadata: dict[str, str] | None = None
     budget: JobBudget | None = None
     pause_reason: str | None = None  # user, pilot, budget_tokens or budget_seconds
+    name: str | None = None
+    labels: dict[str, str] = {}  # the same pairs as metadata
+    priority: Priority = Priority.NORMAL
+    max_concurrent: int | None = None  # of its requests that run at once
+    paused_at: int | None = None
     retry_of: str | None = None  # the job whose requests without a result this job runs
     prompts_deleted_at: int | None = None  # because of their age
     outputs_deleted_at: int | None = None

@@ -187,7 +187,7 @@ async def pause(job: ExistingJob, services: CurrentServices, caller: CurrentCall
 
 @router.post("/{job_id}/resume", response_model=None, responses=JOB)
 async def resume(job: ExistingJob, services: CurrentServices, caller: CurrentCaller) -> Response:
-    """Let a paused job go on, with the same texts as without the pause. May be repeated; 409 if it has ended."""
+    """Resume a paused job, with the same texts as without the pause. May be repeated; 409 if it has ended."""
     return JSONResponse(serializers.job(await run_write(pause_or_resume, services, job, caller, "resume")))
 
 

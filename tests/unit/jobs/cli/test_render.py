@@ -212,7 +212,7 @@ def test_the_status_table_has_times_in_the_local_time_zone(monkeypatch: pytest.M
         "tokens/s": "60.0 over 1 min 35 s",
         "time left": "about 1 min 35 s",
         "expires": "2026-12-01 03:36:40 IST",
-        "metadata": "team=a",
+        "labels": "team=a",
     }
 
 

@@ -1,0 +1,3 @@
+"""Commands that find and manage jobs."""
+
+from __future__ import annotations
