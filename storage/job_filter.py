@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
-from sqlalchemy import ColumnElement, Select, and_, or_, select
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, and_, or_, select, true
+from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
 from storage.dialect import position_of
 from storage.models import JobLabel, JobRow, JobText
 from storage.pausing import shown_status
 from storage.statuses import JobStatus
+
+_FEW_JOBS: Final = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +42,15 @@ class JobFilter:
         if self.statuses:
             yield self._has_status()
         for key, value in self.labels:
-            yield JobRow.id.in_(_labelled(key, value))
+            label = aliased(JobLabel)
+            yield _is_among(session, label.job_id, label.key == key, true() if value is None else label.value == value)
         if self.name is not None:
             yield JobRow.name == self.name
         if self.model is not None:
             yield JobRow.model == self.model
         if self.search:
             found = position_of(session, JobText.text, self.search.casefold()) > 0
-            named = JobRow.id.in_(select(JobText.job_id).where(found))
+            named = _is_among(session, JobText.job_id, found)
             yield or_(named, JobRow.id.startswith(self.search, autoescape=True))
         if not self.interactive:
             yield JobRow.priority == 0
@@ -59,6 +63,15 @@ class JobFilter:
         return and_(JobRow.status.in_(sorted(stored)), shown_status(JobRow).in_(self.statuses))
 
 
-def _labelled(key: str, value: str | None) -> Select[str]:
-    jobs = select(JobLabel.job_id).where(JobLabel.key == key)
-    return jobs if value is None else jobs.where(JobLabel.value == value)
+def _is_among(
+    session: Session, job_id: InstrumentedAttribute[str], *conditions: ColumnElement[bool]
+) -> ColumnElement[bool]:
+    """Return the condition that a job has a row of another table that meets the conditions.
+
+    If few rows do, their jobs are named, and read by their ids. If many do, the list is read in its order, and soon has
+    enough of them. Neither way is fast for both.
+    """
+    ids = session.scalars(select(job_id).where(*conditions).limit(_FEW_JOBS + 1)).all()
+    if len(ids) <= _FEW_JOBS:
+        return JobRow.id.in_(ids)
+    return select(job_id).where(job_id == JobRow.id, *conditions).correlate(JobRow).exists()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from storage import queries
+import pytest
+
+from storage import job_filter, queries
 from storage.job_changes import change_job, lock_job
 from storage.job_filter import JobFilter
 from storage.models import JobLabel, JobText
@@ -88,6 +90,22 @@ def test_a_label_of_half_a_surrogate_pair_is_stored_as_the_replacement_character
     assert found(database, search="a\ufffd=") == {"job-1"}
 
 
+def test_a_label_or_text_of_many_jobs_finds_the_same_as_one_of_few(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record_some(database)
+    wanted: list[dict[str, Any]] = [
+        {"labels": (("team", "search"),)},
+        {"labels": (("team", None), ("run", "2"))},
+        {"search": "nightly"},
+        {"search": "nowhere"},
+    ]
+    few = [found(database, **one) for one in wanted]
+    monkeypatch.setattr(job_filter, "_FEW_JOBS", 0)
+
+    assert [found(database, **one) for one in wanted] == few == [{"a", "b"}, {"b"}, {"a", "b"}, set()]
+
+
 def test_pages_of_labelled_jobs_follow_each_other(database: Database) -> None:
     for number in range(5):
         record(database, f"job-{number}", metadata={"even": str(number % 2 == 0)})
@@ -103,8 +121,8 @@ def test_labels_names_and_rare_statuses_are_found_by_an_index(sqlite: Database) 
     record(sqlite)
 
     def steps(**wanted: Any) -> str:
-        (plan,) = plans_of(sqlite, lambda: found(sqlite, **wanted)).values()
-        return "\n".join(plan)
+        plans = plans_of(sqlite, lambda: found(sqlite, **wanted))
+        return "\n".join(step for plan in plans.values() for step in plan)
 
     assert "ix_job_labels_key_value_created_at_job_id (key=? AND value=?)" in steps(labels=(("team", "a"),))
     assert "ix_jobs_name_created_at_id (name=?)" in steps(name="n")
