@@ -9,7 +9,6 @@ import pytest
 
 from jobs.cli import lookup
 from jobs.cli.options import FAILED, WRONG_USE
-from jobs.client import Client
 from jobs.errors import JobEnded
 from storage.session import Database
 from tests.unit.jobs.api.test_routes import answer_all
@@ -84,13 +83,13 @@ def test_an_ended_job_is_not_paused(run: Run, prompts: str, database: Database) 
 
 
 def test_the_client_manages_jobs_as_the_command_does(run: Run) -> None:
-    client: Client = lookup.connect()
-    job = client.submit(["Hello"], name="first", labels={"team": "search"}, priority="high", max_concurrent=1)
+    with lookup.connect() as client:
+        job = client.submit(["Hello"], name="first", labels={"team": "search"}, priority="high", max_concurrent=1)
 
-    assert [found.id for found in client.jobs(labels={"team": "search"}, status=["in_progress"])] == [job.id]
-    assert (job.pause().status, client.pause(job.id).pause_reason) == ("paused", "user")
-    assert client.jobs(status="in_progress") == []
-    assert (client.resume(job.id).status, job.resume().paused_at) == ("in_progress", None)
-    changed = client.change(job.id, labels={"team": None, "run": "1"}, name=None)
-    assert (changed.name, changed.labels, changed.priority) == (None, {"run": "1"}, "high")
-    assert job.change(max_concurrent=None).max_concurrent is None
+        assert [found.id for found in client.jobs(labels={"team": "search"}, status=["in_progress"])] == [job.id]
+        assert (job.pause().status, client.pause(job.id).pause_reason) == ("paused", "user")
+        assert client.jobs(status="in_progress") == []
+        assert (client.resume(job.id).status, job.resume().paused_at) == ("in_progress", None)
+        changed = client.change(job.id, labels={"team": None, "run": "1"}, name=None)
+        assert (changed.name, changed.labels, changed.priority) == (None, {"run": "1"}, "high")
+        assert job.change(max_concurrent=None).max_concurrent is None
