@@ -17,7 +17,7 @@ _ATTRIBUTE = "basic_fp8_kv"  # attribute of a loaded model
 
 
 def store_kv_in_fp8(model: PreTrainedModel) -> None:
-    """Make the KV slots of a loaded model hold FP8, whatever its layout."""
+    """Make the KV slots of a loaded model hold FP8, in every layout."""
     setattr(model, _ATTRIBUTE, True)
 
 
