@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 from sqlalchemy import make_url
 
 from jobs.local.redis_server import SERVER_OPTIONS
+from jobs.verification.signature import check_signature, public_key_of, signed
 from storage.settings import StorageSettings
 from tests.paths import ROOT
 
@@ -115,6 +116,8 @@ def test_passwords_come_only_from_files_and_the_script_writes_all_of_them(
     assert make_url(written["basic_database_url"]).password == written["postgres_password"]
     assert written["redis_password"] in written["basic_redis_url"]
     assert folder.stat().st_mode & 0o077 == 0
+    signing_key = written["basic_signing_key"]
+    assert check_signature(signed({"a": 1}, signing_key)) == public_key_of(signing_key)
 
 
 def test_settings_are_read_from_secret_files_and_the_environment_wins(
