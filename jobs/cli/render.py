@@ -239,8 +239,7 @@ def status_table(info: JobInfo, now: float) -> Table:
     if info.max_concurrent is not None:
         rows["at most"] = f"{info.max_concurrent:,d} requests at once"
     if info.paused_at is not None:
-        reason = "" if info.pause_reason in (None, "user") else f", because: {safe(info.pause_reason)}"
-        rows["paused"] = f"{local_time(info.paused_at)}, {age_text(info.paused_at, now)}{reason}"
+        rows["paused"] = f"{local_time(info.paused_at)}, {age_text(info.paused_at, now)}{_pause_reason(info)}"
     return _grid(rows.items())
 
 
@@ -276,6 +275,18 @@ def _job_cells(job: JobInfo, chars: int, now: float) -> tuple[Text, ...]:
         safe(job.model),
     )
     return (Text(job.id[:chars]), status, *map(Text, rest))
+
+
+def _pause_reason(info: JobInfo) -> str:
+    """Return why the service paused a job, and what to do; empty if a caller did."""
+    budget, resume = info.budget, f"basic resume {info.id}"
+    if info.pause_reason == "pilot":
+        return f": its pilot has ended. See: basic estimate --job {info.id}    Run the rest: {resume}"
+    if info.pause_reason == "budget_tokens" and budget is not None and budget.tokens is not None:
+        return f": its budget of {budget.tokens:,} tokens is spent. Raise it: {resume} --budget-tokens N"
+    if info.pause_reason == "budget_seconds" and budget is not None and budget.seconds is not None:
+        return f": its budget of {budget.seconds:,g} seconds is spent. Raise it: {resume} --budget-seconds N"
+    return "" if info.pause_reason in (None, "user") else f", because: {safe(info.pause_reason)}"
 
 
 def _short(name: str | None) -> str:

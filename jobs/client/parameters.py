@@ -16,6 +16,7 @@ class JobChanges(TypedDict, total=False):
     labels: Mapping[str, str | None] | None
     priority: Priority | Literal["high", "normal", "low"]
     max_concurrent: int | None
+    budget: Mapping[str, float | None] | None  # tokens, seconds; one that is not named stays
 
 
 class Parameters(TypedDict, total=False):

@@ -8,7 +8,16 @@ import typer
 
 from jobs.cli import lookup
 from jobs.cli.lookup import find_job
-from jobs.cli.options import AsJson, Labels, PriorityClass, print_json, read_labels
+from jobs.cli.options import (
+    AsJson,
+    BudgetSeconds,
+    BudgetTokens,
+    Labels,
+    PriorityClass,
+    budget_of,
+    print_json,
+    read_labels,
+)
 from jobs.client.outcome import job_status_text
 from jobs.client.parameters import JobChanges
 from jobs.client.results import JobInfo
@@ -27,9 +36,11 @@ def edit(
     max_concurrent: Annotated[
         int | None, typer.Option(min=0, help="Maximum number of its requests that run at once; 0: no limit.")
     ] = None,
+    budget_tokens: BudgetTokens = None,
+    budget_seconds: BudgetSeconds = None,
     as_json: AsJson = False,
 ) -> None:
-    """Rename or relabel a job, or change its priority or concurrency limit. What no option names stays.
+    """Rename or relabel a job, or change its priority, concurrency limit or budget. What no option names stays.
 
     Example: basic edit batch_0123456789abcdef --name "nightly run" --label team=search --remove-label draft
 
@@ -45,6 +56,9 @@ def edit(
         changes["priority"] = priority
     if max_concurrent is not None:
         changes["max_concurrent"] = max_concurrent or None
+    budget = budget_of(budget_tokens, budget_seconds)
+    if budget is not None:
+        changes["budget"] = budget
     if not changes:
         raise typer.BadParameter("Give an option that says what to change: basic edit --help lists them")
     with lookup.connect() as client:
@@ -62,13 +76,21 @@ def pause(job: _Job, as_json: AsJson = False) -> None:
         _report(info, as_json, f"Resume it with: basic resume {info.id}")
 
 
-def resume(job: _Job, as_json: AsJson = False) -> None:
-    """Resume a paused job, with the same texts as without the pause.
+def resume(
+    job: _Job, budget_tokens: BudgetTokens = None, budget_seconds: BudgetSeconds = None, as_json: AsJson = False
+) -> None:
+    """Resume a paused job, with the same texts as without the pause. One that has spent its budget needs a higher one.
 
     Example: basic resume batch_0123456789abcdef
+
+    Example: basic resume batch_0123 --budget-tokens 2000000
     """
+    budget = budget_of(budget_tokens, budget_seconds)
     with lookup.connect() as client:
-        info = find_job(client, job).resume()
+        found = find_job(client, job)
+        if budget is not None:
+            found.change(budget=budget)
+        info = found.resume()
         _report(info, as_json, f"Follow it with: basic follow {info.id}")
 
 

@@ -69,8 +69,8 @@ def test_a_job_that_has_spent_its_budget_says_what_was_spent_and_how_to_raise_it
         pytest.raises(BudgetSpent, match=r"27 of its budget of 10 tokens.*--budget-tokens"),
     ):
         client.job(job).resume()
-    assert api.patch(f"/v1/jobs/{job}", json={"budget": {"tokens": 10_000}}).status_code == 200
-    assert api.post(f"/v1/jobs/{job}/resume").json()["status"] == "in_progress"
+    assert f"basic resume {job} --budget-tokens N" in "".join(run("status", job).split("\n"))
+    assert json.loads(run("resume", job, "--budget-tokens", "10000", "--json"))["status"] == "in_progress"
     answer_all(database, limit=100)
     assert api.get(f"/v1/jobs/{job}").json()["status"] == "completed"
 
