@@ -7,7 +7,7 @@ browser needs.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,21 +15,21 @@ from urllib.parse import parse_qs
 
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import RedirectResponse, Response, StreamingResponse
+from fastapi.responses import RedirectResponse
 from nicegui import ui
 from sqlalchemy.orm import Session
-from starlette.datastructures import MutableHeaders, State
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jobs.api.auth.authentication import Authenticator
 from jobs.api.auth.caller import Caller
-from jobs.api.dependencies import Services, find_job
-from jobs.api.routes.job_outputs import OutputSource
-from jobs.dashboard import job_page, jobs_page, stats_page, workers_page
+from jobs.api.dependencies import Services
 from jobs.dashboard.body_limit import DashboardBodyLimit
-from jobs.dashboard.layout import BASE, POLICY, frame, heading
-from jobs.dashboard.session import COOKIE, PageContext, Sessions
+from jobs.dashboard.layout import POLICY, frame, heading
+from jobs.dashboard.pages import chat_page, job_page, jobs_page, keys_page, stats_page, workers_page
+from jobs.dashboard.session import BASE, COOKIE, PageContext, Sessions
 from jobs.errors import BasicError, CallerRefused
+from jobs.keys import Scope
 
 _RECHECK_S = 1.0  # interval of the check that the session of an open page is still valid
 _BUILD_S = 30.0  # timeout of building a page; a busy database may take seconds
@@ -41,7 +41,7 @@ def install(api: FastAPI, services: Services, authenticator: Authenticator) -> N
     """Add the pages to the API server. Call once per process, because NiceGUI has one application."""
     sessions = Sessions(authenticator)
     _add_login(api, sessions)
-    _add_download(api, services, sessions)
+    add_transfers(api, services, sessions)
     logging.getLogger("nicegui").addFilter(_is_no_refusal)
 
     async def show(request: Request, build: Build) -> Any:
@@ -64,6 +64,14 @@ def install(api: FastAPI, services: Services, authenticator: Authenticator) -> N
     @ui.page("/jobs/{job_id}", response_timeout=_BUILD_S)
     async def job(request: Request, job_id: str) -> Any:
         return await show(request, lambda context, caller: job_page.build(context, caller, job_id))
+
+    @ui.page("/chat", response_timeout=_BUILD_S)
+    async def chat(request: Request) -> Any:
+        return await show(request, chat_page.build)
+
+    @ui.page("/keys", response_timeout=_BUILD_S)
+    async def keys(request: Request) -> Any:
+        return await show(request, keys_page.build)
 
     @ui.page("/stats", response_timeout=_BUILD_S)
     async def stats(request: Request) -> Any:
@@ -113,40 +121,6 @@ def _add_login(api: FastAPI, sessions: Sessions) -> None:
         return reply
 
 
-def _add_download(api: FastAPI, services: Services, sessions: Sessions) -> None:
-    """Add the download of a job's outputs, authenticated by the session cookie, since a browser sends no API key."""
-
-    @api.get(f"{BASE}/jobs/{{job_id}}/outputs", include_in_schema=False)
-    async def outputs(request: Request, job_id: str) -> Response:
-        try:
-            caller = await PageContext.of(request, services, sessions).authenticate()
-        except CallerRefused:
-            return RedirectResponse(f"{BASE}/login", 303)
-        job = await run_in_threadpool(find_job, services, job_id, caller)
-        headers = {"content-disposition": f'attachment; filename="{job.id}.jsonl"'}
-        lines = OutputSource(services, job).lines(after=-1)
-        return _Download(lines, caller, api.state, headers=headers, media_type="application/x-ndjson; charset=utf-8")
-
-
-class _Download(StreamingResponse):
-    """A download that counts as a stream of its key, and is closed when the key is revoked or expires."""
-
-    def __init__(self, content: Iterator[str], caller: Caller, state: State, **fields: Any) -> None:
-        super().__init__(content, **fields)
-        self._caller = caller
-        self._state = state
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the file."""
-        key_id = self._caller.key_id
-        with self._state.stream_limits.slot(key_id):
-            if not key_id:
-                await super().__call__(scope, receive, send)
-                return
-            with self._state.revocations.watch(key_id, send) as watched:
-                await super().__call__(scope, receive, watched)
-
-
 def _nothing(session: Session) -> None:
     """Query nothing: `PageContext.read` only checks the session."""
 
@@ -170,7 +144,7 @@ _REFUSALS = {
 
 
 def _build_login(wrong: str) -> None:
-    with frame("Log in", bare=True):
+    with frame("Log in"):
         heading("Log in", 1)
         with (
             ui.element("form")

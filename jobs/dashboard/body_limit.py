@@ -1,7 +1,7 @@
 """Limit the size and duration of bodies sent to the dashboard.
 
 Anyone may call these routes without a key, so a body is small and read completely before it is processed: the log-in
-form has one key, and the socket carries everything else.
+form has one key, and the socket carries everything else but submitted files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jobs.api import errors
-from jobs.dashboard.layout import BASE
+from jobs.dashboard.session import BASE, SUBMIT_PATH
 from jobs.errors import BasicError, BodyTooLarge, BodyTooSlow
 
 FORM_BYTES: Final = 4_096  # of a form; a key is far shorter
@@ -31,7 +31,7 @@ class DashboardBodyLimit:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the call on with its whole body, or answer 413 or 408."""
-        if scope["type"] != "http" or not (scope["path"] == BASE or scope["path"].startswith(f"{BASE}/")):
+        if scope["type"] != "http" or not _is_ours(scope["path"]):
             await self._app(scope, receive, send)
             return
         max_bytes = SOCKET_BYTES if scope["path"].startswith(_SOCKET) else FORM_BYTES
@@ -44,6 +44,11 @@ class DashboardBodyLimit:
             await errors.reply(BodyTooSlow())(scope, receive, send)
         else:
             await self._app(scope, receive if body is None else _replay(body, receive), send)
+
+
+def _is_ours(path: str) -> bool:
+    """Return whether a path is of the dashboard, except that of submitted files: its route reads within limits."""
+    return path != SUBMIT_PATH and (path == BASE or path.startswith(f"{BASE}/"))
 
 
 async def _read(headers: Headers, receive: Receive, max_bytes: int) -> bytes | None:

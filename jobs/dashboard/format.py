@@ -6,6 +6,7 @@ import time
 
 from jobs.reports.progress import elapsed_s, time_left_s
 from jobs.reports.speedup import speedup_text
+from storage.priorities import Priority, priority_of
 from storage.queries import JobView
 
 
@@ -58,3 +59,9 @@ def left(job: JobView) -> str:
         return "waiting"
     left_s = time_left_s(job)
     return f"{span(elapsed_s(job))} so far" if left_s is None else f"about {span(left_s)} left"
+
+
+def priority(job: JobView) -> list[str]:
+    """Return the priority class of a job in words; nothing for the normal one."""
+    known = priority_of(job.priority_class)
+    return [] if known is Priority.NORMAL else [f"{known} priority"]

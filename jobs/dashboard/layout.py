@@ -12,7 +12,8 @@ from typing import Final
 
 from nicegui import ui
 
-BASE: Final = "/dashboard"  # path prefix of all pages
+from jobs.dashboard.session import BASE, PageContext
+
 DRAFT, TARGET, GREY = "#1f9d63", "#9065d8", "#7d848e"  # accepted draft tokens; the target's own tokens; the rest
 
 # unsafe-eval: Vue compiles templates in the browser.
@@ -22,16 +23,17 @@ POLICY: Final = (
     "base-uri 'none'; form-action 'self'"
 )
 
+_PAGES: Final = (("Jobs", "/"), ("Chat", "/chat"), ("Statistics", "/stats"), ("Workers", "/workers"))
 _STYLES: Final = Path(__file__).with_name("style.css")
 
 
 @contextmanager
-def frame(title: str, *, dark: bool | None = None, signed_in: bool = False, bare: bool = False) -> Iterator[None]:
-    """Put the elements of the block below the header. `bare`: no navigation; `dark` None: the system's setting."""
+def frame(title: str, context: PageContext | None = None) -> Iterator[None]:
+    """Put the elements of the block below the header. Without a context there is no navigation."""
     ui.page_title(f"{title} · bASIC")
     ui.add_css(_STYLES)
     ui.colors(primary="#6b44b8", positive="#0d6b41", negative="#b3261e")
-    mode = ui.dark_mode(dark)
+    mode = ui.dark_mode(None if context is None else context.dark)
     with (
         ui.header()
         .classes("items-center")
@@ -41,19 +43,27 @@ def frame(title: str, *, dark: bool | None = None, signed_in: bool = False, bare
             ui.label("Skip to content")
         with link(f"{BASE}/").classes("text-white").style("text-decoration:none;font-weight:700"):
             ui.label("bASIC")
-        if not bare:
+        if context is not None:
             with ui.element("nav").props('aria-label="Pages"').classes("line grow"):
-                for name, path in (("Jobs", "/"), ("Statistics", "/stats"), ("Workers", "/workers")):
-                    with link(f"{BASE}{path}").classes("text-white"):
-                        ui.label(name)
+                for name, path in _PAGES:
+                    _navigation_link(name, path, current=name == title)
+                if context.is_admin:
+                    _navigation_link("Keys", "/keys", current=title == "Keys")
         ui.button(icon="contrast", on_click=lambda: _toggle_dark(mode)).props(
             'flat round dense color=white aria-label="Toggle dark mode"'
         )
-        if signed_in:
+        if context is not None and context.signed_in:
             with ui.element("form").props(f'method="post" action="{BASE}/logout"'):
                 ui.button("Log out").props('type="submit" flat dense color=white no-caps')
     with ui.element("main").props('id="main" tabindex="-1"').classes("stack").style("gap:1rem;outline:none"):
         yield
+
+
+def _navigation_link(name: str, path: str, *, current: bool) -> None:
+    with link(f"{BASE}{path}").classes("text-white") as shown:
+        ui.label(name)
+    if current:
+        shown.props('aria-current="page"')
 
 
 def _toggle_dark(mode: ui.dark_mode) -> None:
@@ -76,3 +86,11 @@ def heading(text: str, level: int = 2) -> None:
 def box() -> ui.element:
     """Return a bordered section; use it as a context manager to add its content."""
     return ui.element("section").classes("box stack")
+
+
+def legend() -> None:
+    """Add a legend of the colours of a text."""
+    marks = (
+        '<span class="by-draft">accepted draft tokens</span> · <span class="by-target">the target’s own tokens</span>'
+    )
+    ui.html(marks, sanitize=False).classes("small")

@@ -23,6 +23,8 @@ from jobs.keys import Scope
 
 T = TypeVar("T")
 
+BASE: Final = "/dashboard"  # path prefix of all pages
+SUBMIT_PATH: Final = f"{BASE}/submit"  # takes a file as `POST /v1/jobs` takes JSON lines
 COOKIE: Final = "basic_session"
 _MAX_SESSIONS: Final = 10_000
 
@@ -85,6 +87,11 @@ class PageContext:
     def signed_in(self) -> bool:
         """True if the caller has logged in with a key."""
         return self.sessions.knows(self.session)
+
+    @property
+    def is_admin(self) -> bool:
+        """True if the caller sees the jobs of all keys."""
+        return self.caller is not None and self.caller.sees_all
 
     async def authenticate(self, needed: Scope = Scope.READ) -> Caller:
         """Return the caller; raise CallerRefused if it lacks the scope."""

@@ -8,8 +8,8 @@ from nicegui import ui
 
 from jobs.api.auth.caller import Caller
 from jobs.dashboard import format
-from jobs.dashboard.layout import BASE, box, frame, heading, link
-from jobs.dashboard.session import PageContext
+from jobs.dashboard.layout import box, frame, heading, link
+from jobs.dashboard.session import BASE, PageContext
 from jobs.dashboard.stats_view import StatsView
 from storage import statistics
 from storage.statistics import JobSummary
@@ -20,7 +20,7 @@ _REFRESH_S: Final = 5.0
 
 async def build(context: PageContext, caller: Caller) -> None:
     """Build an empty page and fill it from a timer, so that it is shown before the statistics are read."""
-    with frame("Statistics", dark=context.dark, signed_in=context.signed_in):
+    with frame("Statistics", context):
         heading("Statistics of all jobs", 1)
         page = StatsPage(context, caller)
         ui.timer(_REFRESH_S, page.refresh)  # show the page before its statistics are read

@@ -24,7 +24,7 @@ _SHOWN: Final = 40
 
 async def build(context: PageContext, caller: Caller) -> None:
     """Build the page; it is redrawn only when a worker changed or its relative times did."""
-    with frame("Workers", dark=context.dark, signed_in=context.signed_in):
+    with frame("Workers", context):
         heading("Workers", 1)
         shown = ui.element("div").classes("stack")
         last: list[object] = []

@@ -11,15 +11,12 @@ from typing import Final
 from nicegui import ui
 
 from jobs.api.auth.caller import Caller
-from jobs.api.dependencies import cancel_job
-from jobs.api.write_threads import run_write
-from jobs.dashboard import charts, format, html
-from jobs.dashboard.jobs_page import show_job_status, show_status
-from jobs.dashboard.layout import BASE, box, frame, heading, link
-from jobs.dashboard.session import PageContext
+from jobs.dashboard import charts, html
+from jobs.dashboard.job_header import JobHeader
+from jobs.dashboard.layout import box, frame, heading, legend, link
+from jobs.dashboard.session import BASE, PageContext
 from jobs.dashboard.stats_view import StatsView, table
-from jobs.errors import BasicError
-from jobs.keys import Scope
+from jobs.dashboard.status import show_status
 from jobs.messages import JobStatus
 from storage import job_details, queries, statistics
 from storage.job_details import ErrorCount, RequestDetails, TreeDetails, TreeKey
@@ -51,7 +48,7 @@ _FILTERS: Final = {
 async def build(context: PageContext, caller: Caller, job_id: str) -> None:
     """Build the page of a job; for an id that the caller can't see, a link to the list."""
     job = await context.read(lambda session: queries.job(session, job_id, caller.sees))
-    with frame("Job", dark=context.dark, signed_in=context.signed_in):
+    with frame("Job", context):
         if job is None:
             heading("No such job", 1)
             with link(f"{BASE}/"):
@@ -68,7 +65,7 @@ class JobDetailPage:
         self._context = context
         self._caller = caller
         self._job = job
-        self._head = JobHeader(job, self._cancel)
+        self._head = JobHeader(context, job, self.refresh)
         self._live = LiveTab()
         self._requests = RequestsTab(context, job.id)
         self._trees = TreesTab(context, job.id)
@@ -132,45 +129,6 @@ class JobDetailPage:
                     self._numbers = StatsView()
             self._numbers.show(numbers)
 
-    async def _cancel(self) -> None:
-        try:
-            caller = await self._context.authenticate(Scope.SUBMIT)
-            await run_write(cancel_job, self._context.services, self._job, caller)
-        except BasicError as refused:
-            ui.notify(str(refused), type="warning")
-        await self.refresh()
-
-
-class JobHeader:
-    """Id, status, progress and actions of the job."""
-
-    def __init__(self, job: JobView, cancel: object) -> None:
-        with box():
-            with ui.element("div").classes("line"):
-                with ui.element("div").classes("grow"), ui.element("h1"):
-                    ui.label(job.id)
-                self._status = ui.label().props('role="status"')
-            self._about = ui.label().classes("dim small")
-            self._bar = ui.element("progress").props('max="1" aria-label="Ended requests"')
-            with ui.element("div").classes("line"):
-                self._counts = ui.label().classes("grow")
-                self._speed = ui.label()
-            with ui.element("div").classes("line"):
-                self._button = ui.button("Cancel job", on_click=cancel).props("outline no-caps color=negative")  # type: ignore[arg-type]
-                with link(f"{BASE}/jobs/{job.id}/outputs").props(f'download="{job.id}.jsonl"'):
-                    ui.label("Outputs (JSON lines)")
-
-    def show(self, job: JobView) -> None:
-        """Show the current state of the job."""
-        show_job_status(self._status, job)
-        self._about.set_text(f"{job.model} · {job.endpoint} · submitted {format.ago(job.created_at)}")
-        self._bar.props(f"value={format.ended(job) / max(1, job.requests_total):.4f}")
-        failed = f", {job.requests_failed:,d} failed" if job.requests_failed else ""
-        self._counts.set_text(f"{format.ended(job):,d} of {job.requests_total:,d} requests{failed}")
-        rate = format.number(format.tokens_per_s(job))
-        self._speed.set_text(f"{job.completion_tokens:,d} tokens · {rate} tokens/s · {format.left(job)}")
-        self._button.set_visibility(job.status == JobStatus.IN_PROGRESS)
-
 
 class LiveTab:
     """The texts of running requests, with accepted draft tokens marked."""
@@ -214,14 +172,6 @@ class LiveTab:
             request_head(request)
             for choice in request.choices:
                 self._texts[request.request_index, choice.choice_index] = ui.html("", sanitize=False)
-
-
-def legend() -> None:
-    """Add a legend of the colours."""
-    marks = (
-        '<span class="by-draft">accepted draft tokens</span> · <span class="by-target">the target’s own tokens</span>'
-    )
-    ui.html(marks, sanitize=False).classes("small")
 
 
 def request_head(request: RequestDetails) -> None:

@@ -1,0 +1,69 @@
+"""Files of the dashboard: the download of a job's outputs, and the submission of a file as a job."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import RedirectResponse, Response, StreamingResponse
+from starlette.datastructures import State
+from starlette.types import Receive, Send
+from starlette.types import Scope as HttpScope
+
+from jobs.api.auth.caller import Caller
+from jobs.api.dependencies import Services, find_job
+from jobs.api.routes.job_outputs import OutputSource
+from jobs.api.routes.jobs import submit as submit_job
+from jobs.dashboard.session import BASE, SUBMIT_PATH, PageContext, Sessions
+from jobs.errors import CallerRefused
+from jobs.keys import Scope
+
+
+def add_transfers(api: FastAPI, services: Services, sessions: Sessions) -> None:
+    """Add the routes, authenticated by the session cookie, since a browser sends no API key."""
+    _add_download(api, services, sessions)
+    _add_upload(api, services, sessions)
+
+
+def _add_download(api: FastAPI, services: Services, sessions: Sessions) -> None:
+
+    @api.get(f"{BASE}/jobs/{{job_id}}/outputs", include_in_schema=False)
+    async def outputs(request: Request, job_id: str) -> Response:
+        try:
+            caller = await PageContext.of(request, services, sessions).authenticate()
+        except CallerRefused:
+            return RedirectResponse(f"{BASE}/login", 303)
+        job = await run_in_threadpool(find_job, services, job_id, caller)
+        headers = {"content-disposition": f'attachment; filename="{job.id}.jsonl"'}
+        lines = OutputSource(services, job).lines(after=-1)
+        return _Download(lines, caller, api.state, headers=headers, media_type="application/x-ndjson; charset=utf-8")
+
+
+def _add_upload(api: FastAPI, services: Services, sessions: Sessions) -> None:
+    """Add the submission of a file, which the browser sends with the session cookie: else as `POST /v1/jobs`."""
+
+    @api.post(SUBMIT_PATH, include_in_schema=False)
+    async def submit(request: Request) -> Response:
+        caller = await PageContext.of(request, services, sessions).authenticate(Scope.SUBMIT)
+        return await submit_job(request, services, caller)
+
+
+class _Download(StreamingResponse):
+    """A download that counts as a stream of its key, and is closed when the key is revoked or expires."""
+
+    def __init__(self, content: Iterator[str], caller: Caller, state: State, **fields: Any) -> None:
+        super().__init__(content, **fields)
+        self._caller = caller
+        self._state = state
+
+    async def __call__(self, scope: HttpScope, receive: Receive, send: Send) -> None:
+        """Send the file."""
+        key_id = self._caller.key_id
+        with self._state.stream_limits.slot(key_id):
+            if not key_id:
+                await super().__call__(scope, receive, send)
+                return
+            with self._state.revocations.watch(key_id, send) as watched:
+                await super().__call__(scope, receive, watched)
