@@ -28,8 +28,8 @@ from jobs.dashboard.body_limit import DashboardBodyLimit
 from jobs.dashboard.layout import POLICY, frame, heading
 from jobs.dashboard.pages import chat_page, job_page, jobs_page, keys_page, stats_page, workers_page
 from jobs.dashboard.session import BASE, COOKIE, PageContext, Sessions
+from jobs.dashboard.transfers import add_transfers
 from jobs.errors import BasicError, CallerRefused
-from jobs.keys import Scope
 
 _RECHECK_S = 1.0  # interval of the check that the session of an open page is still valid
 _BUILD_S = 30.0  # timeout of building a page; a busy database may take seconds

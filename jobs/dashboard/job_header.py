@@ -134,7 +134,7 @@ class _EditDialog:
     def __init__(self, context: PageContext, job: JobView, refresh: Callable[[], Awaitable[None]]) -> None:
         self._context, self._job, self._refresh = context, job, refresh
         with (
-            ui.dialog(value=True) as self._dialog,
+            ui.dialog(value=True).props('aria-label="Edit job"') as self._dialog,
             ui.card().style("width:28rem;max-width:95vw;background:var(--card)"),
         ):
             heading("Edit job")

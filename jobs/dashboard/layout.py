@@ -55,7 +55,8 @@ def frame(title: str, context: PageContext | None = None) -> Iterator[None]:
         if context is not None and context.signed_in:
             with ui.element("form").props(f'method="post" action="{BASE}/logout"'):
                 ui.button("Log out").props('type="submit" flat dense color=white no-caps')
-    with ui.element("main").props('id="main" tabindex="-1"').classes("stack").style("gap:1rem;outline:none"):
+    # NiceGUI's page is the `main` landmark.
+    with ui.element("div").props('id="main" tabindex="-1"').classes("stack").style("gap:1rem;outline:none"):
         yield
 
 

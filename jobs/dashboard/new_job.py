@@ -59,7 +59,10 @@ return await new Promise(resolve => {
 async def new_job_dialog(context: PageContext) -> ui.dialog:
     """Return the dialog; it leaves to the page of the job that it submits."""
     known = await asyncio.to_thread(known_models, context.services.database, context.services.settings)
-    with ui.dialog() as dialog, ui.card().style("width:34rem;max-width:95vw;background:var(--card)"):
+    with (
+        ui.dialog().props('aria-label="New job"') as dialog,
+        ui.card().style("width:34rem;max-width:95vw;background:var(--card)"),
+    ):
         heading("New job")
         _NewJob(context, known.names, dialog)
     return dialog

@@ -40,11 +40,11 @@ async def build(context: PageContext, caller: Caller) -> None:
     known = await asyncio.to_thread(known_models, context.services.database, context.services.settings)
     with frame("Chat", context):
         heading("Chat", 1)
-        chat = Chat(context, known.names)
+        chat = ChatPage(context, known.names)
         ui.context.client.on_delete(chat.stop)
 
 
-class Chat:
+class ChatPage:
     """One conversation. It is in the memory of this page: a reload starts another."""
 
     def __init__(self, context: PageContext, models: list[str]) -> None:

@@ -5,7 +5,8 @@ Only the open tab is read and updated, and only changed elements are sent, so th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 from nicegui import ui
@@ -19,7 +20,7 @@ from jobs.dashboard.stats_view import StatsView, table
 from jobs.dashboard.status import show_status
 from jobs.messages import JobStatus
 from storage import job_details, queries, statistics
-from storage.job_details import ErrorCount, RequestDetails, TreeDetails, TreeKey
+from storage.job_details import ChoiceDetails, ErrorCount, RequestDetails, TreeDetails, TreeKey
 from storage.queries import JobView
 from storage.statuses import ERROR_REQUEST_STATUSES
 
@@ -170,20 +171,26 @@ class LiveTab:
     def _card(self, request: RequestDetails) -> None:
         with box():
             request_head(request)
-            for choice in request.choices:
-                self._texts[request.request_index, choice.choice_index] = ui.html("", sanitize=False)
+            with beside_prompt(request):
+                for choice in request.choices:
+                    self._texts[request.request_index, choice.choice_index] = ui.html("", sanitize=False)
+
+
+@contextmanager
+def beside_prompt(request: RequestDetails) -> Iterator[None]:
+    """Put the elements of the block beside the prompt of a request; on a phone below it."""
+    with ui.element("div").classes("pair"):
+        ui.html(f"<bdi>{html.plain(request.prompt)}</bdi>", sanitize=False).classes("dim small prompt")
+        with ui.element("div").classes("stack"):
+            yield
 
 
 def request_head(request: RequestDetails) -> None:
-    """Add id, status and prompt of a request."""
+    """Add id and status of a request, and what binds its text."""
     with ui.element("div").classes("line"):
         with ui.element("h2").classes("grow"):
             ui.html(f"<bdi>{html.plain(request.custom_id)}</bdi>", sanitize=False).style("overflow-wrap:anywhere")
         show_status(ui.label(), request.status)
-    if request.prompt:
-        ui.html(f"<bdi>{html.plain(request.prompt)}</bdi>", sanitize=False).classes("dim small").style(
-            "overflow-wrap:anywhere"
-        )
     if request.grammar is not None:
         ui.label(f"Bound by {_GRAMMARS.get(request.grammar, request.grammar)}").classes("dim small")
 
@@ -261,15 +268,12 @@ class RequestsTab:
     @staticmethod
     def _fill_card(request: RequestDetails) -> None:
         request_head(request)
-        if request.error_message:
-            ui.label(html.safe(request.error_message)).style("color:var(--bad);overflow-wrap:anywhere")
-        for choice in request.choices:
-            ui.html(html.colored(choice.pieces), sanitize=False)
-            end = f", ended by {choice.finish_reason}" if choice.finish_reason else ""
-            numerics = f", numerics {choice.numerics}" if choice.numerics else ""
-            ui.label(f"{choice.tokens:,d} tokens, {choice.accepted:,d} from the draft{end}{numerics}").classes(
-                "dim small"
-            )
+        with beside_prompt(request):
+            if request.error_message:
+                ui.label(html.safe(request.error_message)).style("color:var(--bad);overflow-wrap:anywhere")
+            for choice in request.choices:
+                ui.html(html.colored(choice.pieces), sanitize=False)
+                ui.label(_choice_text(choice)).classes("dim small")
 
     async def _first_page(self) -> None:
         self._after = [-1]
@@ -282,6 +286,12 @@ class RequestsTab:
     async def _page_back(self) -> None:
         self._after.pop()
         await self.show()
+
+
+def _choice_text(choice: ChoiceDetails) -> str:
+    end = f", ended by {choice.finish_reason}" if choice.finish_reason else ""
+    numerics = f", numerics {choice.numerics}" if choice.numerics else ""
+    return f"{choice.tokens:,d} tokens, {choice.accepted:,d} from the draft{end}{numerics}"
 
 
 def _error_text(error: ErrorCount) -> str:

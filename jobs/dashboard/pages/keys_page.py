@@ -76,7 +76,10 @@ class KeyList:
                 ui.button("Revoke", on_click=partial(self._ask_to_revoke, key)).props("outline no-caps color=negative")
 
     def _ask_to_revoke(self, key: KeyView) -> None:
-        with ui.dialog(value=True) as dialog, ui.card().style("background:var(--card)"):
+        with (
+            ui.dialog(value=True).props('aria-label="Revoke a key"') as dialog,
+            ui.card().style("background:var(--card)"),
+        ):
             heading(f"Revoke the key {html.safe(key.name)}?")
             ui.label("Its next call is refused, and its pages and streams close. Its jobs go on.")
             with ui.element("div").classes("line"):
@@ -97,7 +100,7 @@ class _KeyForm:
 
     def __init__(self, context: PageContext, refresh: Callable[[], Awaitable[None]]) -> None:
         self._context, self._refresh = context, refresh
-        with ui.dialog(value=True).props("persistent") as self._dialog:
+        with ui.dialog(value=True).props('persistent aria-label="New key"') as self._dialog:
             self._card = ui.card().style("width:30rem;max-width:95vw;background:var(--card)")
         with self._card:
             heading("New key")

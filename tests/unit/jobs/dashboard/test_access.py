@@ -9,9 +9,10 @@ from fastapi.testclient import TestClient
 
 from jobs.api.app import make_api
 from jobs.api.auth.authentication import Authenticator
-from jobs.dashboard.app import _add_download, _add_login
+from jobs.dashboard.app import _add_login
 from jobs.dashboard.body_limit import DashboardBodyLimit
 from jobs.dashboard.session import Sessions
+from jobs.dashboard.transfers import add_transfers
 from jobs.settings import JobsSettings
 from storage import keys
 from storage.session import Database
@@ -28,7 +29,7 @@ def api(settings: JobsSettings, database: Database) -> Iterator[TestClient]:
     app = make_api(settings, database, lambda job_id, model: None, authenticator)
     sessions = Sessions(authenticator)
     _add_login(app, sessions)
-    _add_download(app, app.state.services, sessions)
+    add_transfers(app, app.state.services, sessions)
     app.add_middleware(DashboardBodyLimit)
     with TestClient(app, follow_redirects=False) as client:
         yield client
