@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, Request, expect
 
 from jobs.client import Client
+from jobs.errors import InvalidKey
 from jobs.local.service import LocalService, down, start_detached
 from jobs.local.startup import environment
 from jobs.reports.report import make_report
@@ -258,6 +263,91 @@ def test_the_outputs_of_a_job_are_saved_under_its_name(page: Page, service: Loca
     assert lines == httpx.get(f"{service.api_url}/v1/jobs/{job.id}/outputs", timeout=240).text.splitlines()
 
 
+def submit_file(page: Page, path: Path) -> None:
+    page.goto("/dashboard/")
+    page.get_by_role("button", name="New job").click()
+    page.locator("input[type=file]").set_input_files(str(path))
+    page.get_by_label("Name (optional)").fill(path.stem)
+    page.get_by_role("button", name="Submit").click()
+
+
+def test_a_file_is_submitted_and_its_job_is_found_by_its_name_and_labels(page: Page, tmp_path: Path) -> None:
+    file = tmp_path / "rivers.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "abc", "max_tokens": 4}) + "\n" for _ in range(3)))
+    submit_file(page, file)
+    expect(page.get_by_role("heading", name="rivers")).to_be_visible()
+    expect(page.get_by_text("3 of 3 requests")).to_be_visible()
+    page.get_by_role("button", name="Edit").click()
+    page.get_by_label("Labels").fill("team=search")
+    page.get_by_role("button", name="Save").click()
+    expect(page.get_by_text("team=search")).to_be_visible()
+
+    page.goto("/dashboard/")
+    rows = page.get_by_role("listitem")
+    page.get_by_label("Label", exact=True).fill("team=search")
+    expect(rows).to_have_count(1)
+    expect(rows).to_contain_text("rivers")
+    page.get_by_label("Search names").fill("lakes")
+    expect(page.get_by_text("No job matches.")).to_be_visible()
+    page.get_by_role("button", name="Show all jobs").click()
+    expect(rows.first).to_be_visible()
+
+
+def test_a_table_is_not_submitted_as_prompts(page: Page, tmp_path: Path) -> None:
+    file = tmp_path / "rivers.csv"
+    file.write_text("river,length\nNile,6650\n")
+    submit_file(page, file)
+    expect(page.get_by_role("alert").filter(has_text="basic submit FILE --prompt-column")).to_be_visible()
+
+
+def test_a_job_is_paused_and_resumed(page: Page, service: LocalService) -> None:
+    with Client(service.api_url) as client:
+        job = client.submit(["abc"] * 400, ignore_eos=True, temperature=0)
+        page.goto(f"/dashboard/jobs/{job.id}")
+        status = page.locator(".status").first
+        page.get_by_role("button", name="Pause").click()
+        expect(status).to_have_text("paused")
+        page.get_by_role("button", name="Resume").click()
+        expect(status).to_have_text("in progress")
+        job.cancel()
+    expect(status).to_have_text("cancelled")
+    page.get_by_role("button", name="Retry failed requests").click()
+    expect(page.get_by_role("button", name="Cancel job")).to_be_visible()
+    assert job.id not in page.url
+    page.get_by_role("button", name="Cancel job").click()
+
+
+def test_a_chat_writes_answers_and_says_why_one_is_refused(page: Page) -> None:
+    page.goto("/dashboard/chat")
+    page.get_by_label("Max tokens").fill("40")
+    page.get_by_label("Message").fill("abc abc")
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("40 tokens,")).to_be_visible()
+    expect(page.locator(".chat .model-text").nth(1)).not_to_be_empty()
+    page.get_by_label("Message").fill("abc " * 5_000)
+    page.keyboard.press("Enter")
+    expect(page.locator(".chat [role=status]").nth(1)).to_contain_text("context")
+    expect(page.get_by_role("button", name="Send")).to_be_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(chrome: Browser, service: LocalService, scheme: Literal["light", "dark"]) -> None:
+    with Client(service.api_url) as client:
+        job = client.submit(["abc"], max_tokens=4, metadata={"name": "a job", "team": "search"})
+        job.wait()
+    context = chrome.new_context(base_url=service.api_url, color_scheme=scheme)
+    context.set_default_timeout(PATIENCE_MS)
+    page = context.new_page()
+    for path in ("/", f"/jobs/{job.id}", "/chat", "/keys", "/stats", "/workers", "/login"):
+        page.goto(f"/dashboard{path}")
+        expect(page.get_by_role("heading", level=1)).to_be_visible()
+        page.wait_for_load_state("networkidle")
+        found = Axe().run(page).response["violations"]
+        serious = [rule for rule in found if rule["impact"] in ("serious", "critical")]
+        assert serious == [], path
+    context.close()
+
+
 def keys_command(settings: JobsSettings, *arguments: str) -> str:
     command = [sys.executable, "-m", "jobs.cli", "keys", *arguments]
     return subprocess.run(command, env=environment(settings), capture_output=True, text=True, check=True).stdout
@@ -272,6 +362,23 @@ def log_in(page: Page, key: str) -> None:
 def expect_log_in(page: Page) -> None:
     expect(page.get_by_role("heading", name="Log in")).to_be_visible()
     assert page.url.endswith("/dashboard/login")
+
+
+def create_and_revoke_a_key(page: Page, service: LocalService) -> None:
+    """As an administrator."""
+    page.get_by_role("link", name="Keys").click()
+    page.get_by_role("button", name="New key").click()
+    page.get_by_label("Owner or purpose").fill("alice")
+    page.get_by_role("button", name="Create").click()
+    key = page.get_by_text("sk-basic-").inner_text()
+    page.get_by_role("button", name="I have saved it").click()
+    with Client(service.api_url, api_key=key) as client:
+        assert client.jobs() == []
+        page.get_by_role("listitem").filter(has_text="alice").get_by_role("button", name="Revoke").click()
+        page.get_by_role("dialog").get_by_role("button", name="Revoke").click()
+        expect(page.get_by_role("listitem").filter(has_text="alice")).to_contain_text("revoked")
+        with pytest.raises(InvalidKey):
+            client.jobs()
 
 
 def test_once_there_is_a_key_the_pages_ask_for_it_and_a_revoked_one_closes_them(
@@ -305,6 +412,11 @@ def test_once_there_is_a_key_the_pages_ask_for_it_and_a_revoked_one_closes_them(
         for opened in pages:
             expect_log_in(opened)
         expect_log_in(page)
+    admin = next(w for w in keys_command(settings, "create", "boss", "--scope", "admin").split() if "sk-basic-" in w)
+    log_in(page, admin)
+    create_and_revoke_a_key(page, service)
+    page.get_by_role("button", name="Log out").click()
+    expect_log_in(page)
     other = next(w for w in keys_command(settings, "create", "other", "--scope", "read").split() if "sk-basic-" in w)
     log_in(page, other)
     open_still = page.context.new_page()

@@ -30,6 +30,7 @@ from jobs.submission.models import known_models
 _MESSAGE_CHARS: Final = 100_000  # a socket message has it as escaped JSON
 _TOKENS: Final = 512
 _REDRAW_S: Final = 0.1  # at most this often; each sends the whole text
+_TO_THE_END: Final = "window.scrollTo(0, document.body.scrollHeight)"
 _EMPTY: Final = "Write a message to start. Green tokens were proposed by the draft and accepted by the target."
 
 Message = dict[str, str]
@@ -55,7 +56,7 @@ class ChatPage:
         self._lay_out_settings(models)
         legend()
         self._empty = ui.label(_EMPTY).classes("dim")
-        self._turns = ui.element("div").props('role="log" aria-label="Conversation"').classes("stack")
+        self._turns = ui.element("div").props('role="log" aria-label="Conversation"').classes("stack chat")
         with ui.element("div").classes("line chat-input"):
             self._input = ui.textarea("Message").classes("grow")
             self._input.props(f"outlined autogrow autofocus maxlength={_MESSAGE_CHARS}")
@@ -105,6 +106,7 @@ class ChatPage:
             answer = Answer()
         self._answering = asyncio.current_task()
         self._show_state()
+        ui.run_javascript(_TO_THE_END)
         try:
             self._history = [*asked, {"role": "assistant", "content": await self._answer(asked, answer)}]
         except BasicError as refused:

@@ -50,6 +50,7 @@ class KeyList:
         """Add an empty list; `refresh` fills it."""
         self._context = context
         self._new = ui.button("New key", icon="add", on_click=self._create).props("no-caps").style("align-self:start")
+        self._first = ui.label(_FIRST).classes("dim")
         self._list = ui.element("div").props('role="list" aria-label="Keys"').classes("stack")
 
     async def refresh(self) -> None:
@@ -57,10 +58,10 @@ class KeyList:
         await self._context.authenticate(Scope.ADMIN)
         found = sorted(await self._context.read(keys.list_keys), key=lambda key: not key.valid)
         self._new.set_visibility(bool(found))
+        self._first.set_visibility(not found)
+        self._list.set_visibility(bool(found))
         self._list.clear()
         with self._list:
-            if not found:
-                ui.label(_FIRST).classes("dim")
             for key in found:
                 self._row(key)
 
