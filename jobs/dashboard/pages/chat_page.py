@@ -103,7 +103,7 @@ class ChatPage:
             ui.label("You").classes("dim small")
             ui.html(f"<bdi class='model-text'>{html.plain(text)}</bdi>", sanitize=False)
         with self._turns:
-            answer = Answer()
+            answer = AnswerBox()
         self._answering = asyncio.current_task()
         self._show_state()
         ui.run_javascript(_TO_THE_END)
@@ -118,7 +118,7 @@ class ChatPage:
             self._answering = None
             self._show_state()
 
-    async def _answer(self, asked: list[Message], answer: Answer) -> str:
+    async def _answer(self, asked: list[Message], answer: AnswerBox) -> str:
         """Follow the answer to these messages and return its content, without reasoning."""
         services = self._context.services
         job_id = await run_write(
@@ -152,7 +152,7 @@ class ChatPage:
         )
 
 
-class Answer:
+class AnswerBox:
     """An answer while it is written: its text by source, its tokens and speed."""
 
     def __init__(self) -> None:
