@@ -49,7 +49,11 @@ def test_durations_have_at_most_two_units(seconds: float, text: str) -> None:
 
 
 def job(**fields: object) -> JobView:
-    values = dict.fromkeys(JobView.__dataclass_fields__, 0) | {"started_at": time.time() - 100, "finished_at": None}
+    values = (
+        dict.fromkeys(JobView.__dataclass_fields__, 0)
+        | dict.fromkeys(("finished_at", "paused_at"))
+        | {"started_at": time.time() - 100}
+    )
     return JobView(**values | {"requests_total": 40, "requests_completed": 10} | fields)  # type: ignore[arg-type]
 
 
