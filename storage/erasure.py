@@ -1,8 +1,8 @@
 """Erase jobs: hide a job at once, then delete its rows in small transactions, beside running services.
 
 `erased_at` hides the job from callers. Its prompts, texts and steps go in pieces of a few hundred requests, its files
-in pieces of some chunks, and its own row last: what is interrupted continues. A job that still runs is erased when it
-has ended. A file goes with it unless another job reads it.
+in pieces of some chunks, and its own row last, by the pruner: what is interrupted continues. A job that still runs is
+erased when it has ended. A file goes with it unless another job reads it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from storage.transitions import request_cancel
 
 REQUESTS_PER_DELETE: Final = 200
 _JOBS_AT_ONCE: Final = 100
+_CHECKPOINT_WAIT_MS: Final = 200
 
 
 def hide_job(session: Session, job_id: str) -> None:
@@ -48,6 +49,14 @@ def erase_job(database: Database, job_id: str) -> Generator[int]:
 
     Stopped in between, it continues with the next call.
     """
+    yield from erase_contents(database, job_id)
+    with database.write() as session:
+        session.execute(delete(JobRow).where(JobRow.id == job_id, JobRow.erased_at.is_not(None)))
+    yield 0
+
+
+def erase_contents(database: Database, job_id: str) -> Generator[int]:
+    """Do the same as `erase_job`, but leave the job's row: the pruner finds it, and calls `forget_deleted`."""
     with database.read() as session:
         columns = select(JobRow.input_file_id, JobRow.output_file_id, JobRow.error_file_id, JobRow.source_file_id)
         row = session.execute(columns.where(JobRow.id == job_id, JobRow.erased_at.is_not(None))).first()
@@ -56,9 +65,6 @@ def erase_job(database: Database, job_id: str) -> Generator[int]:
     for file_id in dict.fromkeys(file_id for file_id in row if file_id is not None):
         yield from _erase_file(database, file_id, job_id)
     yield from _erase_requests(database, job_id)
-    with database.write() as session:
-        session.execute(delete(JobRow).where(JobRow.id == job_id, JobRow.erased_at.is_not(None)))
-    yield 0
 
 
 def _erase_requests(database: Database, job_id: str) -> Iterator[int]:
@@ -101,14 +107,21 @@ def _reads(file_id: str) -> ColumnElement[bool]:
     )
 
 
-def forget_deleted(database: Database) -> None:
-    """Overwrite what SQLite still holds of deleted rows in its write-ahead log; PostgreSQL's vacuum does it on its own.
+def forget_deleted(database: Database) -> bool:
+    """Empty SQLite's write-ahead log, which holds deleted rows; return False if a reader keeps it: call again later.
 
-    The pages of the database file are overwritten by each deletion (`secure_delete`). A reader that is busy keeps
-    the log for now: call this again later.
+    The pages of the database file are overwritten by each deletion (`secure_delete`). PostgreSQL overwrites deleted
+    rows when it vacuums.
     """
-    if database.engine.dialect.name == "sqlite":
-        with database.engine.connect() as connection:
-            cursor = connection.connection.cursor()
-            cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    if database.engine.dialect.name != "sqlite":
+        return True
+    with database.engine.connect() as connection:
+        cursor = connection.connection.cursor()
+        (wait_ms,) = cursor.execute("PRAGMA busy_timeout").fetchone() or (0,)
+        cursor.execute(f"PRAGMA busy_timeout = {_CHECKPOINT_WAIT_MS}")  # writers wait meanwhile
+        try:
+            busy, *_ = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone() or (0,)
+        finally:
+            cursor.execute(f"PRAGMA busy_timeout = {wait_ms}")
             cursor.close()
+    return not busy

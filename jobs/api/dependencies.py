@@ -88,7 +88,7 @@ def pause_or_resume(services: Services, job: JobView, caller: Caller, act: Liter
 
 
 def delete_job(services: Services, job: JobView, *, cancel: bool = False, noun: str = "job") -> None:
-    """Hide a job that has ended and erase it; the pruner erases the rest of a large one in the background.
+    """Hide a job that has ended and erase what it holds; the pruner erases its row, and the rest of a large one.
 
     With `cancel`, one that still runs is cancelled, and erased as soon as it has ended; else raise NotDeletable.
     """
@@ -104,7 +104,7 @@ def delete_job(services: Services, job: JobView, *, cancel: bool = False, noun: 
         erasure.hide_job(session, job.id)
     if status is not None and JobStatus(status).final:
         ends_at = time.monotonic() + _ERASE_S
-        for _ in paced(erasure.erase_job(services.database, job.id)):
+        for _ in paced(erasure.erase_contents(services.database, job.id)):
             if time.monotonic() > ends_at:
                 return  # the pruner continues
 

@@ -74,8 +74,7 @@ class Pruner:
             self._prune()
             self._aged_at = time.monotonic()
         if not self._forgotten:
-            erasure.forget_deleted(self._database)
-            self._forgotten = True
+            self._forgotten = erasure.forget_deleted(self._database)
         return True
 
     def _elected(self) -> bool:

@@ -4,7 +4,8 @@
 
 Decode the prompts once without faults. Then submit the same prompts again and again, over HTTP and through Redis, while
 faults are injected one after the other. At the end every request must have exactly one output or error row, greedy
-texts must be those of the first run, and step rows must sum to the tokens. Exit status 0 if all of this holds.
+texts must be those of the first run, step rows must sum to the tokens, and a webhook must have been told of the end of
+every job. Exit status 0 if all of this holds.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from jobs.producer import batch_job_id, push
 from tests.chaos.faults import Fault, faults_for, small_disk
 from tests.chaos.stack import Stack
 from tests.postgres import Postgres
+from tests.receiver import Receiver, a_receiver
 
 REQUESTS = 12
 MAX_TOKENS = 160
@@ -50,6 +52,7 @@ class Report:
     requests: int = 0
     outputs: int = 0
     errors: dict[str, int] = field(default_factory=dict)
+    events: int = 0  # that the webhook received, repeated ones included
     claims: int = 0
     tokens: int = 0
     run_s: float = 0.0
@@ -64,8 +67,9 @@ class Report:
 class Chaos:
     """One chaos run on one stack."""
 
-    def __init__(self, stack: Stack, faults: dict[str, Fault], seed: int, database: str) -> None:
+    def __init__(self, stack: Stack, faults: dict[str, Fault], seed: int, database: str, receiver: Receiver) -> None:
         self.stack = stack
+        self.receiver = receiver
         self.faults = faults
         self.dice = random.Random(seed)
         self.report = Report(database, seed)
@@ -76,6 +80,9 @@ class Chaos:
 
     def run(self, count: int) -> Report:
         """Decode without faults, inject `count` faults, and check the laws."""
+        hook = {"url": self.receiver.url, "event_types": ["batch.completed"]}
+        added = httpx.post(f"{self.stack.api_url}/v1/webhook_endpoints", json=hook, timeout=15, trust_env=False)
+        assert added.status_code == 200, added.text
         self.expected = self._undisturbed()
         began_at = time.monotonic()
         for _ in range(count):
@@ -84,10 +91,15 @@ class Chaos:
             self._strike()
         struck_at = time.monotonic()
         self._finish("the end of the jobs")
+        self.stack.wait_for(lambda: self._told() >= set(self.job_ids), "the events of the ends of the jobs", _END_S)
         self.report.recovery_s = round(time.monotonic() - struck_at, 1)
         self.report.run_s = round(time.monotonic() - began_at, 1)
         self._check()
         return self.report
+
+    def _told(self) -> set[str]:
+        """Return the ids of the jobs whose end has been told."""
+        return {json.loads(body)["data"]["id"] for _, body in self.receiver.received[:]}
 
     def _undisturbed(self) -> list[str]:
         self._send(uuid.UUID(int=self.dice.getrandbits(128)).hex)
@@ -172,6 +184,8 @@ class Chaos:
         outputs = stack.rows("SELECT job_id, request_index, text, completion_tokens FROM outputs")
         written = Counter((job, index) for job, index, _, _ in outputs)
         report.requests, report.outputs = len(rows), len(outputs)
+        report.events = len(self.receiver.received)
+        self._demand(self._told() == recorded, "events of other jobs, or none of some")
         report.claims = sum(int(str(row[4])) for row in rows)
         report.tokens = sum(int(str(row[3])) for row in outputs)
         report.errors = dict(Counter(str(row[3]) for row in rows if row[3] is not None))
@@ -219,7 +233,8 @@ def run(count: int, database: str, seed: int, only: list[str] | None = None, tar
         stack.start()
         faults = faults_for(postgres=postgres is not None, small_disk=disk)
         chosen = {name: fault for name, fault in faults.items() if only is None or name in only}
-        return Chaos(stack, chosen, seed, database).run(count)
+        receiver = cleanup.enter_context(a_receiver())
+        return Chaos(stack, chosen, seed, database, receiver).run(count)
 
 
 def tiny_model(directory: Path) -> Path:

@@ -59,6 +59,7 @@ class Stack:
             "BASIC_API_URL": self.api_url,
             "BASIC_API_PORT": self.api_url.rpartition(":")[2],
             "BASIC_TARGET": str(target),
+            "BASIC_WEBHOOK_NETWORKS": "127.0.0.0/8",
             "BASIC_DTYPE": "float32",
             "BASIC_MAX_SEQUENCES": "8",
             "BASIC_MAX_CONTEXT": "512",

@@ -228,5 +228,5 @@ def test_texts_leave_the_bytes_of_the_database_file(sqlite: Database, tmp_path: 
 
     assert b"Rumpelstilzchen" in bytes_on_disk()
     erased(sqlite, "mine")
-    erasure.forget_deleted(sqlite)
+    assert erasure.forget_deleted(sqlite)
     assert b"Rumpelstilzchen" not in bytes_on_disk()

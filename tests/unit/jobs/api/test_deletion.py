@@ -17,6 +17,7 @@ from jobs.client import Client
 from jobs.errors import NotDeletable, NotFound
 from jobs.settings import JobsSettings
 from jobs.upkeep.pruner import Pruner, ages_of, prune_all
+from storage import erasure
 from storage.models import ChoiceOutput, FileChunk, JobRow, Request
 from storage.prune import Ages
 from storage.session import Database
@@ -43,12 +44,14 @@ def rows(database: Database, *models: type) -> list[int]:
         return [session.scalar(select(func.count()).select_from(model)) or 0 for model in models]
 
 
-def test_a_job_that_has_ended_is_erased_and_one_that_runs_only_on_request(api: TestClient, database: Database) -> None:
+def test_a_job_that_has_ended_is_erased_and_one_that_runs_only_on_request(
+    api: TestClient, database: Database, settings: JobsSettings
+) -> None:
     done = submitted(api, "Hello", "Bye")["id"]
     answer_all(database)
     reply = api.delete(f"/v1/jobs/{done}")
     assert JobDeleted.model_validate(reply.json()).id == done
-    assert rows(database, JobRow, Request, ChoiceOutput) == [0, 0, 0]
+    assert rows(database, Request, ChoiceOutput) == [0, 0]
     for path in ("", "/outputs", "/events", "/stats"):
         assert api.get(f"/v1/jobs/{done}{path}").status_code == 404
     assert api.delete(f"/v1/jobs/{done}").status_code == 404
@@ -61,7 +64,9 @@ def test_a_job_that_has_ended_is_erased_and_one_that_runs_only_on_request(api: T
     assert "in_progress" in error.message
     assert "cancel=true" in error.message
     assert api.delete(f"/v1/jobs/{runs}?cancel=true").status_code == 200
-    assert rows(database, JobRow, Request) == [0, 0]
+    assert rows(database, JobRow, Request) == [2, 0], "their own rows are the pruner's"
+    Pruner(database, settings).run_once()
+    assert rows(database, JobRow) == [0]
 
 
 def test_a_job_whose_worker_has_its_requests_is_hidden_at_once_and_erased_when_the_worker_lets_go(
@@ -84,13 +89,14 @@ def test_what_a_call_has_no_time_for_is_erased_by_the_pruner(
     api: TestClient, database: Database, settings: JobsSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dependencies, "_ERASE_S", -1.0)
-    job = submitted(api, "Hello")["id"]
+    monkeypatch.setattr(erasure, "REQUESTS_PER_DELETE", 1)
+    job = submitted(api, "Hello", "Bye", "Again")["id"]
     answer_all(database)
     assert api.delete(f"/v1/jobs/{job}").status_code == 200
-    assert rows(database, JobRow) == [1]
+    assert rows(database, Request) == [2]
     assert api.get(f"/v1/jobs/{job}").status_code == 404
     Pruner(database, settings).run_once()
-    assert rows(database, JobRow) == [0]
+    assert rows(database, JobRow, Request) == [0, 0]
 
 
 def test_a_job_takes_the_uploaded_file_that_it_was_read_from_along(
@@ -121,7 +127,7 @@ def test_the_openai_client_deletes_a_response_that_has_ended(
     ResponseDeleted.model_validate(api.delete(f"/v1/responses/{response.id}").json())
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(response.id)
-    assert rows(database, JobRow, ChoiceOutput) == [0, 0]
+    assert rows(database, Request, ChoiceOutput) == [0, 0]
 
 
 def test_the_client_deletes_jobs(settings: JobsSettings, database: Database) -> None:

@@ -12,7 +12,7 @@ from jobs.cli import app as cli
 from jobs.cli.options import WRONG_USE
 from jobs.errors import NotDeletable
 from jobs.settings import JobsSettings
-from storage.models import ChoiceOutput, JobRow, PackedSteps
+from storage.models import ChoiceOutput, JobRow, PackedSteps, Request
 from storage.session import Database
 from tests.unit.jobs.cli.test_cli import Run, prompts, run
 from tests.unit.storage.acts import claim_one, flush, record, whole
@@ -54,7 +54,7 @@ def test_rm_erases_jobs_by_prefix_and_refuses_one_that_runs(run: Run, prompts: s
         run("rm", jobs[0])
     assert f"Erased job {jobs[1]}" in run("rm", "--cancel", jobs[0], jobs[1][:20])
     with database.read() as session:
-        assert session.scalar(select(func.count()).select_from(JobRow)) == 0
+        assert session.scalar(select(func.count()).select_from(Request)) == 0
 
 
 @pytest.mark.usefixtures("migrated")
