@@ -26,7 +26,7 @@ class Receiver:
             self.received.append((headers, body))
             self._arrived.notify_all()
 
-    def wait_for(self, count: int, timeout_s: float = 120.0) -> list[tuple[dict[str, str], bytes]]:
+    def wait_for(self, count: int, timeout_s: float = 300.0) -> list[tuple[dict[str, str], bytes]]:
         """Wait until so many requests have arrived, and return them; the timeout only ends what hangs."""
         with self._arrived:
             assert self._arrived.wait_for(lambda: len(self.received) >= count, timeout_s), self.received

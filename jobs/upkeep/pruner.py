@@ -47,6 +47,7 @@ class Pruner:
         self._aged_at = float("-inf")
         self._rewritten_at = float("-inf")
         self._forgotten = True  # nothing was deleted since the last `forget_deleted`
+        self._unavailable = ""  # why the database was unavailable in the last round
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pruner", daemon=True)
 
@@ -132,13 +133,19 @@ class Pruner:
             about = {"action": "redis_log_kept"}
             log.info("Redis did not rewrite its append-only file: %s", error, extra=about)
 
+    def _log_unavailable(self, why: str) -> None:
+        """Log why the database is unavailable, once per outage and reason."""
+        if why != self._unavailable:
+            log.warning("The pruner waits for the database: %s", why, extra={"action": "database_away"})
+        self._unavailable = why
+
     def _run(self) -> None:
         while not self._stop.wait(_ROUND_S):
             try:
                 self.run_once()
+                self._unavailable = ""
             except DATABASE_UNAVAILABLE as error:
-                about = {"action": "database_away"}
-                log.warning("The pruner waits for the database: %s", unavailable_reason(error), extra=about)
+                self._log_unavailable(unavailable_reason(error))
             except Exception:  # the thread must survive, because nothing restarts it
                 log.exception("A round of the pruner failed", extra={"action": "pruner_failed"})
 

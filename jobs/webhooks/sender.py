@@ -39,6 +39,7 @@ class WebhookSender:
         self._rules = AddressRules.of(settings.webhook_networks)
         self._lock = threading.Lock()
         self._open: Counter[str] = Counter()  # deliveries being sent, by endpoint id
+        self._unavailable = ""  # why the database was unavailable in the last round
         self._stop = threading.Event()
         self._freed = threading.Event()  # set when a delivery has ended, and at the end
         self._thread = threading.Thread(target=self._run, name="webhooks", daemon=True)
@@ -80,13 +81,19 @@ class WebhookSender:
             try:
                 self._freed.clear()
                 self.run_once()
+                self._unavailable = ""
             except DATABASE_UNAVAILABLE as error:
-                about = {"action": "database_away"}
-                log.warning("Webhooks wait for the database: %s", unavailable_reason(error), extra=about)
+                self._log_unavailable(unavailable_reason(error))
                 pause_s = _RETRY_S
             except Exception:  # the thread must survive, because nothing restarts it
                 log.exception("Sending webhooks failed", extra={"action": "webhooks_failed"})
             self._freed.wait(pause_s)
+
+    def _log_unavailable(self, why: str) -> None:
+        """Log why the database is unavailable, once per outage and reason."""
+        if why != self._unavailable:
+            log.warning("Webhooks wait for the database: %s", why, extra={"action": "database_away"})
+        self._unavailable = why
 
     def _deliver(self, claimed: ClaimedDelivery) -> None:
         try:
