@@ -439,7 +439,7 @@ COMPLETE_BODY: Final[Json] = _body(
 _EVENT_TYPE: Final[Json] = {"type": "string", "enum": list(EVENT_TYPES)}
 _ENDPOINT_FIELDS: Final[Json] = {
     "name": {"type": "string", "maxLength": 256},
-    "url": {"type": "string", "format": "uri", "maxLength": 2048, "description": "Public, and https."},
+    "url": {"type": "string", "maxLength": 2048, "description": "A public https URL."},
     "event_types": {"type": "array", "minItems": 1, "items": _EVENT_TYPE},
 }
 _OF_JOBS: Final[Json] = {
