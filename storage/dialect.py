@@ -18,6 +18,7 @@ from sqlalchemy import (
     Connection,
     Double,
     Row,
+    String,
     and_,
     bindparam,
     cast,
@@ -146,6 +147,30 @@ def is_one_of(columns: Sequence[InstrumentedAttribute[Any]], keys: Iterable[tupl
         for common, indexes in groups.items()
     ]
     return or_(false(), *alternatives)
+
+
+def has_keys(jobs: int) -> ColumnElement[bool]:
+    """Return the condition that a row of `requests` has one of the keys of so many jobs, for a statement built once.
+
+    Its parameters are `key_parameters`. Building a statement takes several times as long as executing it.
+    """
+    alternatives = [
+        and_(
+            _IsListed(Request.request_index, bindparam(f"requests_{number}", type_=String())),
+            Request.job_id == bindparam(f"job_{number}"),
+        )
+        for number in range(jobs)
+    ]
+    return or_(false(), *alternatives)
+
+
+def key_parameters(keys: Iterable[RequestKey]) -> tuple[int, dict[str, str]]:
+    """Return the number of jobs of the keys, and the parameters of `has_keys` for them."""
+    jobs: defaultdict[str, list[int]] = defaultdict(list)
+    for job_id, request_index in keys:
+        jobs[job_id].append(request_index)
+    parameters = {f"job_{number}": job_id for number, job_id in enumerate(jobs)}
+    return len(jobs), parameters | {f"requests_{number}": str(found) for number, found in enumerate(jobs.values())}
 
 
 class _IsListed(FunctionElement[bool]):

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
-from sqlalchemy import ColumnElement, ScalarSelect, and_, case, func, or_, select, update
+from sqlalchemy import ColumnElement, ScalarSelect, Update, and_, bindparam, case, func, or_, select, update
 from sqlalchemy.orm import Session
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from storage.dialect import (
     database_now,
@@ -61,24 +63,32 @@ def end_finished_jobs(session: Session, job_ids: Collection[str]) -> list[tuple[
     """
     if not job_ids:
         return []
-    now = database_now(session)
-    finished = and_(JobRow.id.in_(job_ids), ~has_open_requests())
+    finalizing, ending = _endings()
+    given = {"job_ids": list(job_ids), "now": database_now(session)}
     pause_after_pilot(session, job_ids)
-    session.execute(
-        update(JobRow)
-        .where(finished, _IS_BATCH, JobRow.status == "in_progress")
-        .values(status="finalizing", finalizing_at=now)
-    )
-    final = case((JobRow.status == "cancelling", "cancelled"), (has_expired_requests(), "expired"), else_="completed")
-    ended = session.execute(
-        update(JobRow)
-        .where(finished, ~_IS_BATCH, JobRow.status.in_(ACTIVE_JOB_STATUSES))
-        .values(status=final, finished_at=now)
-        .returning(JobRow.id, JobRow.status)
-    )
-    pairs = sorted((job_id, status) for job_id, status in ended)
+    session.connection().execute(finalizing, given)
+    pairs = sorted((job_id, status) for job_id, status in session.connection().execute(ending, given))
     queue_deliveries(session, [job_id for job_id, _ in pairs])
     return pairs
+
+
+@cache  # each flush that ends a request executes them, and building a statement takes longer than executing it
+def _endings() -> tuple[Update, ReturningUpdate[str, str]]:
+    """Return what moves batches without open requests to `finalizing`, and what ends other such jobs."""
+    finished = and_(JobRow.id.in_(bindparam("job_ids", expanding=True)), ~has_open_requests())
+    finalizing = (
+        update(JobRow)
+        .where(finished, _IS_BATCH, JobRow.status == "in_progress")
+        .values(status="finalizing", finalizing_at=bindparam("now"))
+    )
+    final = case((JobRow.status == "cancelling", "cancelled"), (has_expired_requests(), "expired"), else_="completed")
+    ending = (
+        update(JobRow)
+        .where(finished, ~_IS_BATCH, JobRow.status.in_(ACTIVE_JOB_STATUSES))
+        .values(status=final, finished_at=bindparam("now"))
+        .returning(JobRow.id, JobRow.status)
+    )
+    return finalizing, ending
 
 
 def request_cancel(session: Session, job_id: str) -> str | None:

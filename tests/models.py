@@ -34,6 +34,7 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from worker.engine.model.attention import ATTENTION_NAME
+from worker.engine.model.backend import fuse_layers
 from worker.engine.model.packed_model import PackedModel
 from worker.engine.segments import KvMove, Segment
 
@@ -119,8 +120,9 @@ def save_tiny(directory: Path, architecture: str = "llama", seed: int = 0, **sha
 
 
 def packed(model: PreTrainedModel, slots: int = 5, capacity: int = 512) -> PackedModel:
-    """Return a model wrapped for packed decoding."""
+    """Return a model wrapped for packed decoding, with fused layers where a compiler is there, as a worker has it."""
     model.set_attn_implementation(ATTENTION_NAME)
+    fuse_layers(model)
     return PackedModel(model, slots=slots, capacity=capacity)
 
 

@@ -9,19 +9,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache, lru_cache
 from itertools import groupby
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import bindparam, select, update
+from sqlalchemy import Insert, Update, bindparam, select, update
 from sqlalchemy.orm import Session
 
 from storage import numerics as fingerprints
 from storage import rollups
 from storage.budgets import pause_spent
 from storage.dialect import (
-    insert_into,
+    dialect_of,
+    has_keys,
+    insert_for,
     insert_many,
-    is_request,
+    key_parameters,
     storable,
 )
 from storage.models import ChoiceOutput, DraftTree, JobRow, PackedSteps, Request, Served
@@ -111,13 +114,28 @@ class _JobCounts:
 
 def _renew(session: Session, keys: Collection[RequestKey], until: float) -> None:
     if keys:
-        session.connection().execute(update(Request).where(is_request(keys)).values(lease_expires_at=until))
+        jobs, parameters = key_parameters(keys)
+        session.connection().execute(_renewal(jobs), {**parameters, "until": until})
+
+
+@lru_cache(maxsize=64)
+def _renewal(jobs: int) -> Update:
+    return update(Request).where(has_keys(jobs)).values(lease_expires_at=bindparam("until"))
 
 
 def _clear_suspects(session: Session, worker_id: str, keys: Collection[RequestKey], now: float) -> None:
     """Clear requests that have first tokens under this lease, and note that the worker serves requests."""
     if not keys:
         return
+    jobs, parameters = key_parameters(keys)
+    connection = session.connection()
+    connection.execute(_clearing(jobs), parameters)
+    serving = {"worker": worker_id, "job": min(keys)[0], "now": now}
+    connection.execute(_serving(dialect_of(session)), serving)
+
+
+@lru_cache(maxsize=64)
+def _clearing(jobs: int) -> Update:
     cleared = {
         "proven": True,
         "suspect_group": None,
@@ -125,10 +143,14 @@ def _clear_suspects(session: Session, worker_id: str, keys: Collection[RequestKe
         "lone_served": False,
         "lone_host": None,
     }
-    session.execute(update(Request).where(is_request(keys)).values(**cleared))
-    model = select(JobRow.model).where(JobRow.id == min(keys)[0]).scalar_subquery()
-    served = insert_into(session, Served).values(worker_id=worker_id, model=model, last_at=now)
-    session.execute(served.on_conflict_do_update(index_elements=["worker_id"], set_={"last_at": now}))
+    return update(Request).where(has_keys(jobs)).values(**cleared)
+
+
+@cache
+def _serving(dialect: str) -> Insert:
+    model = select(JobRow.model).where(JobRow.id == bindparam("job")).scalar_subquery()
+    served = insert_for(dialect, Served).values(worker_id=bindparam("worker"), model=model, last_at=bindparam("now"))
+    return served.on_conflict_do_update(index_elements=["worker_id"], set_={"last_at": bindparam("now")})
 
 
 def _write_plans(session: Session, progress: Iterable[RequestProgress]) -> None:
@@ -257,12 +279,18 @@ def _end_requests(
     counts.ended |= completed | failed.keys()
     counts.changed |= {job_id for job_id, _ in counts.ended}
     for job_id in {job_id for job_id, _ in completed}:
-        ended = {"status": "completed", "finished_at": now, "lease_expires_at": None, "event_number": numbers[job_id]}
-        of_job = {key for key in completed if key[0] == job_id}
-        session.connection().execute(update(Request).where(is_request(of_job)).values(**ended))
+        _, parameters = key_parameters(key for key in completed if key[0] == job_id)
+        session.connection().execute(_COMPLETED, {**parameters, "now": now, "number": numbers[job_id]})
     if failed:
         rows = [_failed_row(key, failure, now, numbers[key[0]]) for key, failure in failed.items()]
         session.execute(update(Request), rows)
+
+
+_COMPLETED: Final = (
+    update(Request)
+    .where(has_keys(1))
+    .values(status="completed", finished_at=bindparam("now"), lease_expires_at=None, event_number=bindparam("number"))
+)
 
 
 def _failed_row(key: RequestKey, failure: RequestFailure, now: float, event_number: int) -> dict[str, Any]:
@@ -294,15 +322,17 @@ def _count(session: Session, counts: _JobCounts) -> None:
     if not rows:
         return
     # By the connection: a Session would take an UPDATE with a list of values for an UPDATE by primary key.
-    session.connection().execute(
-        update(JobRow)
-        .where(JobRow.id == bindparam("job"))
-        .values(
-            requests_completed=JobRow.requests_completed + bindparam("completed"),
-            requests_failed=JobRow.requests_failed + bindparam("failed"),
-            prompt_tokens=JobRow.prompt_tokens + bindparam("prompt"),
-            completion_tokens=JobRow.completion_tokens + bindparam("completion"),
-            event_number=JobRow.event_number + bindparam("new_event"),
-        ),
-        rows,
+    session.connection().execute(_COUNTED, rows)
+
+
+_COUNTED: Final = (
+    update(JobRow)
+    .where(JobRow.id == bindparam("job"))
+    .values(
+        requests_completed=JobRow.requests_completed + bindparam("completed"),
+        requests_failed=JobRow.requests_failed + bindparam("failed"),
+        prompt_tokens=JobRow.prompt_tokens + bindparam("prompt"),
+        completion_tokens=JobRow.completion_tokens + bindparam("completion"),
+        event_number=JobRow.event_number + bindparam("new_event"),
     )
+)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import lru_cache
+from typing import Any, Final
 
-from sqlalchemy import or_, select
+from sqlalchemy import Select, bindparam, or_, select
 from sqlalchemy.orm import Session
 
-from storage.dialect import AnyRow, database_now, is_request
+from storage.dialect import AnyRow, database_now, has_keys, key_parameters
 from storage.models import JobRow, Request
 from storage.records import Lease, RequestKey
 
@@ -57,13 +59,31 @@ def check_leases(session: Session, worker_id: str, leases: Collection[Lease]) ->
 
 
 def _locked_jobs(session: Session, job_ids: Collection[str]) -> Collection[AnyRow]:
-    columns = (JobRow.id, JobRow.status, JobRow.paused_at, JobRow.expires_at, JobRow.event_number)
-    budgeted = or_(JobRow.budget_tokens.is_not(None), JobRow.budget_s.is_not(None)).label("budgeted")
-    query = select(*columns, budgeted).where(JobRow.id.in_(job_ids))
-    return session.connection().execute(query.order_by(JobRow.id).with_for_update(key_share=True)).all()
+    return session.connection().execute(_JOBS, {"job_ids": list(job_ids)}).all()
+
+
+_JOBS: Final = (
+    select(
+        JobRow.id,
+        JobRow.status,
+        JobRow.paused_at,
+        JobRow.expires_at,
+        JobRow.event_number,
+        or_(JobRow.budget_tokens.is_not(None), JobRow.budget_s.is_not(None)).label("budgeted"),
+    )
+    .where(JobRow.id.in_(bindparam("job_ids", expanding=True)))
+    .order_by(JobRow.id)
+    .with_for_update(key_share=True)
+)
 
 
 def _locked_requests(session: Session, keys: Collection[RequestKey]) -> Collection[AnyRow]:
+    jobs, parameters = key_parameters(keys)
+    return session.connection().execute(_requests(jobs), parameters).all()
+
+
+@lru_cache(maxsize=64)
+def _requests(jobs: int) -> Select[*tuple[Any, ...]]:
     query = select(
         Request.job_id,
         Request.request_index,
@@ -73,8 +93,8 @@ def _locked_requests(session: Session, keys: Collection[RequestKey]) -> Collecti
         Request.expires_at,
         Request.proven,
     )
-    ordered = query.where(is_request(keys)).order_by(Request.job_id, Request.request_index)
-    return session.connection().execute(ordered.with_for_update(key_share=True)).all()
+    ordered = query.where(has_keys(jobs)).order_by(Request.job_id, Request.request_index)
+    return ordered.with_for_update(key_share=True)
 
 
 def _state(lease: Lease, worker_id: str, job: AnyRow | None, request: AnyRow | None, now: float) -> LeaseState:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -15,7 +16,7 @@ from jobs.errors import SetupError
 from jobs.settings import read_settings
 from tests.models import save_tiny
 from worker.loading import model_store
-from worker.loading.loader import load_engine
+from worker.loading.loader import LoadedModel, load_engine
 from worker.node.supervisor import is_needed
 from worker.settings import WorkerSettings
 
@@ -53,15 +54,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
+
+
+@cache
+def loaded(settings: WorkerSettings) -> LoadedModel:
+    """Load once what is a default, or the same in other words."""
+    return load_engine(settings)
 
 
 @pytest.mark.parametrize(("name", "value"), sorted(values()))
 def test_every_documented_value_of_every_setting_starts(
-    name: str, value: str, tiny: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, value: str, tiny: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: dict[str, Any] = {"target": tiny, "cache_dir": cache, "max_sequences": 2, "max_context": 64, name: value}
+    given: dict[str, Any] = {"target": tiny, "cache_dir": cache_dir, "max_sequences": 2, "max_context": 64, name: value}
     for setting, said in given.items():
         monkeypatch.setenv(f"BASIC_{setting.upper()}", str(said))
     monkeypatch.setattr(model_store, "_pull_from_hub", lambda hub_id: pytest.fail(f"{hub_id} is not on this machine"))
@@ -70,7 +77,7 @@ def test_every_documented_value_of_every_setting_starts(
     if (name, value) in NOT_HERE:
         assert is_needed(settings)
     else:
-        assert load_engine(settings, on_message=lambda _: None).name
+        assert loaded(settings).name
 
 
 @pytest.mark.parametrize("draft", ["suffix", "none"])

