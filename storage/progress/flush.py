@@ -24,6 +24,7 @@ from storage.dialect import (
     has_keys,
     insert_for,
     insert_many,
+    is_request,
     key_parameters,
     storable,
 )
