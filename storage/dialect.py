@@ -150,7 +150,7 @@ def is_one_of(columns: Sequence[InstrumentedAttribute[Any]], keys: Iterable[tupl
 
 
 def has_keys(jobs: int) -> ColumnElement[bool]:
-    """Return the condition that a row of `requests` has one of the keys of so many jobs, for a statement built once.
+    """Return the condition that a row of `requests` has one of the keys of `jobs` jobs, for a statement built once.
 
     Its parameters are `key_parameters`. Building a statement takes several times as long as executing it.
     """

@@ -29,7 +29,7 @@ def shown_status(jobs: Any) -> Case[str]:
 def pause_job(session: Session, job_id: str, reason: str = BY_USER) -> bool:
     """Pause a job; False if it can't be: it has no request left to run, is being cancelled, or is interactive.
 
-    A job that is paused stays so, for its first reason. A batch that is validating is read to its end, and then paused.
+    A paused job keeps its first reason. A batch that is validating is read to its end, and then paused.
     """
     now = database_now(session)
     running = update(JobRow).where(_is_pausable(job_id), JobRow.paused_at.is_(None))

@@ -126,7 +126,7 @@ class OutputView:
 
     @property
     def numerics(self) -> str | None:
-        """What fixed the bits of its texts, as `ChoiceView.numerics`."""
+        """Fingerprints of the numerics that its choices were computed with (see `ChoiceView.numerics`)."""
         return joined(choice.numerics for choice in self.choices)
 
     @property

@@ -33,7 +33,7 @@ class ScoredToken:
 
     @classmethod
     def read(cls, stored: Sequence[Any]) -> ScoredToken:
-        """Return the token of a stored form."""
+        """Return the token with the log-probability and the bytes that are stored."""
         token, logprob = stored[:2]
         own = stored[2] if len(stored) > 2 else token.encode()
         return cls(token, logprob, None if own is None else tuple(own))
@@ -72,7 +72,7 @@ class TokenAlternatives:
 
     @classmethod
     def read(cls, stored: Stored) -> TokenAlternatives:
-        """Return the tokens of a stored form."""
+        """Return the chosen token and its alternatives from what is stored."""
         chosen, *top = map(ScoredToken.read, stored)
         return cls(chosen, tuple(top))
 

@@ -206,7 +206,7 @@ class IndexResult:
 
 @dataclass(frozen=True, slots=True)
 class _Running:
-    """A text that is written again."""
+    """A sequence that repeats a known text, as a step with drafts would emit it."""
 
     sequence: EngineSequence
     ids: list[int]

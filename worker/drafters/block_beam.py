@@ -100,8 +100,8 @@ class BeamPaths(TorchPaths):
 def expand_beams(tables: PathTables, base: Tensor, gates: Tensor, *, beam: int, children: int) -> Tensor:
     """Return the candidates of `beam` nodes of each block and depth, float64 [blocks, depth, beam, 2 + 2 * children].
 
-    Of each node: its parent's place in the beam above (-1: there is no such node) and its token, then the tokens and
-    the probabilities of its candidates. `base` [blocks * depth, n] and `gates` [blocks * depth, 2 * rank] are the
+    Columns of a node: its parent's index in the beam above (-1: no such node), its token, then the tokens and the
+    probabilities of its candidates. `base` [blocks * depth, n] and `gates` [blocks * depth, 2 * rank] are the
     tables. Shapes depend on the arguments' shapes alone, and nothing waits for the host.
     """
     depth, dtype = tables.depth, tables.embedding.dtype

@@ -54,7 +54,7 @@ class PathTables:
         return gates
 
     def read(self, ids: IntArray) -> Tensor:
-        """Return what the path head reads of tokens: [n, 2 * rank]."""
+        """Return the inputs of the path head for tokens `ids` [n]: [n, 2 * rank]."""
         rows = self.row[ids]
         known = self.tokens.index_select(0, torch.from_numpy(rows.clip(0)).to(self.tokens.device))
         if (rows < 0).any():  # of another drafter, or forced by a grammar

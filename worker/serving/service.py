@@ -1,8 +1,9 @@
 """Run the engine thread and the housekeeping thread of a worker process, and its request process, from start to drain.
 
-A notification wakes the engine thread, which passes it on to the request process. That renews leases while the engine
-reports, so they expire when a step hangs. The housekeeping thread sends heartbeats while the engine makes progress,
-kills a request process that hangs, and exits the process when it is stuck itself. A dead request process is replaced.
+A notification wakes the engine thread, which passes it on to the request process. The request process renews leases
+while the engine reports, so they expire when a step hangs. The housekeeping thread sends heartbeats while the engine
+makes progress, kills a request process that hangs, and exits the process when it is stuck itself. A dead request
+process is replaced.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class StepCurve:
         return self.step_ms(step.sequences) + self.prefill_ms * step.prefilled_tokens
 
     def _at(self, sequences: float) -> tuple[float, float]:
-        """Return the time of a step and the tokens of a sequence in it."""
+        """Return the ms of a step with this many sequences, and the tokens that it emits for each, interpolated."""
         at = bisect_right(self._points, sequences, key=lambda point: point[0])
         if at == 0:
             return self._points[0][1:]

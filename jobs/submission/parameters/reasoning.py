@@ -1,8 +1,8 @@
 """Parse the fields of a chat that control its reasoning and its chat template.
 
-Clients spell the same wish in the ways of vLLM, SGLang, OpenAI, OpenRouter, DeepSeek and Anthropic. Of contradicting
-spellings the most direct one counts: `chat_template_kwargs`, `enable_thinking`, `thinking`, `reasoning`, then
-`reasoning_effort`.
+vLLM, SGLang, OpenAI, OpenRouter, DeepSeek and Anthropic name the same option differently, and all names are accepted.
+If fields contradict each other, the most direct one counts: `chat_template_kwargs`, `enable_thinking`, `thinking`,
+`reasoning`, then `reasoning_effort`.
 """
 
 from __future__ import annotations

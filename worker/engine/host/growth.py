@@ -185,7 +185,7 @@ class CompiledGrowth:
         self._sources = sources
 
     def write(self, index: int, tokens: IntArray, probabilities: FloatArray, labels: IntArray | None) -> None:
-        """Give the candidates [frontier, width] of a source for the next layer, and keep them until it has grown.
+        """Pass a source's candidates [frontier, width] to the compiled code, which reads them until the layer has grown.
 
         `labels` [frontier, width] say which source each is of, if it is the only one that is used; None: one label.
         """

@@ -71,7 +71,7 @@ def draw(
 
 
 def prepare(logits: Tensor) -> None:
-    """Compile what draws from rows like these run, so that no request waits for it: a GPU's kernels take seconds."""
+    """Compile the kernels that draw from such rows before the first request: on a GPU that takes seconds."""
     starts, none = np.zeros(2, np.int64), np.empty(0, np.int64)
     unchanged = Adjustments(starts, none, np.empty(0, np.float32), starts, none, none)
     everything = torch.full((1, -(-logits.shape[1] // 32)), -1, dtype=torch.int32)
