@@ -185,7 +185,7 @@ class CompiledGrowth:
         self._sources = sources
 
     def write(self, index: int, tokens: IntArray, probabilities: FloatArray, labels: IntArray | None) -> None:
-        """Pass a source's candidates [frontier, width] to the compiled code, which reads them until the layer has grown.
+        """Pass a source's candidates [frontier, width] to the compiled code, which reads them while the layer grows.
 
         `labels` [frontier, width] say which source each is of, if it is the only one that is used; None: one label.
         """
