@@ -19,6 +19,8 @@ from jobs.keys import Scope
 from jobs.messages import JobStatus, Priority
 from jobs.submission.intake import retry_job
 from jobs.submission.managed.changes import change_job
+from storage.budgets import BY_SECONDS, BY_TOKENS
+from storage.pilots import BY_PILOT
 from storage.priorities import priority_of
 from storage.queries import JobView
 
@@ -55,6 +57,7 @@ class JobHeader:
             with ui.element("div").classes("line"):
                 self._counts = ui.label().classes("grow")
                 self._speed = ui.label()
+            self._why_paused = ui.label().classes("small")
             self._lay_out_actions(job)
 
     def _lay_out_actions(self, job: JobView) -> None:
@@ -86,6 +89,8 @@ class JobHeader:
         self._counts.set_text(f"{format.ended(job):,d} of {job.requests_total:,d} requests{failed}")
         rate = format.number(format.tokens_per_s(job))
         self._speed.set_text(f"{job.completion_tokens:,d} tokens · {rate} tokens/s · {format.left(job)}")
+        self._why_paused.set_text(pause_text(job))
+        self._why_paused.set_visibility(bool(pause_text(job)))
         self._show_actions(JobStatus(job.status), job.requests_completed < job.requests_total)
 
     def _show_actions(self, status: JobStatus, incomplete: bool) -> None:
@@ -145,9 +150,12 @@ class _EditDialog:
                 [known.value for known in Priority], value=priority_of(job.priority_class).value, label="Priority"
             )
             self._limit = ui.number("Requests at once (empty: no limit)", value=job.max_concurrent, min=1, precision=0)
-            for field in (self._name, self._labels, self._priority, self._limit):
+            self._tokens = ui.number("Budget in tokens (empty: none)", value=job.budget_tokens, min=1, precision=0)
+            self._seconds = ui.number("Budget in seconds (empty: none)", value=job.budget_s, min=1)
+            of_open_jobs = (self._priority, self._limit, self._tokens, self._seconds)
+            for field in (self._name, self._labels, *of_open_jobs):
                 field.props("outlined dense").style("width:100%")
-            for field in (self._priority, self._limit):
+            for field in of_open_jobs:
                 field.set_visibility(open_)
             self._problem = ui.label().props('role="alert"').style("color:var(--bad)")
             with ui.element("div").classes("line"):
@@ -168,19 +176,39 @@ class _EditDialog:
     def _changes(self) -> dict[str, Any]:
         changes: dict[str, Any] = {
             "name": (self._name.value or "").strip() or None,
-            "labels": dict.fromkeys(self._job.metadata or {}) | _read_labels(self._labels.value or ""),
+            "labels": dict.fromkeys(self._job.metadata or {}) | read_labels(self._labels.value or ""),
         }
         if not JobStatus(self._job.status).final:
-            limit = self._limit.value
-            changes |= {"priority": self._priority.value, "max_concurrent": None if limit is None else int(limit)}
+            changes |= {
+                "priority": self._priority.value,
+                "max_concurrent": _whole(self._limit.value),
+                "budget": {"tokens": _whole(self._tokens.value), "seconds": self._seconds.value},
+            }
         return changes
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else int(value)
+
+
+def pause_text(job: JobView) -> str:
+    """Return why the service paused a job, and what to do; empty if a caller did or it is not paused."""
+    if job.status != JobStatus.PAUSED:
+        return ""
+    if job.pause_reason == BY_TOKENS:
+        return f"Its budget of {job.budget_tokens or 0:,d} tokens is spent. Raise it with Edit, then press Resume."
+    if job.pause_reason == BY_SECONDS:
+        return f"Its budget of {job.budget_s or 0:,g} seconds is spent. Raise it with Edit, then press Resume."
+    if job.pause_reason == BY_PILOT:
+        return f"Its pilot has ended. For the estimate run: basic estimate --job {job.id}. Resume runs the rest."
+    return ""
 
 
 def _label_lines(job: JobView) -> str:
     return "\n".join(f"{key}={value}" for key, value in (job.metadata or {}).items())
 
 
-def _read_labels(text: str) -> dict[str, str]:
+def read_labels(text: str) -> dict[str, str]:
     """Return the labels of lines `key=value`; raise InvalidValue for other lines."""
     labels = {}
     for line in filter(None, map(str.strip, text.splitlines())):

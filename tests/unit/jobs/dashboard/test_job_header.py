@@ -1,0 +1,41 @@
+"""What the head of a job's page says and reads."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobs.dashboard.job_header import pause_text, read_labels
+from jobs.errors import InvalidValue
+from storage.budgets import BY_SECONDS, BY_TOKENS
+from storage.pausing import BY_USER
+from storage.pilots import BY_PILOT
+from storage.queries import JobView
+
+
+def job(**fields: object) -> JobView:
+    values = dict.fromkeys(JobView.__dataclass_fields__) | {"id": "batch_1", "status": "paused"}
+    return JobView(**values | fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"pause_reason": BY_TOKENS, "budget_tokens": 5_000}, "5,000 tokens is spent. Raise it with Edit"),
+        ({"pause_reason": BY_SECONDS, "budget_s": 90.0}, "90 seconds is spent. Raise it with Edit"),
+        ({"pause_reason": BY_PILOT}, "basic estimate --job batch_1"),
+    ],
+)
+def test_a_job_that_the_service_paused_says_why_and_what_to_do(fields: dict[str, object], sentence: str) -> None:
+    assert sentence in pause_text(job(**fields))
+
+
+def test_a_job_that_its_caller_paused_or_that_runs_says_nothing() -> None:
+    assert pause_text(job(pause_reason=BY_USER)) == ""
+    assert pause_text(job(status="in_progress", pause_reason=BY_PILOT)) == ""
+
+
+def test_labels_are_lines_of_key_and_value() -> None:
+    assert read_labels(" team = search \n\nformula=a=b\nempty=") == {"team": "search", "formula": "a=b", "empty": ""}
+    for line in ("team", "=search"):
+        with pytest.raises(InvalidValue, match="write key=value"):
+            read_labels(line)
