@@ -43,7 +43,7 @@ def resume_job(session: Session, job_id: str) -> bool:
     paused = update(JobRow).where(_is_pausable(job_id), JobRow.paused_at.is_not(None))
     since = case((JobRow.started_at > JobRow.paused_at, JobRow.started_at), else_=JobRow.paused_at)
     paused_s = JobRow.paused_s + case((JobRow.started_at.is_not(None), now - since), else_=0.0)
-    only_pilot = and_(JobRow.pilot_only, JobRow.pause_reason != BY_PILOT)  # a pilot that was paused goes on
+    only_pilot = and_(JobRow.pilot_only, JobRow.pause_reason != BY_PILOT)  # a paused pilot continues
     session.execute(
         paused.values(paused_at=None, pause_reason=None, doorbell_at=now, paused_s=paused_s, pilot_only=only_pilot)
     )

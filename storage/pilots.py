@@ -94,7 +94,7 @@ def draw_pilot(session: Session, job_id: str, requests: int | None, seed: int) -
 
 
 def _size(session: Session, job_id: str, requests: int) -> int:
-    """Return the size of the pilot of a job of so many requests."""
+    """Return the size of the pilot of a job by its number of requests."""
     model = select(JobRow.model).where(JobRow.id == job_id).scalar_subquery()
     serving = (Worker.target == model, Worker.stopped_at.is_(None), Worker.lost_at.is_(None))
     loads = [load or {} for load in session.scalars(select(Worker.load).where(*serving))]

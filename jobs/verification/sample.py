@@ -113,7 +113,7 @@ def start_verification(
 
 
 def _copy(output: SampledOutput, context_tokens: int | None) -> NewRequest:
-    """Return a request that computes the same text, whatever sampling defaults the next worker's model has."""
+    """Return a request that computes the same text, for any sampling defaults of the next worker's model."""
     request = GenerationRequest.model_validate(output.body)
     defaults = dict(output.plan.sampling_defaults or {})
     given = {name: value for name, value in defaults.items() if name not in request.sampling.model_fields_set}

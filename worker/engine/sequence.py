@@ -38,7 +38,7 @@ class Sequence:
     sampling: Sampling
     eos_ids: frozenset[int] = frozenset()
     grammar: Grammar | None = None  # binds the output; None: all tokens are allowed
-    drafts: bool = True  # False: decode it plainly, whatever the batch does; its text is the same
+    drafts: bool = True  # False: decode it plainly, apart from its batch; its text is the same
     group: Hashable = None  # sequences of one group may draft from each other's text; None: from no other
     slot: int = -1  # KV slot; -1: not admitted
     cached: int = 0  # leading ids with KV entries in the slot

@@ -101,7 +101,7 @@ def _budget(view: JobView) -> Json | None:
 
 
 def _pause(view: JobView) -> Json:
-    """Return since when and why a job is paused; null once it goes on or ends."""
+    """Return since when and why a job is paused; null once it runs again or ends."""
     paused = view.paused_at is not None and view.status in (JobStatus.VALIDATING, JobStatus.PAUSED)
     return {
         "paused_at": _second(view.paused_at if paused else None),

@@ -82,7 +82,7 @@ class KeyList:
             ui.card().style("background:var(--card)"),
         ):
             heading(f"Revoke the key {html.safe(key.name)}?")
-            ui.label("Its next call is refused, and its pages and streams close. Its jobs go on.")
+            ui.label("Its next call is refused, and its pages and streams close. Its jobs continue.")
             with ui.element("div").classes("line"):
                 ui.button("Revoke", on_click=partial(self._revoke, key, dialog)).props("no-caps color=negative")
                 ui.button("Close", on_click=dialog.close).props("flat no-caps")

@@ -12,7 +12,7 @@ from jobs.reports.pilot.step_times import MeasuredStep, StepCurve, decode_ms, pa
 
 LEVEL: Final = 0.9  # probability that an interval holds the truth, if the machine stays as it is
 _ROUNDS: Final = 200  # of the bootstrap
-_MAX_SIMULATED: Final = 5_000  # texts; the time of longer jobs is that of so many, in proportion
+_MAX_SIMULATED: Final = 5_000  # texts; the time of a longer job is in proportion to it
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,7 @@ class LengthCurve:
     def mean(self, max_tokens: int | None) -> float:
         """Return the mean length of texts with this limit: the area below the curve up to it.
 
-        Beyond the longest text that was seen, the curve is 0 without a limit, and goes on as it is with one.
+        Beyond the longest text that was seen, the curve is 0 without a limit, and stays as it is with one.
         """
         end = self._longest if max_tokens is None else max_tokens
         at = bisect_left(self._tokens, end)
