@@ -1,7 +1,7 @@
 """Erase deleted jobs, and delete prompts, outputs, steps and files that are older than their rules allow.
 
 Every API server runs a pruner; one of them is the leader. It works in small transactions with pauses as long as each,
-so that serving goes on, and what is interrupted continues in the next round.
+so that serving continues, and what is interrupted continues in the next round.
 """
 
 from __future__ import annotations
