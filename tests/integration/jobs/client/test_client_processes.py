@@ -74,7 +74,7 @@ def test_a_forked_process_opens_its_own_connections() -> None:
         subprocess.run(command, timeout=240, check=True)
         server.shutdown()
     parent, child, parent_again = addresses
-    assert parent == parent_again != child
+    assert child not in (parent, parent_again)  # the parent keeps its own, unless it was idle for five seconds
 
 
 def test_a_script_that_forgets_to_close_its_client_still_ends() -> None:
