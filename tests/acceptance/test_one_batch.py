@@ -122,7 +122,9 @@ def _until_the_job_ends(subscription: redis.client.PubSub) -> Iterator[PartialEv
     raise AssertionError("the job did not end in time")
 
 
-def test_killing_the_worker_loses_nothing_and_changes_no_text(service: Service) -> None:
+def test_killing_the_worker_loses_nothing_and_changes_no_text_as_a_verification_proves(
+    service: Service, tmp_path: Path
+) -> None:
     parameters: dict[str, Any] = {"max_tokens": 90, "temperature": 1.0, "seed": 11}
     with Client(service.api_url) as client:
         undisturbed = client.submit(PROMPTS, **parameters)
@@ -145,6 +147,14 @@ def test_killing_the_worker_loses_nothing_and_changes_no_text(service: Service) 
     }
     assert len(owners) == 2
     assert worker in owners
+    proof = tmp_path / "proof.json"
+    verified = service.basic("verify", job.id, "--sample", "100%", "--report", str(proof))
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    report = json.loads(proof.read_text())
+    assert report["counts"] == {"equal": len(PROMPTS), "different": 0, "not_comparable": 0}
+    assert service.basic("verify", "--check", str(proof)).returncode == 0
+    ((drafted,),) = service.rows("SELECT sum(tree_nodes) FROM decode_steps WHERE job_id = ?", report["id"])
+    assert drafted == 0, "texts with drafts, resumed by another process, equal those without"
 
 
 def test_bad_requests_fail_alone_and_say_line_and_field(service: Service, tmp_path: Path) -> None:
