@@ -98,7 +98,7 @@ def _size(session: Session, job_id: str, requests: int) -> int:
     model = select(JobRow.model).where(JobRow.id == job_id).scalar_subquery()
     serving = (Worker.target == model, Worker.stopped_at.is_(None), Worker.lost_at.is_(None))
     loads = [load or {} for load in session.scalars(select(Worker.load).where(*serving))]
-    at_once = sum(load.get("max_sequences", 0) - load.get("reserved_sequences", 0) for load in loads)
+    at_once = sum(int(load.get("max_sequences", 0)) - int(load.get("reserved_sequences", 0)) for load in loads)
     wanted = max(round(MIN_SHARE * requests), min(at_once, round(MAX_SHARE * requests)))
     return min(max(wanted, MIN_REQUESTS), MAX_REQUESTS, requests)
 
