@@ -138,4 +138,6 @@ class PrefixSharing:
 
 def _wanted(sequence: Sequence) -> int:
     """Return how many tokens of a sequence a prefix can have: the last one's row computes the logits of the next."""
+    if sequence.prompt_top is None:  # the usual one
+        return len(sequence.ids) - 1
     return min(len(sequence.ids) - 1, sequence.shareable)

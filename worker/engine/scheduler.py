@@ -162,15 +162,16 @@ class Scheduler:
 
     def _start(self, sequence: Sequence) -> bool:
         """Give a sequence a slot and the pages of its tokens; return False if there are too few."""
-        pages = self.slots.pages_for(sequence.max_length if is_reserved(sequence) else len(sequence.ids))
-        if pages > self.slots.available_pages:
+        length = sequence.max_length if is_reserved(sequence) else len(sequence.ids)
+        if self.slots.pages_for(length) > self.slots.available_pages:
             return False
         shared = sequence.ids if sequence.prompt_top is None else sequence.ids[: sequence.shareable + 1]
         sequence.slot, sequence.cached = self.slots.allocate(shared)
-        self.slots.grow(sequence.slot, sequence.max_length if is_reserved(sequence) else len(sequence.ids))
+        self.slots.grow(sequence.slot, length)
         self._sharing.admit(sequence)
-        self._running.push(sequence, self._arrived[sequence])
-        self._prefilling.push(sequence, self._arrived[sequence])
+        arrived = self._arrived[sequence]
+        self._running.push(sequence, arrived)
+        self._prefilling.push(sequence, arrived)
         self._by_unread.push(sequence, _unread(sequence))
         self._capacity = None
         return True
