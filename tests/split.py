@@ -1,7 +1,8 @@
-"""`python -m tests.split RANK STORE TARGET DRAFT`: one of two ranks that decode the tests' prompts, for test_ranks.
+"""`python -m tests.split FOLDER TARGET DRAFT RANKS DTYPE …`: ranks that decode the tests' prompts, for test_ranks.
 
-The leader prints its texts, and both ranks print every command that they sent or received, as JSON. On the follower the
-draft has other weights and all logits are noise: a decision from its own logits would differ.
+For each RANKS and DTYPE it runs as many processes. They are forked, so that torch is imported once. Each writes
+FOLDER/RANKS-RANK.json: the leader its texts, and all every command that they sent or received. On followers the draft
+has other weights and all logits are noise: a decision from their own logits would differ.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from transformers import PreTrainedModel
 
 from tests.unit.worker.engine.harness import decode, engine, options, outputs, sequences
 from worker.drafters.model import ModelDrafter
+from worker.engine.model.backend import fuse_layers
 from worker.engine.model.loading import load
 from worker.engine.model.packed_model import PackedModel
 from worker.engine.options import Mode
@@ -93,21 +96,37 @@ def disturb(forward: Any) -> Any:
     return disturbed
 
 
-def main() -> None:
-    rank, store, target_path, draft_path = int(sys.argv[1]), *sys.argv[2:]
+def run(rank: int, ranks: int, dtype: torch.dtype, folder: Path, target_path: str, draft_path: str) -> None:
+    """Be one rank."""
     torch.set_num_threads(1)
-    channel = LoggingChannel(Path(store), rank, 2, CPU)
-    target = load(target_path, dtype=torch.float32, device=CPU, ranks=2)
-    draft = load(draft_path, dtype=torch.float32, device=CPU)
+    channel = LoggingChannel(folder / f"store-{ranks}", rank, ranks, CPU)
+    target = load(target_path, dtype=dtype, device=CPU, ranks=ranks)
+    draft = load(draft_path, dtype=dtype, device=CPU)
     written = None
+    fuse_layers(target)
     if rank == 0:
         written = lead(channel, target, draft)
     else:
         PackedModel.forward = disturb(PackedModel.forward)  # type: ignore[method-assign]
         follow(channel, target, draft)
-    print(json.dumps({"texts": written, "commands": channel.passed}))
+    (folder / f"{ranks}-{rank}.json").write_text(json.dumps({"texts": written, "commands": channel.passed}))
     channel.close()
 
 
+def main() -> int:
+    folder, target, draft, *cases = sys.argv[1:]
+    forks = get_context("fork")
+    for ranks, dtype in zip(map(int, cases[::2]), cases[1::2], strict=True):
+        arguments = (ranks, getattr(torch, dtype), Path(folder), target, draft)
+        processes = [forks.Process(target=run, args=(rank, *arguments), daemon=True) for rank in range(ranks)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if any(process.exitcode for process in processes):
+            return 1
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

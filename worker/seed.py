@@ -1,8 +1,8 @@
 """The three public `generate_with_*` functions of the seed project, on the current engine.
 
 `use_parallel` splits the target over as many GPUs as its heads allow. Without GPUs it splits it over CPU processes, but
-in float32 only: split bfloat16 sums round differently enough to change a text. Without `use_parallel` one process uses
-one GPU or every core. The functions import torch themselves, because that takes seconds.
+in float32 only: the kernels of some families can't split them exactly in bfloat16. Without `use_parallel` one process
+uses one GPU or every core. The functions import torch themselves, because that takes seconds.
 """
 
 from __future__ import annotations

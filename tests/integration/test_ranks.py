@@ -7,48 +7,51 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from storage import schema
 from tests.models import packed, save_tiny, tiny
 from tests.nodes import Cluster
 from tests.processes import child_that_runs, ended
 from tests.split import texts
+from worker.engine.model.backend import fuse_layers
+from worker.loading.model_store import resolve
+from worker.settings import WorkerSettings
 
 BASIC = Path(sys.executable).with_name("basic")
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
 
 
 def save(directory: Path, seed: int) -> Path:
-    tiny("llama", seed).save_pretrained(directory)
+    tiny("llama", seed, **HEADS).save_pretrained(directory)
     return directory
 
 
-def decoded_by_two_ranks(target: Path, draft: Path, folder: Path) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "tests.split"]
-    arguments = [str(folder / "store"), str(target), str(draft)]
-    ranks = [subprocess.Popen([*command, str(rank), *arguments], stdout=subprocess.PIPE) for rank in range(2)]
-    try:
-        said = [rank.communicate(timeout=840)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0]
-    return [json.loads(words.splitlines()[-1]) for words in said]
+def decoded(target: Path, draft: Path, folder: Path, *cases: tuple[int, str]) -> list[list[dict[str, Any]]]:
+    """Return what the ranks of each case, a number of ranks and a dtype, wrote."""
+    words = [str(word) for case in cases for word in case]
+    command = [sys.executable, "-m", "tests.split", str(folder), str(target), str(draft), *words]
+    subprocess.run(command, check=True, timeout=840)
+    return [[json.loads((folder / f"{n}-{rank}.json").read_text()) for rank in range(n)] for n, _ in cases]
 
 
-def test_two_ranks_write_the_text_of_one_rank_and_see_the_same_trees_even_if_the_follower_computes_noise(
+def test_ranks_write_the_text_of_one_rank_and_see_the_same_trees_even_if_followers_compute_noise(
     tmp_path: Path,
 ) -> None:
     target, draft = save(tmp_path / "target", 0), save(tmp_path / "draft", 0)
-    first, second = decoded_by_two_ranks(target, draft, tmp_path)
-    whole = packed(tiny("llama", 0), capacity=512)
-    assert first["texts"] == list(texts(whole, None))
-    assert first["commands"] == second["commands"]
-    forwards = [command for command in first["commands"] if command.startswith("FORWARD")]
-    assert {command.split()[0] for command in forwards} == {"FORWARD0", "FORWARD1"}
+    cases = ((2, "float32"), (4, "bfloat16"))
+    for (_, dtype), (leader, *followers) in zip(cases, decoded(target, draft, tmp_path, *cases), strict=True):
+        model = tiny("llama", 0, **HEADS).to(getattr(torch, dtype))
+        fuse_layers(model)
+        assert leader["texts"] == list(texts(packed(model, capacity=512), None))
+        assert all(follower["commands"] == leader["commands"] for follower in followers)
+        forwards = {command.split()[0] for command in leader["commands"] if command.startswith("FORWARD")}
+        assert forwards == {"FORWARD0", "FORWARD1"}
 
 
 @pytest.fixture
@@ -64,21 +67,29 @@ def follower_of(replica: int) -> int:
 
 
 @pytest.mark.long
-def test_a_killed_rank_ends_its_replica_and_the_next_one_continues_the_same_texts(cluster: Cluster) -> None:
-    with cluster.node(replicas=1, lease_s=3):
+@pytest.mark.parametrize(("ranks", "dtype"), [(2, "float32"), (3, "bfloat16")])
+def test_a_killed_rank_ends_its_replica_and_the_next_one_continues_the_same_texts(
+    cluster: Cluster, ranks: int, dtype: str
+) -> None:
+    """Two ranks of the tiny model; three of SmolLM2, which has three KV heads."""
+    if ranks == 3:
+        cluster = replace(cluster, target=Path(resolve("smollm2-135m-instruct", WorkerSettings().cache_dir)))
+    tokens, sampled = (200, {}) if ranks == 2 else (80, {"temperature": 0.8, "seed": 5})
+    settings = {"replicas": 1, "lease_s": 3, "dtype": dtype}
+    with cluster.node(**settings):
         cluster.until(cluster.workers)
-        undisturbed = cluster.submit(6, max_tokens=200)
+        undisturbed = cluster.submit(6, max_tokens=tokens, **sampled)
         cluster.finished(undisturbed)
-    with cluster.node(tp=2, replicas=1, lease_s=3, threads=1) as replica:
+    with cluster.node(tp=ranks, threads=1, **settings) as replica:
         worker = cluster.until(lambda: [w for w in cluster.workers() if w.pid == replica.pid])[0]
-        assert worker.devices == ["cpu (1 threads)"] * 2
+        assert worker.devices == ["cpu (1 threads)"] * ranks
         follower = follower_of(replica.pid)
-        job = cluster.submit(6, max_tokens=200)
+        job = cluster.submit(6, max_tokens=tokens, **sampled)
         cluster.until(lambda: cluster.job(job).completion_tokens)
         os.kill(follower, signal.SIGKILL)
         assert replica.wait(840) == 75, cluster.words()
         assert not cluster.job(job).finished_at, "the replica was gone before the job ended"
-    with cluster.node(tp=2, replicas=1, lease_s=3, threads=1) as replica:
+    with cluster.node(tp=ranks, threads=1, **settings) as replica:
         done = cluster.finished(job)
         assert (done.status, done.requests_completed) == ("completed", 6)
         assert [o.text for o in cluster.outputs(job)] == [o.text for o in cluster.outputs(undisturbed)]

@@ -23,11 +23,12 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from worker.engine.errors import ModelRefused
-from worker.engine.model.architecture import kv_bytes_per_token
+from worker.engine.model.architecture import kv_bytes_per_token, tp_sizes
 from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.backend import fuse_layers, uses_paged_kv
 from worker.engine.model.loading import native_dtype
 from worker.engine.model.packed_model import PackedModel
+from worker.engine.model.sharding import shard_config
 from worker.engine.paged.attention import GPU_BLOCK
 from worker.engine.paged.kv import PagedKv
 from worker.engine.segments import Segment, chain
@@ -69,6 +70,13 @@ def random_model(config: PretrainedConfig, layers: int | None, device: torch.dev
             config, dtype=native_dtype(device), attn_implementation=ATTENTION_NAME
         ).eval()
     return model
+
+
+def share_of(config: PretrainedConfig, ranks: int) -> PretrainedConfig:
+    """Return the configuration of one rank's share of a model as a model of its own."""
+    own = shard_config(config, ranks)
+    own.vocab_size, own.tie_word_embeddings = -(-config.vocab_size // ranks), False  # a share of the logits
+    return own
 
 
 def copy_bytes_per_ms(device: torch.device) -> float:
@@ -185,6 +193,9 @@ def main(
         int, typer.Option(min=0, help="Context tokens of the first sequence: one long text among short ones.")
     ] = 0,
     rounds: Annotated[int, typer.Option(min=1, help="Timed steps per line.")] = 20,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="Measure the first rank's share of a model that so many split, without exchange.")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
     """Measure step times with random weights of a model's shape.
@@ -201,6 +212,10 @@ def main(
         config = load_config(model)
     except ModelRefused as refusal:
         raise typer.BadParameter(str(refusal)) from None
+    if ranks not in tp_sizes(config):
+        raise typer.BadParameter(f"--ranks must be one of {', '.join(map(str, tp_sizes(config)))}")
+    if ranks > 1:
+        config = share_of(config, ranks)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = random_model(config, layers, device)
     shape = shape_from(model, config)
@@ -209,11 +224,12 @@ def main(
     known = next((known for known in DEVICES.values() if known.name in name.lower()), None)
     table = Table("rows", "sequences", "step ms", "floor ms", "times floor", "plan ms", "plan / step")
     before = f"{context} tokens before" + (f", {long_context} before the first" if long_context else "")
-    table.title = f"{model}, {shape.layers} layers, {dtype}, {before}, {name}"
+    share = f"one of {ranks} shares of " if ranks > 1 else ""
+    table.title = f"{share}{model}, {shape.layers} layers, {dtype}, {before}, {name}"
     for time in measure(network, floor_of(network, known), counts, context, rounds, long_context):
         plan_ms = forecast_ms(shape, Machine(known, dtype), time, context) if known else None
         if as_json:
-            of = {"model": model, "layers": shape.layers, "device": name, "context": context}
+            of = {"model": model, "layers": shape.layers, "ranks": ranks, "device": name, "context": context}
             print(json.dumps({**of, **asdict(time), "times_floor": time.times_floor, "plan_ms": plan_ms}), flush=True)
         numbers = [f"{time.step_ms:.2f}", f"{time.floor_ms:.2f}", f"{time.times_floor:.2f}"]
         numbers += [f"{plan_ms:.2f}", f"{plan_ms / time.step_ms:.2f}"] if plan_ms else ["", ""]

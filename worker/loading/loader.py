@@ -23,7 +23,7 @@ from worker.engine.cpu.compiler import processor
 from worker.engine.engine import Engine
 from worker.engine.grammar.vocabulary import GrammarVocabulary
 from worker.engine.kv.fp8 import kv_dtype_of
-from worker.engine.model.architecture import max_positions
+from worker.engine.model.architecture import is_dealt_by_transformers, max_positions
 from worker.engine.model.backend import batch_dependence, fuse_layers, stored_bytes
 from worker.engine.model.checkpoint import weight_files
 from worker.engine.model.loading import gather_embeddings, load, local_folder, native_dtype
@@ -43,7 +43,7 @@ from worker.loading.drafts import load_draft, uses_head
 from worker.loading.model_store import OnMessage, resolve
 from worker.loading.numerics import numerics_of
 from worker.loading.quantization import choose_kv_dtype, chosen_quantization, refuse_unpacked, weights_sentence
-from worker.loading.tensor_parallel import NOT_EXACT, TARGET, RankGroup
+from worker.loading.tensor_parallel import TARGET, RankGroup
 from worker.loading.weights_hash import weights_hash
 from worker.settings import WorkerSettings
 from worker.text.codec import Codec, eos_ids, load_tokenizer
@@ -115,8 +115,6 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
     quantization = chosen_quantization(settings, device)
     path = resolve(settings.target, settings.cache_dir, on_message, base=settings.base_model)
     on_message(f"Loading {settings.target} in {str(dtype).removeprefix('torch.')} on {device.type}")
-    if settings.tp > 1 and dtype == torch.bfloat16:
-        on_message(f"Warning: {NOT_EXACT}. Start with --tp 1, or set BASIC_DTYPE=float32")
     ranks = RankGroup.start(settings, path, device) if settings.tp > 1 else None
     model = load(
         path,
@@ -142,7 +140,7 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
     fuse_layers(model)
     if quantized is not None:
         on_message(weights_sentence(stored_bytes(model)))
-    cause = batch_dependence(model) if settings.tp == 1 else None
+    cause = batch_dependence(model)
     if cause is not None:
         on_message(f"Warning: the bits of a text may depend on the others in its batch: {cause}")
     options = choose_capacity(settings, model, draft, ranks, on_message)
@@ -175,8 +173,8 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
         weights=weights_hash(weight_files(folder), settings.cache_dir, on_message),
         quantization=quantized,
         kv_dtype=kv_dtype_of(model),
-        ranks=settings.tp,
-        depends_on_batch=cause is not None or (settings.tp > 1 and dtype == torch.bfloat16),
+        ranks=settings.tp if is_dealt_by_transformers(model) else 1,
+        depends_on_batch=cause is not None,
     )
     on_message("Calibrating")
     key = _cost_key(settings, options, target, device, draft.taps, quantized)

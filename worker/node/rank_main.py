@@ -68,19 +68,16 @@ def _load(settings: WorkerSettings, device: torch.device) -> list[PreTrainedMode
     """Load the target's share, and the draft if all ranks hold it, exactly as the first rank does (`load_engine`)."""
     dtype = native_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     path = resolve(settings.target, settings.cache_dir, base=settings.base_model)
-    target = load(path, dtype=dtype, device=device, ranks=settings.tp, context=settings.max_context)
+    loaded = [load(path, dtype=dtype, device=device, ranks=settings.tp, context=settings.max_context)]
     draft = draft_path(settings)
-    if draft is None:
-        return [target]
-    if is_head(draft):
-        gather_embeddings(target)
-        return [target]
-    if settings.draft_ranks != "all":
-        return [target]
-    ranks = draft_tp_size(draft, settings)
-    network = load(draft, dtype=dtype, device=device, ranks=ranks, context=settings.max_context)
-    fuse_layers(network)
-    return [target, network]
+    if draft is not None and is_head(draft):
+        gather_embeddings(loaded[0])
+    elif draft is not None and settings.draft_ranks == "all":
+        ranks = draft_tp_size(draft, settings)
+        loaded.append(load(draft, dtype=dtype, device=device, ranks=ranks, context=settings.max_context))
+    for model in loaded:
+        fuse_layers(model)
+    return loaded
 
 
 if __name__ == "__main__":

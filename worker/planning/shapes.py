@@ -19,6 +19,7 @@ from transformers.distributed.parallel_utils import replace_layer_number_by_wild
 from worker.engine.errors import ModelRefused
 from worker.engine.quantization.checkpoints import is_fp8
 from worker.engine.quantization.weights import QuantizationMethod, quantizable
+from worker.engine.shards.shard import tp_sizes_of
 
 _PACKAGED = Path(__file__).with_name("configs")  # NAME.json: packaged configurations
 
@@ -61,12 +62,12 @@ class ModelShape:
 
     def splits(self, ranks: int) -> bool:
         """Return whether the heads split evenly over `ranks` ranks."""
-        return self.kv_heads % ranks == 0 and self.heads % ranks == 0
+        return ranks in self.widths
 
     @property
     def widths(self) -> list[int]:
         """Tensor parallel sizes that split the heads evenly."""
-        return [ranks for ranks in range(1, self.kv_heads + 1) if self.splits(ranks)]
+        return tp_sizes_of(self.heads, self.kv_heads)
 
 
 def shape_of(name: str) -> ModelShape:

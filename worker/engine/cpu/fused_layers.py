@@ -14,6 +14,7 @@ from worker.engine.cpu.attention import CpuAttentionPlan
 from worker.engine.cpu.kernels import Kernels, LayerWeights, Scratch
 from worker.engine.cpu.packed_linear import PackedLinear
 from worker.engine.errors import ModelRefused
+from worker.engine.shards.shard import WHOLE, Shard
 
 _KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 
@@ -51,11 +52,11 @@ class LayerStack(nn.Module):
 class FusedLayers(LayerStack):
     """All decoder layers of a model as one module, which replaces the list of layers."""
 
-    def __init__(self, layers: nn.ModuleList, kernels: Kernels) -> None:
-        """Take the weights of transformers layers of a known class."""
+    def __init__(self, layers: nn.ModuleList, kernels: Kernels, shard: Shard = WHOLE) -> None:
+        """Take the weights of transformers layers of a known class, which are a shard of the model's."""
         super().__init__()
-        self._kernels = kernels
-        self._packed = [_Packed(layer, kernels) for layer in layers]
+        self._kernels, self.shard = kernels, shard
+        self._packed = [_Packed(layer, kernels, shard) for layer in layers]
         self.windows = sorted({packed.window for packed in self._packed}, key=lambda window: window or 0)
         self.layers = (LayerWeights * len(layers))(*[packed.layer(self.windows) for packed in self._packed])
         self.taps = 0
@@ -97,7 +98,7 @@ class FusedLayers(LayerStack):
     def forward(
         self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], plan: CpuAttentionPlan, **_: object
     ) -> Tensor:
-        """Return the output of the last layer for `hidden_states` [1, n, width]."""
+        """Return the output of the last layer for `hidden_states` [1, n, width]; the layers are those of one rank."""
         x = hidden_states.clone()
         n, width = x.shape[1:]
         cos, sin = (part.contiguous() for part in position_embeddings)
@@ -127,13 +128,13 @@ class FusedLayers(LayerStack):
 class _Packed:
     """The packed weights of one layer, which `LayerWeights` points to."""
 
-    def __init__(self, layer: Any, kernels: Kernels) -> None:
+    def __init__(self, layer: Any, kernels: Kernels, shard: Shard) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.window = window_of(attention)
         self.qkv = PackedLinear([attention.q_proj, attention.k_proj, attention.v_proj], kernels)
-        self.o = PackedLinear([attention.o_proj], kernels)
+        self.o = PackedLinear([attention.o_proj], kernels, shard=shard)
         self._gate_up = PackedLinear([mlp.gate_proj, mlp.up_proj], kernels, gated=True)
-        self._down = PackedLinear([mlp.down_proj], kernels)
+        self._down = PackedLinear([mlp.down_proj], kernels, shard=shard)
         self._norms: list[Tensor | None] = _norm_weights(layer)
 
     def load(self, layer: Any) -> None:
@@ -180,14 +181,14 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList | None:
     return layers if isinstance(layers, nn.ModuleList) else None
 
 
-def fuse(model: nn.Module, kernels: Kernels) -> bool:
-    """Replace the decoder layers and last norm of a model if its layers are known; return whether."""
+def fuse(model: nn.Module, kernels: Kernels, shard: Shard = WHOLE) -> bool:
+    """Replace the decoder layers and last norm of a shard of a model if its layers are known; return whether."""
     layers = decoder_layers(model)
     if layers is None or not are_known(layers):
         return False
     body: Any = model.model
     # The model calls the modules in its list of layers one after the other; now there is one that runs all layers.
-    body.layers = nn.ModuleList([FusedLayers(layers, kernels)])
+    body.layers = nn.ModuleList([FusedLayers(layers, kernels, shard)])
     body.norm = FusedNorm(body.norm, kernels)
     return True
 

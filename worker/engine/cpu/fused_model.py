@@ -14,13 +14,24 @@ from torch import Tensor, nn
 
 from worker.engine.cpu.attention import CpuAttentionPlan
 from worker.engine.cpu.fused_layers import FusedLayers, FusedNorm
-from worker.engine.cpu.kernels import Forward, Kernels, Network, Product, Scratch, address
+from worker.engine.cpu.kernels import (
+    EXCHANGE,
+    Forward,
+    Kernels,
+    Network,
+    Product,
+    Scratch,
+    SplitSums,
+    address,
+)
 from worker.engine.cpu.packed_linear import PackedLinear
 from worker.engine.kv.hidden_states import HiddenStates
 from worker.engine.segments import Segment, Segments
+from worker.engine.shards.exchange import Exchange
+from worker.engine.shards.shard import Shard
 
 # Models that consist of embeddings, layers, norm and logits only: no scale, softcap or bias of the logits.
-_KNOWN = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
+KNOWN = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 _UNUSED = 2  # getrefcount() of an array that only its owner references: the owner's and the argument's
 
 
@@ -69,6 +80,10 @@ class CpuNetwork:
             unit=unit.weight.data_ptr() if unit else None,
             join=join.product if join else Product(),
         )
+        exchange = stack.shard.exchange
+        self._split = None if exchange is None else _Split(stack.shard, exchange, embedding)
+        if self._split is not None:
+            self._network.split = ctypes.addressof(self._split.structure)
         self._dim = int(cos.shape[1])
         linears = (output,) if join is None else (output, join)
         self._row_sizes = (*stack.scratch_sizes(*linears), self._width, self._dim, self._dim, 2 * self._width)
@@ -78,7 +93,8 @@ class CpuNetwork:
     ) -> tuple[Tensor, Tensor]:
         """Run the rows of `segments`; those of a draft head with the hidden `states` [n, width] before them.
 
-        Return float32 logits [kept, vocabulary] and normed last hidden states [kept, width].
+        Return float32 logits [kept, vocabulary] and normed last hidden states [kept, width]. Of a split model, ranks
+        other than the first have logits of their share of the vocabulary. Raises RankLost if a rank is gone.
         """
         packed = Segments.of(segments)
         ids, positions, kept = packed.ids, packed.positions, packed.kept
@@ -88,6 +104,8 @@ class CpuNetwork:
         structure, views = plan.structures(self._stack.windows, self._stack.scaling)
         *scratch, x, cos, sin, joined = self._scratch_addresses(n)
         self._network.layer_size = plan.kv.keys.stride(0)
+        if self._split is not None:
+            self._split.make_room(n)
         self._kernels.run_network(
             ctypes.byref(self._network),
             ctypes.byref(structure),
@@ -112,7 +130,7 @@ class CpuNetwork:
             plan.kv.keys.data_ptr(),
             plan.kv.values.data_ptr(),
         )
-        return logits, last
+        return (logits if self._split is None else self._split.joined(logits)), last
 
     def prepare(self, logit_rows: int) -> None:
         """Allocate the logits buffer for this many rows now, so that no request waits for it."""
@@ -139,6 +157,42 @@ class CpuNetwork:
         return [first + start * step for start in starts[:-1]]
 
 
+class _Split:
+    """What the C call needs to add up products with the other ranks."""
+
+    def __init__(self, shard: Shard, exchange: Exchange, embedding: Tensor) -> None:
+        self._exchange, self._vocabulary = exchange, len(embedding)
+        self._row_size = shard.ranks * shard.sums * embedding.shape[1]
+        self._sums = torch.empty(0)
+        self._failure: Exception | None = None
+        self.structure = SplitSums(
+            rank=shard.rank, ranks=shard.ranks, each=shard.sums, exchange=EXCHANGE(self._all_gather)
+        )
+
+    def make_room(self, rows: int) -> None:
+        """Allocate the sums of `rows` rows."""
+        if len(self._sums) < rows * self._row_size:
+            self._sums = torch.empty(rows * self._row_size)
+            self.structure.sums = self._sums.data_ptr()
+
+    def _all_gather(self, numbers: int) -> None:
+        """Exchange `numbers` float32 of each rank; C calls it, so it raises nothing."""
+        if self._failure is not None:  # the rest of the forward is lost
+            return
+        first, ranks = self._exchange.rank * numbers, self._exchange.ranks
+        try:
+            self._exchange.all_gather(self._sums[: ranks * numbers], self._sums[first : first + numbers])
+        except Exception as failure:
+            self._failure = failure
+
+    def joined(self, logits: Tensor) -> Tensor:
+        """Return the logits of all ranks on the first one, its own share on others."""
+        if self._failure is not None:
+            raise self._failure
+        shares = self._exchange.gather(logits)
+        return logits if shares is None else torch.cat(shares, 1)[:, : self._vocabulary]
+
+
 def fused_model(
     model: nn.Module, capacity: int, kernels: Kernels, hidden: HiddenStates | None, exact: int | None = None
 ) -> CpuNetwork | None:
@@ -147,7 +201,7 @@ def fused_model(
     The outputs of tapped layers go to `hidden`. Sequences have at most `exact` positions; None: `capacity`.
     """
     body: Any = getattr(model, "model", None)
-    if type(model).__name__ not in _KNOWN or not isinstance(body.layers[0], FusedLayers):
+    if type(model).__name__ not in KNOWN or not isinstance(body.layers[0], FusedLayers):
         return None
     output: Any = model.lm_head
     if not isinstance(output, PackedLinear) or not output.floats:

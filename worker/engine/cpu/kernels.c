@@ -268,7 +268,8 @@ typedef struct {
     const void *weight; /* packed */
     const scalar *bias; /* [columns], or NULL */
     const float *scale; /* packed: [panels * PANEL], or for each chunk of inputs if `blocks`; NULL for scalars */
-    int64_t columns, inputs, kind, blocks;
+    const int64_t *bounds; /* [parts + 1] first inputs of the parts, whose sums are added as a tree; NULL: one part */
+    int64_t columns, inputs, kind, blocks, parts;
 } product_t;
 
 int64_t panel_columns(void) { return PANEL; }
@@ -319,36 +320,54 @@ void pack(const char *weight, const char *second, char *packed, int64_t columns,
         for (int64_t i = 0; i < packed_size(columns, inputs, kind); i++) packed[i] = (char)(packed[i] ^ INT8_OFFSET);
 }
 
-/* Finish `count` columns of a row: a constant, except at the end of a row. */
-static inline __attribute__((always_inline)) void finish_columns(const float *sums, scalar *to, const scalar *bias,
-                                                                 int64_t count, finish_t finish) {
-    if (finish == STORE_FLOAT) {
-        memcpy(to, sums, (size_t)count * sizeof(float));
-    } else if (finish == GATE) {
+/* sums += bias, in a call of its own: the compiler may reorder sums that it sees. */
+static __attribute__((noinline)) void add_bias(float *sums, const scalar *bias, int64_t count) {
+    for (int64_t i = 0; i < count; i++) sums[i] += to_float(bias[i]);
+}
+
+/* Finish `count` columns of a row: a constant. */
+static inline __attribute__((always_inline)) void finish_columns(const float *sums, scalar *to, int64_t count,
+                                                                 finish_t finish) {
+    if (finish == GATE) {
 #pragma omp simd
         for (int64_t i = 0; i < count; i++) to[i] = from_float(silu(sums[i]) * sums[LANES + i]);
-    } else if (bias) {
-#pragma omp simd
-        for (int64_t i = 0; i < count; i++) {
-            float sum = sums[i] + to_float(bias[i]);
-            to[i] = from_float(finish == ADD ? sum + to_float(to[i]) : sum);
-        }
     } else {
 #pragma omp simd
         for (int64_t i = 0; i < count; i++) to[i] = from_float(finish == ADD ? sums[i] + to_float(to[i]) : sums[i]);
     }
 }
 
+/* Finish `count` columns of a panel that ends a row, or that has a bias. A whole panel is computed: the bits of a column
+ * do not depend on where in a panel it lies. */
+static __attribute__((noinline)) void finish_rest(const float *sums, scalar *to, const scalar *bias, int64_t count,
+                                                  finish_t finish) {
+    scalar whole[PANEL] = {0};
+    float biased[PANEL];
+    memcpy(biased, sums, sizeof biased);
+    if (bias) add_bias(biased, bias, count);
+    if (finish == ADD) memcpy(whole, to, (size_t)count * sizeof(scalar));
+    if (finish == GATE)
+        finish_columns(biased, whole, LANES, GATE);
+    else
+        finish_columns(biased, whole, PANEL, finish);
+    memcpy(to, whole, (size_t)count * sizeof(scalar));
+}
+
 static inline __attribute__((always_inline)) void finish_row(const float *sums, scalar *out, const product_t *p,
                                                              int64_t row, int64_t panel, finish_t finish) {
     const int64_t size = finish == GATE ? LANES : PANEL, width = finish == GATE ? p->columns / 2 : p->columns;
-    const int64_t first = panel * size;
-    scalar *to = finish == STORE_FLOAT ? (scalar *)((float *)out + row * width + first) : out + row * width + first;
-    const scalar *bias = p->bias ? p->bias + first : NULL;
-    if (width - first >= size)
-        finish_columns(sums, to, bias, size, finish);
-    else
-        finish_columns(sums, to, bias, width - first, finish);
+    const int64_t first = panel * size, count = width - first < size ? width - first : size;
+    if (finish == STORE_FLOAT) {
+        float *to = (float *)out + row * width + first;
+        if (count == size)
+            memcpy(to, sums, (size_t)size * sizeof(float));
+        else
+            memcpy(to, sums, (size_t)count * sizeof(float));
+    } else if (p->bias || count < size) {
+        finish_rest(sums, out + row * width + first, p->bias ? p->bias + first : NULL, count, finish);
+    } else {
+        finish_columns(sums, out + row * width + first, size, finish);
+    }
 }
 
 /* sums[r] += x[r] @ weight for `inputs` inputs and one panel of columns; inlined for each number of rows, for weights
@@ -541,6 +560,34 @@ static void multiply_quantized(floats sums[][2], const product_t *p, const void 
     }
 }
 
+/* to += more, in a call of its own: the compiler may reorder sums that it sees. */
+static __attribute__((noinline)) void add_sums(floats to[][2], floats more[][2], int64_t rows) {
+    for (int64_t r = 0; r < rows; r++) to[r][0] += more[r][0], to[r][1] += more[r][1];
+}
+
+/* How many of `count` parts the branches of their tree have: half of an even number, one of an odd number. A branch
+ * of several parts is a tree of its own. */
+static inline int64_t branch_of(int64_t count) { return count % 2 ? 1 : count / 2; }
+
+/* sums = x @ weight for one panel of scalars, over the parts first..first+count-1 of the inputs. */
+static void multiply_parts(floats sums[][2], const product_t *p, const scalar *weight, const scalar *x,
+                           const char *ahead, int64_t height, int64_t first, int64_t count) {
+    if (count == 1) {
+        const int64_t start = p->bounds[first];
+        for (int64_t r = 0; r < height; r++) sums[r][0] = sums[r][1] = (floats){0};
+        multiply_tile(sums, weight + start * PANEL, PANEL * STEP, x + start, p->inputs, p->bounds[first + 1] - start,
+                      ahead ? ahead + start * PANEL * (int64_t)sizeof(scalar) : NULL, height);
+        return;
+    }
+    const int64_t branch = branch_of(count);
+    multiply_parts(sums, p, weight, x, ahead, height, first, branch);
+    for (int64_t at = branch; at < count; at += branch) {
+        floats more[BLOCK][2];
+        multiply_parts(more, p, weight, x, ahead, height, first + at, branch);
+        add_sums(sums, more, height);
+    }
+}
+
 /* Multiply all rows, in blocks of equal height, with panels first..end-1, which stay in L2. `x` are scalars, or int8
  * rows for weights in int8. */
 static void multiply_panels(const product_t *p, const void *x, scalar *out, int64_t rows, int64_t first, int64_t end,
@@ -554,7 +601,10 @@ static void multiply_panels(const product_t *p, const void *x, scalar *out, int6
              * to saturate it; with few, prefetching is slower. */
             const char *ahead = b || height < PREFETCH_ROWS ? NULL : weight + PREFETCH_BYTES;
             floats sums[BLOCK][2] = {0};
-            if (p->kind == SCALARS)
+            if (p->kind == SCALARS && p->bounds)
+                multiply_parts(sums, p, (const scalar *)weight, (const scalar *)x + row * p->inputs, ahead, height, 0,
+                               p->parts);
+            else if (p->kind == SCALARS)
                 multiply_tile(sums, (const scalar *)weight, PANEL * STEP, (const scalar *)x + row * p->inputs,
                               p->inputs, p->inputs, ahead, height);
             else
@@ -590,6 +640,72 @@ void multiply(const product_t *p, const scalar *x, scalar *out, int64_t rows, in
     team_t team = {0};
 #pragma omp parallel
     multiply_all(&team, p, x, out, rows, (finish_t)finish, rounded);
+}
+
+/* ---- products that are split over ranks -------------------------------------------------------------------------------- */
+
+/* How the ranks of a replica add up a product whose inputs they share. */
+typedef struct {
+    float *sums;                       /* [ranks, each, rows, columns] of all ranks, once they are exchanged */
+    int64_t rank, ranks;
+    int64_t each;                      /* sums of a rank: one, or one for each of its parts */
+    void (*exchange)(int64_t numbers); /* fills `sums`, to which each rank has written this many numbers of its own */
+} split_t;
+
+enum { SOME = 8 * PANEL }; /* columns that are added up together */
+
+/* to += more, in a call of its own: the compiler may reorder sums that it sees. */
+static __attribute__((noinline)) void add_floats(float *to, const float *more, int64_t count) {
+    for (int64_t i = 0; i < count; i++) to[i] += more[i];
+}
+
+/* to = the sum of `count` parts of up to SOME numbers, `size` numbers apart, added as the tree of `multiply_parts`. */
+static void add_parts(float *to, const float *parts, int64_t size, int64_t count, int64_t numbers) {
+    if (count == 1) {
+        memcpy(to, parts, (size_t)numbers * sizeof(float));
+        return;
+    }
+    const int64_t branch = branch_of(count);
+    add_parts(to, parts, size, branch, numbers);
+    for (int64_t at = branch; at < count; at += branch) {
+        float more[SOME];
+        add_parts(more, parts + at * size, size, branch, numbers);
+        add_floats(to, more, numbers);
+    }
+}
+
+/* Add x @ weight.T + bias to `out` [rows, columns], where each rank has a share of the inputs. Every thread of a parallel
+ * region must call it; it ends with a barrier. */
+static void add_split(team_t *team, const split_t *split, const product_t *p, const scalar *x, scalar *out, int64_t rows,
+                      char *rounded) {
+    const int64_t size = rows * p->columns, own = split->rank * split->each;
+    for (int64_t i = 0; i < split->each; i++) {
+        product_t part = *p;
+        if (split->each > 1) part.bounds += i, part.parts = 1;
+        multiply_all(team, &part, x, (scalar *)(split->sums + (own + i) * size), rows, STORE_FLOAT, rounded);
+    }
+#pragma omp master
+    split->exchange(split->each * size);
+    barrier(team);
+    const int64_t pieces = (p->columns + SOME - 1) / SOME;
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < rows * pieces; i++) {
+        const int64_t row = i / pieces, first = i % pieces * SOME;
+        float sums[SOME] = {0};
+        add_parts(sums, split->sums + row * p->columns + first, size, split->ranks * split->each,
+                  p->columns - first < SOME ? p->columns - first : SOME);
+        for (int64_t at = 0; at < SOME && first + at < p->columns; at += PANEL)
+            finish_row(sums + at, out, p, row, (first + at) / PANEL, ADD);
+    }
+    barrier(team);
+}
+
+static inline void add_product(team_t *team, const split_t *split, const product_t *p, const scalar *x, scalar *out,
+                               int64_t rows, char *rounded) {
+    if (split)
+        add_split(team, split, p, x, out, rows, rounded);
+    else
+        multiply_all(team, p, x, out, rows, ADD, rounded);
 }
 
 /* ---- norms and rotation -------------------------------------------------------------------------------------------- */
@@ -1168,12 +1284,13 @@ static void keep_rows(scalar *x, int64_t width, const int64_t *kept, int64_t kee
 /* Run `layers` over `x` [rows, width] in place. `keys` and `values` have `layer_size` elements per layer. The outputs
  * of tapped layers go to `tapped` [rows, taps, width], or with `by_entry` to their entries
  * [slots, capacity, taps, width]. With `kept`, ascending, only these `keep` rows have outputs, which go to the first rows
- * of `x`: others need no more than their keys and values of the last layer. Every thread of a parallel region must call
+ * of `x`: others need no more than their keys and values of the last layer. With `split`, this rank has a share of the
+ * heads and of the inner columns. Every thread of a parallel region must call
  * it; it ends with a barrier. */
 static void layers_all(team_t *team, const layer_t *layers, int64_t count, const plan_t *plan, const view_t *views,
                        const scratch_t *scratch, scalar *x, const scalar *cos, const scalar *sin, char *keys,
                        char *values, int64_t layer_size, int64_t width, float eps, scalar *tapped, int64_t taps,
-                       int64_t by_entry, const int64_t *kept, int64_t keep) {
+                       int64_t by_entry, const int64_t *kept, int64_t keep, const split_t *split) {
     int64_t rows = plan->rows, dim = plan->dim, row = (plan->heads + 2 * plan->kv_heads) * dim;
     workspace_t workspace = make_workspace(views[0].end, dim, plan->fp8); /* all views have the same end */
     for (int64_t i = 0; i < count; i++) {
@@ -1185,7 +1302,7 @@ static void layers_all(team_t *team, const layer_t *layers, int64_t count, const
         multiply_all(team, &layer->qkv, scratch->normed, scratch->stacked, rows, STORE, scratch->rounded);
         attend_all(team, plan, views + layer->view, &heads, keys + i * layer_size * element_size(plan),
                    values + i * layer_size * element_size(plan), &workspace, scratch->mixed);
-        if (kept && i == count - 1 && layer->tap < 0) {
+        if (kept && !split && i == count - 1 && layer->tap < 0) { /* ranks exchange equal rows; one of them taps layers */
 #pragma omp single nowait
             {
                 keep_rows(x, width, kept, keep);
@@ -1194,10 +1311,10 @@ static void layers_all(team_t *team, const layer_t *layers, int64_t count, const
             barrier(team);
             rows = keep;
         }
-        multiply_all(team, &layer->o, scratch->mixed, x, rows, ADD, scratch->rounded);
+        add_product(team, split, &layer->o, scratch->mixed, x, rows, scratch->rounded);
         normalise_all(team, x, layer->norm_2, scratch->normed, rows, width, eps);
         multiply_all(team, &layer->gate_up, scratch->normed, scratch->gated, rows, GATE, scratch->rounded);
-        multiply_all(team, &layer->down, scratch->gated, x, rows, ADD, scratch->rounded);
+        add_product(team, split, &layer->down, scratch->gated, x, rows, scratch->rounded);
         if (layer->tap < 0) continue;
 #pragma omp for schedule(static) nowait
         for (int64_t r = 0; r < rows; r++) {
@@ -1221,7 +1338,7 @@ void run_layers(const layer_t *layers, int64_t count, const plan_t *plan, const 
     team_t team = {0};
 #pragma omp parallel
     layers_all(&team, layers, count, plan, views, scratch, x, cos, sin, keys, values, layer_size, width, eps, tapped, taps, 0,
-               NULL, 0);
+               NULL, 0, NULL);
 }
 
 /* ---- a whole model: embeddings, layers, norm, logits ------------------------------------------------------------------ */
@@ -1236,6 +1353,7 @@ typedef struct {
     product_t output;
     const scalar *unit; /* draft head: norm of a token's embedding and of the state before it; NULL for a model */
     product_t join;     /* [width, 2 * width], draft head only */
+    const split_t *split; /* NULL: no other rank has a share */
 } network_t;
 
 /* Inputs and outputs of one forward. */
@@ -1273,7 +1391,7 @@ void run_network(const network_t *net, const plan_t *plan, const view_t *views, 
         barrier(team);
         if (net->unit) multiply_all(team, &net->join, f->joined, f->x, rows, STORE, scratch->rounded);
         layers_all(team, net->layers, net->count, plan, views, scratch, f->x, f->cos, f->sin, keys, values, net->layer_size,
-                   width, net->eps, f->tapped, net->taps, 1, f->kept, f->count);
+                   width, net->eps, f->tapped, net->taps, 1, f->kept, f->count, net->split);
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < f->count; i++)
             normalise(f->x + i * width, net->norm, f->last + i * width, width, net->eps);

@@ -33,7 +33,16 @@ def members(names: str, kind: Any) -> list[tuple[str, Any]]:
 class Product(ctypes.Structure):
     """`product_t`: one packed weight [columns, inputs]."""
 
-    _fields_ = members("weight bias scale", _ADDRESS) + members("columns inputs kind blocks", _SIZE)
+    _fields_ = members("weight bias scale bounds", _ADDRESS) + members("columns inputs kind blocks parts", _SIZE)
+
+
+EXCHANGE = ctypes.CFUNCTYPE(None, _SIZE)
+
+
+class SplitSums(ctypes.Structure):
+    """`split_t`: how ranks add up a product whose inputs they share."""
+
+    _fields_ = members("sums", _ADDRESS) + members("rank ranks each", _SIZE) + members("exchange", EXCHANGE)
 
 
 class View(ctypes.Structure):
@@ -91,6 +100,7 @@ class Network(ctypes.Structure):
         + members("output", Product)
         + members("unit", _ADDRESS)
         + members("join", Product)
+        + members("split", _ADDRESS)
     )
 
 

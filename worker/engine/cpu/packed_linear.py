@@ -13,19 +13,27 @@ from ctypes import byref
 import torch
 from torch import Tensor, nn
 
-from worker.engine.cpu.kernels import DECODED_FP8, Finish, Kernels, Product, WeightKind
+from worker.engine.cpu.kernels import DECODED_FP8, Finish, Kernels, Product, WeightKind, address
 from worker.engine.quantization.weights import QuantizationMethod, QuantizedWeight, quantized_weights
+from worker.engine.shards.shard import Shard
 
 
 class PackedLinear(nn.Module):
     """A linear layer with a packed weight. A row's result does not depend on the other rows."""
 
     def __init__(
-        self, layers: Sequence[nn.Linear], kernels: Kernels, *, gated: bool = False, floats: bool = False
+        self,
+        layers: Sequence[nn.Linear],
+        kernels: Kernels,
+        *,
+        gated: bool = False,
+        floats: bool = False,
+        shard: Shard | None = None,
     ) -> None:
         """Take the weights of one layer, or stack several with the same input.
 
-        `gated` packs a gate and an up layer for silu(gate) * up; `floats` returns float32 for every weight dtype.
+        `gated` packs a gate and an up layer for silu(gate) * up; `floats` returns float32 for every weight dtype. With
+        `shard`, sum the product in its parts of the inputs; quantised weights are summed in one.
         """
         super().__init__()
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
@@ -42,14 +50,17 @@ class PackedLinear(nn.Module):
         self.floats = floats
         self._finish = Finish.GATE if gated else Finish.STORE_FLOAT if floats else Finish.STORE
         self._columns = self.out_features // 2 if gated else self.out_features  # of a result
+        self._bounds = None if shard is None or quantized is not None else shard.bounds(self.in_features)
         self.product = Product(
             weight=self._weight.data_ptr(),
             bias=None if self._bias is None else self._bias.data_ptr(),
             scale=None if self._scale is None else self._scale.data_ptr(),
+            bounds=None if self._bounds is None else address(self._bounds),
             columns=self.out_features,
             inputs=self.in_features,
             kind=WeightKind.of(self._weight.dtype),
             blocks=quantized is not None and quantized[0].has_blocks,
+            parts=1 if self._bounds is None else len(self._bounds) - 1,
         )
 
     def load(self, *layers: nn.Linear) -> None:

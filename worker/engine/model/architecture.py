@@ -10,12 +10,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from worker.engine.errors import ModelRefused
 from worker.engine.kv.fp8 import has_fp8_kv
+from worker.engine.shards.shard import Shard, parts_of, tp_sizes_of
 
 # Beyond the original positions, the frequencies of these depend on the longest sequence of the forward, so one sequence
 # would change another's logits.
 _BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 _ORIGINAL = "original_max_position_embeddings"
 STORED_HEAD_DIM = "basic_stored_head_dim"  # attribute of a fused model: the size of a head in its KV slots, if larger
+SHARD = "basic_shard"  # attribute of a loaded model that ranks split: the shard of this process
 ATTENTION_SHAPE = "basic_attention_shape"  # attribute of a loaded model: what its layers pass to attention
 _SIZES = ("num_attention_heads", "num_hidden_layers", "hidden_size", "vocab_size")
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -58,8 +60,18 @@ def refuse_tp_size(config: PretrainedConfig, ranks: int) -> None:
 
 def tp_sizes(config: PretrainedConfig) -> list[int]:
     """Return the tensor parallel sizes that divide a model's heads evenly."""
-    heads, kv_heads = _heads(config)
-    return [ranks for ranks in range(1, kv_heads + 1) if kv_heads % ranks == 0 and heads % ranks == 0]
+    return tp_sizes_of(*_heads(config))
+
+
+def shard_of(model: PreTrainedModel) -> Shard:
+    """Return the shard of a model that this process holds."""
+    known: Shard | None = getattr(model, SHARD, None)
+    return known or Shard(parts_of(*_heads(model.config.get_text_config())))
+
+
+def is_dealt_by_transformers(model: PreTrainedModel) -> bool:
+    """Return whether transformers split a model over ranks, whose sums depend on their number and on the batch."""
+    return (model.tp_size or 1) > 1
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
@@ -124,7 +136,7 @@ def kv_bytes_per_token(model: PreTrainedModel) -> int:
 
 def ranks_of(model: PreTrainedModel) -> int:
     """Return the tensor parallel size of a loaded model: the ranks that its heads are divided among."""
-    return model.tp_size or 1
+    return model.tp_size or shard_of(model).ranks
 
 
 def layers_of(config: PretrainedConfig) -> int:
@@ -135,13 +147,13 @@ def layers_of(config: PretrainedConfig) -> int:
 def heads_of(model: PreTrainedModel) -> int:
     """Return the query heads that a loaded model has on each rank."""
     known: AttentionShape | None = getattr(model, ATTENTION_SHAPE, None)
-    return known.heads if known else _heads(model.config.get_text_config())[0] // ranks_of(model)
+    return known.heads if known else _heads(model.config.get_text_config())[0] // (model.tp_size or 1)
 
 
 def kv_heads_of(model: PreTrainedModel) -> int:
     """Return the KV heads that a loaded model has on each rank."""
     known: AttentionShape | None = getattr(model, ATTENTION_SHAPE, None)
-    return known.kv_heads if known else _heads(model.config.get_text_config())[1] // ranks_of(model)
+    return known.kv_heads if known else _heads(model.config.get_text_config())[1] // (model.tp_size or 1)
 
 
 def head_dim_of(model: PreTrainedModel) -> int:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from worker.engine.cpu.attention import CpuAttentionPlan
@@ -19,13 +22,22 @@ from worker.engine.gpu.fused_layers import GpuLayers, GpuLinear, fuse_on_gpu
 from worker.engine.kv.dense import DenseKv
 from worker.engine.kv.fp8 import has_fp8_kv
 from worker.engine.kv.store import KvStore
-from worker.engine.model.architecture import STORED_HEAD_DIM, head_dim_of, heads_of, kv_heads_of, layers_of, ranks_of
+from worker.engine.model.architecture import (
+    STORED_HEAD_DIM,
+    head_dim_of,
+    heads_of,
+    is_dealt_by_transformers,
+    kv_heads_of,
+    layers_of,
+    shard_of,
+)
 from worker.engine.model.attention import AttentionPlan, DenseAttentionPlan
 from worker.engine.model.offload import MultiDeviceAttentionPlan, MultiDeviceKv, is_offloaded, layer_devices
 from worker.engine.paged.attention import GPU_BLOCK, gpu_kernels_for, paged_plan
 from worker.engine.paged.kv import PagedKv
 from worker.engine.paged.shape_buckets import BucketedForward, Run
 from worker.engine.segments import Segment
+from worker.engine.shards.shard import Shard
 
 _FUSED = (PackedLinear, FusedLayers, GpuLayers, GpuLinear)
 _CPU_BLOCK = 16  # KV entries of a block on a CPU: small enough that the short texts of tests fill several
@@ -80,11 +92,11 @@ def make_backend(
 
 
 def uses_paged_kv(model: PreTrainedModel) -> bool:
-    """Return whether a model's KV is paged by default: on a GPU, without tensor parallelism or offload.
+    """Return whether a model's KV is paged by default: on a GPU, unless transformers split it or it is offloaded.
 
-    The ranks of a tensor parallel replica capture no graphs and hold every slot in full.
+    Ranks of models that transformers split capture no graphs and hold every slot in full.
     """
-    return model.device.type == "cuda" and ranks_of(model) == 1 and not is_offloaded(model)
+    return model.device.type == "cuda" and not is_dealt_by_transformers(model) and not is_offloaded(model)
 
 
 def stored_bytes(model: PreTrainedModel) -> dict[str, int]:
@@ -109,9 +121,21 @@ def fuse_layers(model: PreTrainedModel) -> None:
     if compiled is not None:
         stored = _stored_head_dim(model, compiled)
         if stored == head_dim_of(model):
-            fuse(model, compiled)
+            shard = shard_of(model)
+            if fuse(model, compiled, shard) and shard.ranks > 1:
+                _deal_output(model, shard)
         setattr(model, STORED_HEAD_DIM, stored)
         pack(model)
+
+
+def _deal_output(model: Any, shard: Shard) -> None:
+    """Keep this rank's columns of the output layer; zeros fill the last share, so that all are equal."""
+    whole: nn.Linear = model.lm_head
+    columns = -(-whole.out_features // shard.ranks)
+    own = whole.weight.detach()[shard.rank * columns : (shard.rank + 1) * columns]
+    part = nn.Linear(whole.in_features, columns, bias=False, device="meta")
+    part.weight = nn.Parameter(pad(own, (0, 0, 0, columns - len(own))), requires_grad=False)
+    model.lm_head = part
 
 
 def batch_dependence(model: PreTrainedModel) -> str | None:
@@ -119,6 +143,9 @@ def batch_dependence(model: PreTrainedModel) -> str | None:
 
     The layers of the model are fused already, where they can be.
     """
+    if is_dealt_by_transformers(model):
+        exact = model.dtype == torch.float32  # but for ties
+        return None if exact else f"transformers splits a {type(model).__name__} over the ranks; see docs/scale.md"
     if is_offloaded(model):
         return "its layers are spread over several devices"
     if model.device.type == "cpu":
@@ -136,5 +163,5 @@ def _stored_head_dim(model: PreTrainedModel, compiled: Kernels) -> int:
 
 def kernels_for(model: PreTrainedModel) -> Kernels | None:
     """Return the compiled CPU kernels, or None if they can't run this model."""
-    ours = model.device.type == "cpu" and ranks_of(model) == 1 and not is_offloaded(model)
+    ours = model.device.type == "cpu" and not is_dealt_by_transformers(model) and not is_offloaded(model)
     return kernels(model.dtype) if ours else None

@@ -20,9 +20,9 @@ from worker.engine.model.architecture import (
     ATTENTION_SHAPE,
     AttentionShape,
     head_dim_of,
+    is_dealt_by_transformers,
     kv_heads_of,
     max_positions,
-    ranks_of,
     refuse_tp_size,
     refuse_unsupported,
     use_long_factors,
@@ -46,9 +46,12 @@ from worker.engine.model.equivalence_check import (
 from worker.engine.model.offload import OffloadOptions, is_offloaded
 from worker.engine.model.packed_model import run_layers
 from worker.engine.model.quantized_checkpoint import refuse_quantized
+from worker.engine.model.sharding import as_shard, read_shard, shard_config, shard_for, splits_exactly
 from worker.engine.quantization.checkpoints import attach_all, is_fp8, read_fp8
 from worker.engine.quantization.weights import QuantizationMethod, quantization_method, quantize
 from worker.engine.segments import Segment, chain
+from worker.engine.shards.exchange import DistributedExchange, Exchange
+from worker.engine.shards.shard import Shard
 
 _QUANTIZED = "quantization_config"  # attribute of a configuration
 _GATHERED = (
@@ -76,11 +79,13 @@ def load(
     ranks: int = 1,
     offload: OffloadOptions | None = None,
     quantization: QuantizationMethod | None = None,
+    exchange: Exchange | None = None,
     context: int = 0,
 ) -> PreTrainedModel:
     """Load a causal model from a local directory or a hub id; safetensors only, no remote code.
 
-    With `ranks` above 1, load this process's shard, by the tensor parallel plan that transformers has for the model.
+    With `ranks` above 1, load this process's shard: for our own kernels if they hold the model, whose ranks then share
+    numbers by `exchange` (None: torch's default process group), else by the tensor parallel plan that transformers has.
     With `offload`, accelerate lays the model out over all devices. With `quantization`, round the weights of linear
     layers; a checkpoint with FP8 weights keeps them. `context` is how many tokens a text may have, 0: those of the
     model; beyond the original positions of longrope, its long factors hold for all texts. Raises ModelRefused, with
@@ -97,6 +102,8 @@ def load(
         if _is_fp8(config):
             _refuse_fp8_parts(path, ranks, offload, quantization)
             model = _load_fp8(path, config, dtype)
+        elif ranks > 1 and offload is None and splits_exactly(config, ranks, dtype, device):
+            model = _load_shard(path, config, dtype, shard_for(config, exchange or DistributedExchange()))
         else:
             model = _load_weights(path, dtype, ranks, offload, **given)
         if quantization is not None and quantization_method(model) is None:
@@ -104,7 +111,7 @@ def load(
         if not is_offloaded(model):
             model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to as its types don't say
         model.eval()  # type: ignore[no-untyped-call]
-        if ranks == 1:
+        if not is_dealt_by_transformers(model):
             _note_attention(model)
         setattr(model, ATTRIBUTE, _equivalence_check(model))
         return model
@@ -142,6 +149,19 @@ def _load_fp8(path: str, config: PretrainedConfig, dtype: torch.dtype) -> PreTra
     with suppress(OSError):  # it has none
         model.generation_config = GenerationConfig.from_pretrained(path)
     attach_all(model, stored)
+    return model
+
+
+def _load_shard(path: str, config: PretrainedConfig, dtype: torch.dtype, shard: Shard) -> PreTrainedModel:
+    """Load this rank's shard of a model."""
+    weights = read_shard(weight_files(local_folder(path)), shard, dtype)
+    own = shard_config(config, shard.ranks)
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(own))  # type: ignore[no-untyped-call]
+    model = _load_weights(path, dtype, 1, None, kind, config=own, state_dict=weights)
+    with suppress(OSError):  # it has none
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    as_shard(model, shard)
     return model
 
 
@@ -269,9 +289,9 @@ def output_weights(model: PreTrainedModel) -> Tensor:
 def gather_embeddings(model: PreTrainedModel) -> None:
     """Gather the embeddings and output weights of a tensor parallel model, for a draft head that needs them whole.
 
-    Every rank must call it. It does nothing for a model on one rank.
+    Every rank must call it. It does nothing for a model whose weights every rank has whole.
     """
-    if ranks_of(model) > 1:
+    if is_dealt_by_transformers(model):
         parts = {"embeddings": model.get_input_embeddings(), "output": model.get_output_embeddings()}  # type: ignore[no-untyped-call]
         whole = {name: part.weight.full_tensor().detach() for name, part in parts.items()}
         setattr(model, _GATHERED, whole)
@@ -279,7 +299,9 @@ def gather_embeddings(model: PreTrainedModel) -> None:
 
 def _whole(model: PreTrainedModel, name: str, weight: Any) -> Tensor:
     gathered: dict[str, Tensor] = getattr(model, _GATHERED, {})
-    assert name in gathered or ranks_of(model) == 1, "gather_embeddings() must run first on a tensor parallel model"
+    assert name in gathered or not is_dealt_by_transformers(model), (
+        "gather_embeddings() must run first on a tensor parallel model"
+    )
     found = gathered.get(name, weight)
     assert isinstance(found, Tensor)
     if found.is_meta:
