@@ -21,6 +21,7 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from jobs.errors import (
+    BasicError,
     DuplicateCustomId,
     EmptyJob,
     IdempotencyConflict,
@@ -157,14 +158,37 @@ def retry_job(
         retry_of=job.id,
         body_version=MESSAGE_VERSION,
     )
+
+    def unsuccessful(session: Session) -> Iterator[NewRequest]:
+        return (_with_tokens(request, context_tokens) for request in queries.requests_to_retry(session, job.id))
+
+    none_left = NotRetryable(_PROMPTS_DELETED if job.prompts_deleted_at is not None else None)
+    return store_copies(again, unsuccessful, none_left, database=database, notify=notify, settings=settings)
+
+
+_PROMPTS_DELETED = "The prompts of this job were deleted because of their age. Submit them again as a new job."
+
+
+def store_copies(
+    job: NewJob,
+    copies: Callable[[Session], Iterator[NewRequest]],
+    none_left: BasicError,
+    *,
+    database: Database,
+    notify: Notify,
+    settings: JobsSettings,
+) -> str:
+    """Store a job with copies of another job's requests, and return its id; raise `none_left` if there are none.
+
+    `copies` reads them in the transaction that stores the job.
+    """
     try:
-        with span("ingest", job_id=again.id) as traceparent, database.write() as session:
-            found = queries.requests_to_retry(session, job.id)
-            requests = (_with_tokens(request, context_tokens) for request in found)
+        with span("ingest", job_id=job.id) as traceparent, database.write() as session:
+            requests = copies(session)
             first = next(requests, None)
             if first is None:
-                raise NotRetryable(_PROMPTS_DELETED if job.prompts_deleted_at is not None else None)
-            recorded = writes.insert_job(session, replace(again, traceparent=traceparent), chain([first], requests))
+                raise none_left
+            recorded = writes.insert_job(session, replace(job, traceparent=traceparent), chain([first], requests))
             if recorded.created:
                 check_queue_limit(session, settings.max_requests_queued)
     except QuotaExceeded as exceeded:
@@ -174,9 +198,6 @@ def retry_job(
     if recorded.created:
         notify(recorded.job_id, job.model)
     return recorded.job_id
-
-
-_PROMPTS_DELETED = "The prompts of this job were deleted because of their age. Submit them again as a new job."
 
 
 def _with_tokens(request: NewRequest, context_tokens: int | None) -> NewRequest:

@@ -7,21 +7,18 @@ so that serving continues, and what is interrupted continues in the next round.
 from __future__ import annotations
 
 import logging
-import threading
 import time
-import uuid
 from collections.abc import Iterator
 from typing import Any, Final
 
 import redis
 from redis.exceptions import RedisError
 
-from jobs.process_identity import identity, is_dead
 from jobs.settings import JobsSettings
+from jobs.upkeep.rounds import Leadership, Rounds
 from storage import erasure, webhooks
-from storage.leader_election import elect, leader, resign
 from storage.prune import Ages, Kept, paced, prune
-from storage.session import DATABASE_UNAVAILABLE, Database, unavailable_reason
+from storage.session import Database
 
 log = logging.getLogger(__name__)
 
@@ -43,28 +40,20 @@ class Pruner:
     def __init__(self, database: Database, settings: JobsSettings) -> None:
         self._database = database
         self._settings = settings
-        self._name = identity() or uuid.uuid4().hex
+        self._leadership = Leadership(database, ROLE, _TERM_S)
+        self._rounds = Rounds("pruner", self.run_once, lambda: _ROUND_S, log)
         self._aged_at = float("-inf")
         self._rewritten_at = float("-inf")
         self._forgotten = True  # nothing was deleted since the last `forget_deleted`
-        self._unavailable = ""  # why the database was unavailable in the last round
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="pruner", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
-        self._thread.start()
+        self._rounds.start()
 
     def stop(self) -> None:
         """Stop the thread after its transaction, and resign as leader."""
-        self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join(_REDIS_TIMEOUT_S)
-        try:
-            with self._database.write() as session:
-                resign(session, ROLE, self._name)
-        except DATABASE_UNAVAILABLE:
-            pass  # the term expires
+        self._rounds.stop(_REDIS_TIMEOUT_S)
+        self._leadership.resign()
 
     def run_once(self) -> bool:
         """Erase and prune what is due; return whether we lead. Raise what DATABASE_UNAVAILABLE names."""
@@ -80,17 +69,14 @@ class Pruner:
 
     def _elected(self) -> bool:
         with self._database.write() as session:
-            current = leader(session, ROLE)
-            if current is not None and is_dead(current):
-                resign(session, ROLE, current)
-            return elect(session, ROLE, self._name, _TERM_S)
+            return self._leadership.elect(session)
 
     def _erase(self) -> None:
         with self._database.read() as session:
             job_ids = erasure.hidden_jobs(session)
         for job_id in job_ids:
             requests = sum(self._paced(erasure.erase_job(self._database, job_id)))
-            if self._stop.is_set():
+            if self._rounds.stopping.is_set():
                 return
             log.info("Erased job %s", job_id, extra={"action": "erased", "job_id": job_id, "requests": requests})
         if job_ids:
@@ -110,9 +96,9 @@ class Pruner:
     def _paced(self, pieces: Iterator[Any]) -> Iterator[Any]:
         """Yield pieces with pauses until the pruner stops; renew the lease of the leader meanwhile."""
         renewed_at = time.monotonic()
-        for piece in paced(pieces, self._stop.wait):
+        for piece in paced(pieces, self._rounds.stopping.wait):
             yield piece
-            if self._stop.is_set():
+            if self._rounds.stopping.is_set():
                 return
             if time.monotonic() - renewed_at > _TERM_S / 3:
                 self._elected()
@@ -132,22 +118,6 @@ class Pruner:
         except RedisError as error:
             about = {"action": "redis_log_kept"}
             log.info("Redis did not rewrite its append-only file: %s", error, extra=about)
-
-    def _log_unavailable(self, why: str) -> None:
-        """Log why the database is unavailable, once per outage and reason."""
-        if why != self._unavailable:
-            log.warning("The pruner waits for the database: %s", why, extra={"action": "database_away"})
-        self._unavailable = why
-
-    def _run(self) -> None:
-        while not self._stop.wait(_ROUND_S):
-            try:
-                self.run_once()
-                self._unavailable = ""
-            except DATABASE_UNAVAILABLE as error:
-                self._log_unavailable(unavailable_reason(error))
-            except Exception:  # the thread must survive, because nothing restarts it
-                log.exception("A round of the pruner failed", extra={"action": "pruner_failed"})
 
 
 def prune_all(database: Database, ages: Ages) -> dict[str, int]:

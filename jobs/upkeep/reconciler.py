@@ -10,23 +10,21 @@ from __future__ import annotations
 
 import logging
 import random
-import threading
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy.orm import Session
 
 from jobs.messages import PartialEvent
-from jobs.process_identity import follows, identity, is_dead
+from jobs.process_identity import follows, is_dead
 from jobs.producer import Notify
 from jobs.streaming.events import failure_events, job_events
+from jobs.upkeep.rounds import Leadership, Rounds
 from storage import leases, writes
-from storage.leader_election import elect, leader, resign
 from storage.lease_recovery import WorkerProcess, mark_lost, reclaim, running_processes
 from storage.records import HEARTBEAT_TIMEOUT_S, FailedRequest
-from storage.session import DATABASE_UNAVAILABLE, Database, unavailable_reason
+from storage.session import DATABASE_UNAVAILABLE, Database
 from storage.speedup_checks import fail_checks
 from storage.writes import Ended
 
@@ -59,28 +57,20 @@ class Reconciler:
         self._database = database
         self._publish = publish
         self._notify = notify
-        self._name = identity() or uuid.uuid4().hex  # processes of this machine can tell whether it is alive
         self._lease_s = lease_s
         self._more = False  # the next round starts at once
         self._connected_at: float | None = None  # time since which every database access succeeded
-        self._unavailable = ""  # why the database was unavailable in the last round
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="basic-reconciler", daemon=True)
+        self.leadership = Leadership(database, ROLE, _TERM_S)
+        self._rounds = Rounds("reconciler", self.run_once, self._pause_s, log)
 
     def start(self) -> None:
         """Start the thread."""
-        self._thread.start()
+        self._rounds.start()
 
     def stop(self) -> None:
         """Stop the thread and resign as leader."""
-        self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join(_ROUND_S)
-        try:
-            with self._database.write() as session:
-                resign(session, ROLE, self._name)
-        except DATABASE_UNAVAILABLE:
-            pass  # the term expires
+        self._rounds.stop(_ROUND_S)
+        self.leadership.resign()
 
     def requeue(self, worker_id: str) -> None:
         """Requeue the requests of a worker whose request process has died; they are suspects, as after its own death.
@@ -95,7 +85,7 @@ class Reconciler:
         """Repair what can be repaired now; return whether we lead. Raise what DATABASE_UNAVAILABLE names."""
         try:
             with self._database.write() as session:
-                elected = self._elect(session)
+                elected = self.leadership.elect(session)
             done = self._reconcile() if elected else self._release_dead_workers()
         except DATABASE_UNAVAILABLE:
             self._connected_at = None
@@ -104,12 +94,6 @@ class Reconciler:
         self._publish_changes(done)
         self._more = done.more
         return elected
-
-    def _elect(self, session: Session) -> bool:
-        current = leader(session, ROLE)
-        if current is not None and is_dead(current):
-            resign(session, ROLE, current)
-        return elect(session, ROLE, self._name, _TERM_S)
 
     def _reconcile(self) -> _Round:
         """Make each repair in its own transaction: locks are held briefly and always taken in the same order."""
@@ -160,9 +144,9 @@ class Reconciler:
             began_at = time.monotonic()
             with self._database.write() as session:
                 batches.append(end(session))
-            if not batches[-1].more or time.monotonic() > round_ends_at or self._stop.is_set():
+            if not batches[-1].more or time.monotonic() > round_ends_at or self._rounds.stopping.is_set():
                 break
-            self._stop.wait(time.monotonic() - began_at)
+            self._rounds.stopping.wait(time.monotonic() - began_at)
         jobs = (job for batch in batches for job in batch.jobs)
         failed = (request for batch in batches for request in batch.failed)
         return Ended(tuple(jobs), tuple(failed), batches[-1].more)
@@ -193,22 +177,8 @@ class Reconciler:
         for model, job_id in one_per_model.items():
             self._notify(job_id, model)
 
-    def _log_unavailable(self, why: str) -> None:
-        """Log why the database is unavailable, once per outage and reason."""
-        if why != self._unavailable:
-            log.warning("The reconciler waits for the database: %s", why, extra=_AWAY)
-        self._unavailable = why
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            try:
-                self.run_once()
-                self._unavailable = ""
-            except DATABASE_UNAVAILABLE as error:
-                self._log_unavailable(unavailable_reason(error))
-            except Exception:  # the thread must survive, because nothing restarts it
-                log.exception("A round of the reconciler failed", extra={"action": "reconciler_failed"})
-            self._stop.wait(0.0 if self._more else _ROUND_S * random.uniform(0.8, 1.2))
+    def _pause_s(self) -> float:
+        return 0.0 if self._more else _ROUND_S * random.uniform(0.8, 1.2)
 
 
 def _is_followed(worker: WorkerProcess, running: Sequence[WorkerProcess]) -> bool:
@@ -223,6 +193,3 @@ def _is_followed(worker: WorkerProcess, running: Sequence[WorkerProcess]) -> boo
 
 def _compare(job_id: str) -> dict[str, str]:
     return {"action": "compare", "job_id": job_id}
-
-
-_AWAY = {"action": "database_away"}

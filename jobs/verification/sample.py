@@ -8,18 +8,18 @@ import re
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Final
 
-from jobs.errors import IdempotencyConflict, InvalidValue, NotVerifiable
+from sqlalchemy.orm import Session
+
+from jobs.errors import InvalidValue, NotVerifiable
 from jobs.messages import DEFAULTED_SAMPLING, MESSAGE_VERSION, GenerationRequest
 from jobs.producer import Notify
 from jobs.settings import JobsSettings
-from jobs.submission.intake import check_idempotency_key, check_queue_limit, quota_error
+from jobs.submission.intake import check_idempotency_key, store_copies
 from jobs.submission.models import known_models
 from jobs.submission.request_parser import max_total_tokens
-from storage import verifications, writes
-from storage.keys import QuotaExceeded
+from storage import verifications
 from storage.queries import JobView
 from storage.records import NewJob, NewRequest
 from storage.session import Database
@@ -92,24 +92,13 @@ def start_verification(
         body_version=MESSAGE_VERSION,
         verification_of=job.id,
     )
-    try:
-        with database.write() as session:
-            count = sample.of(verifications.completed_requests(session, job.id))
-            drawn = verifications.draw_sample(session, job.id, count, seed)
-            requests: Iterator[NewRequest] = (_copy(one, context_tokens) for one in drawn)
-            first = next(requests, None)
-            if first is None:
-                raise NotVerifiable(f"No request of {job.id} has a prompt and an output.")
-            recorded = writes.insert_job(session, new_job, chain([first], requests))
-            if recorded.created:
-                check_queue_limit(session, settings.max_requests_queued)
-    except QuotaExceeded as exceeded:
-        raise quota_error(exceeded) from exceeded
-    if recorded.conflict:
-        raise IdempotencyConflict
-    if recorded.created:
-        notify(recorded.job_id, job.model)
-    return recorded.job_id
+
+    def drawn(session: Session) -> Iterator[NewRequest]:
+        count = sample.of(verifications.completed_requests(session, job.id))
+        return (_copy(one, context_tokens) for one in verifications.draw_sample(session, job.id, count, seed))
+
+    none_left = NotVerifiable(f"No request of {job.id} has a prompt and an output.")
+    return store_copies(new_job, drawn, none_left, database=database, notify=notify, settings=settings)
 
 
 def _copy(output: SampledOutput, context_tokens: int | None) -> NewRequest:

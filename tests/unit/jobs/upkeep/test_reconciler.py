@@ -65,7 +65,7 @@ def test_requests_of_a_killed_local_worker_are_requeued_at_once(database: Databa
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which processes there are")
 def test_a_reconciler_that_does_not_lead_sees_dead_workers_of_its_machine(database: Database) -> None:
     elsewhere, here = Harness(database), Harness(database, lease_s=30.0)
-    elsewhere.reconciler._name = "a process of another machine"
+    elsewhere.reconciler.leadership.name = "a process of another machine"
     assert elsewhere.reconciler.run_once()
     record(database)
     a_dead_worker(database, "w1")
@@ -228,7 +228,7 @@ def test_other_transactions_run_between_the_batches_of_a_round(database: Databas
 
 def test_one_of_two_reconcilers_leads(database: Database) -> None:
     first, second = Harness(database), Harness(database)
-    second.reconciler._name = "another process"
+    second.reconciler.leadership.name = "another process"
 
     assert first.reconciler.run_once()
     assert not second.reconciler.run_once()
