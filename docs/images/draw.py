@@ -31,16 +31,15 @@ def main() -> None:
             with Client(service.api_url) as client, browser() as chrome:
                 page = chrome.new_page(base_url=service.api_url, viewport={"width": 1200, "height": 400})
                 client.submit(PROMPTS, max_tokens=64, temperature=0).wait()
-                client.submit([f"Name {count} rivers." for count in range(2, 40)], max_tokens=200, temperature=0)
-                client.submit(PROMPTS, max_tokens=400, temperature=0)
+                rivers = [f"Tell me about {count} rivers." for count in range(2, 120)]
+                long = {"max_tokens": 200, "temperature": 0, "ignore_eos": True, "max_concurrent": 6}
+                client.submit(rivers, name="rivers", labels={"team": "maps"}, **long)
+                lakes = client.submit(rivers[:40], name="lakes", labels={"team": "maps", "kind": "test"}, **long)
                 page.goto("/")
-                _draw(page, "jobs", seconds=8)
-                long = client.submit(
-                    [f"Tell me about {n} rivers." for n in range(2, 14)], max_tokens=600, temperature=0
-                )
+                _draw(page, "jobs", seconds=9)
                 page.set_viewport_size({"width": 1200, "height": 800})
-                page.goto(f"/dashboard/jobs/{long.id}")
-                _draw(page, "job", seconds=10)
+                page.goto(f"/dashboard/jobs/{lakes.id}")
+                _draw(page, "job", seconds=4)
         finally:
             down(settings.data_dir)
 
