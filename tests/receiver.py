@@ -27,7 +27,7 @@ class Receiver:
             self._arrived.notify_all()
 
     def wait_for(self, count: int, timeout_s: float = 300.0) -> list[tuple[dict[str, str], bytes]]:
-        """Wait until so many requests have arrived, and return them; the timeout only ends what hangs."""
+        """Wait until this number of requests has arrived, and return them; the timeout only ends what hangs."""
         with self._arrived:
             assert self._arrived.wait_for(lambda: len(self.received) >= count, timeout_s), self.received
             return list(self.received)

@@ -1,4 +1,4 @@
-"""Format numbers and times for the dashboard."""
+"""Format numbers and times for the dashboard, and read numbers from its inputs."""
 
 from __future__ import annotations
 
@@ -65,3 +65,8 @@ def priority(job: JobView) -> list[str]:
     """Return the priority class of a job in words; nothing for the normal one."""
     known = priority_of(job.priority_class)
     return [] if known is Priority.NORMAL else [f"{known} priority"]
+
+
+def whole(value: float | None) -> int | None:
+    """Return the value of a number input as a whole number; None if the input is empty."""
+    return None if value is None else int(value)

@@ -181,14 +181,10 @@ class _EditDialog:
         if not JobStatus(self._job.status).final:
             changes |= {
                 "priority": self._priority.value,
-                "max_concurrent": _whole(self._limit.value),
-                "budget": {"tokens": _whole(self._tokens.value), "seconds": self._seconds.value},
+                "max_concurrent": format.whole(self._limit.value),
+                "budget": {"tokens": format.whole(self._tokens.value), "seconds": self._seconds.value},
             }
         return changes
-
-
-def _whole(value: float | None) -> int | None:
-    return None if value is None else int(value)
 
 
 def pause_text(job: JobView) -> str:

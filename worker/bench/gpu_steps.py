@@ -194,7 +194,7 @@ def main(
     ] = 0,
     rounds: Annotated[int, typer.Option(min=1, help="Timed steps per line.")] = 20,
     ranks: Annotated[
-        int, typer.Option(min=1, help="Measure the first rank's share of a model that so many split, without exchange.")
+        int, typer.Option(min=1, help="Measure the first rank's share of a model split over this many ranks.")
     ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:

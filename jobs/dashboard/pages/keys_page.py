@@ -140,7 +140,9 @@ class _KeyForm:
         scopes = tuple(scope for scope, box_ in self._scopes.items() if box_.value)
         if not scopes:
             raise InvalidValue("choose at least one", param="scope")
-        limits = KeyLimits(requests_queued=_whole(self._requests.value), requests_per_minute=_whole(self._rate.value))
+        limits = KeyLimits(
+            requests_queued=format.whole(self._requests.value), requests_per_minute=format.whole(self._rate.value)
+        )
         return new_key(name, scopes, limits, _lifetime_s(self._lifetime.value or ""))
 
 
@@ -167,10 +169,6 @@ def _lifetime_s(text: str) -> float | None:
         return parse_duration_s(text.strip(), max_digits=4) if text.strip() else None
     except ValueError:
         raise InvalidValue("must be a number and m, h or d, such as 30d", param="lifetime") from None
-
-
-def _whole(value: float | None) -> int | None:
-    return None if value is None else int(value)
 
 
 def _limits(key: KeyView) -> str:

@@ -173,7 +173,7 @@ def test_a_job_that_has_spent_its_budget_pauses_and_gives_its_running_requests_b
     resumed(database)
     again = claimed(database)
     assert {claim.lease.key for claim in again} == {claim.lease.key for claim in claims}
-    assert all(claim.checkpoints for claim in again), "they go on from the tokens that they had"
+    assert all(claim.checkpoints for claim in again), "they continue from the tokens that they had"
     assert all(claim.attempts == 1 for claim in again)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import openai
 import pytest
 from fastapi.testclient import TestClient
@@ -24,19 +22,8 @@ from storage.session import Database
 from tests.factories import a_key
 from tests.in_process import InProcess
 from tests.unit.jobs.api.test_routes import answer_all, submitted
-from tests.unit.jobs.openai_client import openai_on, uploaded
+from tests.unit.jobs.openai_client import uploaded
 from tests.unit.storage.acts import claim, flush, whole
-
-
-@pytest.fixture
-def api(settings: JobsSettings, database: Database) -> Iterator[TestClient]:
-    with TestClient(make_api(settings, database, lambda *_: None), raise_server_exceptions=False) as client:
-        yield client
-
-
-@pytest.fixture
-def client(api: TestClient) -> OpenAI:
-    return openai_on(api)
 
 
 def rows(database: Database, *models: type) -> list[int]:

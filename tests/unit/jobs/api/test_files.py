@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -12,7 +11,6 @@ from fastapi.testclient import TestClient
 from openai import OpenAI
 from sqlalchemy import func, select, update
 
-from jobs.api.app import make_api
 from jobs.settings import JobsSettings
 from storage import files
 from storage.models import File, FileChunk
@@ -26,17 +24,6 @@ ODD_BYTES = "\ufeff{}\r\nnot json\x00\u2028é\n\n".encode() + b"\xff\xfe no newl
 @pytest.fixture
 def settings(settings: JobsSettings) -> JobsSettings:
     return settings.model_copy(update={"max_file_bytes": 3_000_000})
-
-
-@pytest.fixture
-def api(settings: JobsSettings, database: Database) -> Iterator[TestClient]:
-    with TestClient(make_api(settings, database, lambda *_: None), raise_server_exceptions=False) as client:
-        yield client
-
-
-@pytest.fixture
-def client(api: TestClient) -> OpenAI:
-    return openai_on(api)
 
 
 def chunks_in(database: Database) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from ipaddress import ip_address
 from typing import Any
 
@@ -13,9 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 from openai import OpenAI
 
-from jobs.api.app import make_api
 from jobs.api.schemas.webhooks import WebhookDeliveryPage, WebhookEndpointPage, WebhookEndpointSecretReply
-from jobs.settings import JobsSettings
 from jobs.webhooks import addresses, sender
 from jobs.webhooks.addresses import AddressRefused, AddressRules
 from jobs.webhooks.request import WebhookEvent
@@ -24,24 +21,13 @@ from storage.session import Database
 from storage.webhooks import EVENT_TYPES
 from tests.factories import a_key
 from tests.unit.jobs.api.test_routes import submitted
-from tests.unit.jobs.openai_client import checked, openai_on
+from tests.unit.jobs.openai_client import checked
 
 HOOK: dict[str, Any] = {
     "name": "nightly",
     "url": "https://203.0.114.1/hook",
     "event_types": ["batch.completed", "batch.cancelled"],
 }
-
-
-@pytest.fixture
-def api(settings: JobsSettings, database: Database) -> Iterator[TestClient]:
-    with TestClient(make_api(settings, database, lambda *_: None), raise_server_exceptions=False) as client:
-        yield client
-
-
-@pytest.fixture
-def client(api: TestClient) -> OpenAI:
-    return openai_on(api)
 
 
 def added(api: TestClient, **fields: Any) -> dict[str, Any]:
@@ -108,12 +94,12 @@ def test_an_endpoint_names_events_and_a_url_and_jobs_that_its_key_may_see(api: T
     ]
     assert page == api.get("/v1/webhook_deliveries?status=pending").json()
     assert "cancelled already" in refusal(api, job_id=job["id"])
-    somebody = a_key(database)
-    assert "no job" in refusal(api, somebody, job_id=job["id"])
-    assert "admin" in refusal(api, somebody, all_keys=True)
-    assert api.get("/v1/webhook_endpoints", headers=somebody).json()["data"] == []
-    assert api.get(f"/v1/webhook_endpoints/{hook['id']}", headers=somebody).status_code == 404
-    assert api.post(f"/v1/webhook_deliveries/{page['data'][0]['id']}/redeliver", headers=somebody).status_code == 404
+    stranger = a_key(database)
+    assert "no job" in refusal(api, stranger, job_id=job["id"])
+    assert "admin" in refusal(api, stranger, all_keys=True)
+    assert api.get("/v1/webhook_endpoints", headers=stranger).json()["data"] == []
+    assert api.get(f"/v1/webhook_endpoints/{hook['id']}", headers=stranger).status_code == 404
+    assert api.post(f"/v1/webhook_deliveries/{page['data'][0]['id']}/redeliver", headers=stranger).status_code == 404
 
 
 def test_a_key_has_a_bounded_number_of_endpoints_in_pages(api: TestClient) -> None:

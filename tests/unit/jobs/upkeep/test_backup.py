@@ -1,4 +1,4 @@
-"""A backup holds the database of one moment, and a restored one goes on: nothing is lost, counted twice or accused."""
+"""A backup holds one moment of the database. Restored, it continues: no request is lost, counted twice or suspected."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def test_a_running_request_continues_in_the_restored_database_and_its_attempt_do
         assert (row.status, row.attempts, row.suspect_group) == ("queued", 0, None)
     continued = claim(database, "w2", 2)
     (first, second) = sorted(continued, key=lambda one: one.lease.key)
-    assert (first.attempts, [len(one.token_ids) for one in first.checkpoints]) == (1, [2]), "it goes on from its tokens"
+    assert (first.attempts, [len(one.token_ids) for one in first.checkpoints]) == (1, [2]), (
+        "it continues from its tokens"
+    )
     flush(database, "w2", going_on(first, 1, ends=True), going_on(second, 1, ends=True))
     assert view(database).status == "completed"
     check_laws(database)

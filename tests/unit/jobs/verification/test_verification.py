@@ -1,4 +1,4 @@
-"""Verifications: what is drawn, how texts compare, what the report says, and that nobody can change it unseen."""
+"""Verifications: what is drawn, how texts compare, what the report says, and that a change of it is detected."""
 
 from __future__ import annotations
 

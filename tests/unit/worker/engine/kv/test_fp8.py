@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.models import packed, tiny
+from tests.unit.worker.engine.bits import check_rows, check_threads
 from tests.unit.worker.engine.cpu.test_kernels import TEXT, compiled, tree
 from tests.unit.worker.engine.harness import decode, drafter, engine, options, outputs, sequences
 from worker.engine.attention_options import AttentionOptions
@@ -87,20 +88,7 @@ def test_what_is_not_finite_stays_not_finite(spoilt: float) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_has_the_same_bits_alone_in_a_batch_in_a_tree_and_in_any_chunk(dtype: torch.dtype) -> None:
-    model = quick(dtype)
-    whole = [model.forward([chain(slot, 0, TEXT[:33], keep_last=True)]) for slot in range(3)]
-    for start in range(0, 33, 7):
-        piece = model.forward([chain(3, start, TEXT[start : min(start + 7, 33)], keep_last=True)])
-    assert torch.equal(piece, whole[0])
-    shown = tree(1, 33)
-    path = [0, 1, 3, 4]
-    alone = [
-        model.forward([chain(0, 33 + i, [int(shown.ids[node])], keep_last=True)])[0] for i, node in enumerate(path)
-    ]
-    others = [chain(0, 0, TEXT[:20], keep_last=True), shown, chain(2, 33, TEXT[:17], keep_last=True)]
-    together = model.forward(others)[1:-1]
-    for i, node in enumerate(path):
-        assert torch.equal(together[node], alone[i])
+    check_rows(quick(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -120,14 +108,7 @@ def test_an_accepted_path_and_a_copied_prefix_keep_their_scales(dtype: torch.dty
 
 
 def test_bits_do_not_depend_on_the_number_of_threads() -> None:
-    model = quick()
-    step = [chain(0, 0, TEXT[:50], keep_last=True), chain(1, 0, TEXT[:3], keep_last=True)]
-    alone, before = model.forward(step).clone(), torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        assert torch.equal(model.forward(step), alone)
-    finally:
-        torch.set_num_threads(before)
+    check_threads(quick())
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])

@@ -10,7 +10,8 @@ from torch import nn
 
 from tests.heads import with_head
 from tests.models import packed, tiny
-from tests.unit.worker.engine.cpu.test_kernels import TEXT, compiled, tree
+from tests.unit.worker.engine.bits import check_rows, check_threads
+from tests.unit.worker.engine.cpu.test_kernels import compiled
 from tests.unit.worker.engine.harness import decode, drafter, engine, options, outputs, sequences
 from worker.engine.cpu.packed_linear import PackedLinear
 from worker.engine.model.backend import fuse_layers, stored_bytes
@@ -25,7 +26,6 @@ from worker.engine.quantization.weights import (
     quantized,
 )
 from worker.engine.sampling.parameters import Sampling
-from worker.engine.segments import chain
 
 SAMPLED = Sampling(temperature=0.9, top_k=20, top_p=0.95)
 FORMS = ("int8", "fp8", "fp8 in blocks")
@@ -102,32 +102,12 @@ def test_what_is_not_finite_stays_not_finite(form: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", ["int8", "fp8"])
 def test_a_row_has_the_same_bits_alone_in_a_batch_in_a_tree_and_in_any_chunk(form: str, dtype: torch.dtype) -> None:
-    model = quick(form, dtype)
-    whole = [model.forward([chain(slot, 0, TEXT[:33], keep_last=True)]) for slot in range(3)]
-    for start in range(0, 33, 7):
-        piece = model.forward([chain(3, start, TEXT[start : min(start + 7, 33)], keep_last=True)])
-    assert torch.equal(piece, whole[0])
-    shown = tree(1, 33)
-    path = [0, 1, 3, 4]
-    alone = [
-        model.forward([chain(0, 33 + i, [int(shown.ids[node])], keep_last=True)])[0] for i, node in enumerate(path)
-    ]
-    others = [chain(0, 0, TEXT[:20], keep_last=True), shown, chain(2, 33, TEXT[:17], keep_last=True)]
-    together = model.forward(others)[1:-1]
-    for i, node in enumerate(path):
-        assert torch.equal(together[node], alone[i])
+    check_rows(quick(form, dtype))
 
 
 @pytest.mark.parametrize("form", ["int8", "fp8"])
 def test_bits_do_not_depend_on_the_number_of_threads(form: str) -> None:
-    model = quick(form)
-    step = [chain(0, 0, TEXT[:50], keep_last=True), chain(1, 0, TEXT[:3], keep_last=True)]
-    alone, before = model.forward(step).clone(), torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        assert torch.equal(model.forward(step), alone)
-    finally:
-        torch.set_num_threads(before)
+    check_threads(quick(form))
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
