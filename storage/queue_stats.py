@@ -16,6 +16,7 @@ from storage.dialect import database_now
 from storage.models import JobRow, Request, Worker
 from storage.records import HEARTBEAT_TIMEOUT_S
 from storage.statuses import ACTIVE_JOB_STATUSES, OPEN_REQUEST_STATUSES
+from storage.webhooks import deliveries_by_status
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class QueueStats:
     leases_held: int
     leases_lapsed: int
     workers: tuple[WorkerLoad, ...]
+    deliveries: Mapping[str, int]  # of webhooks, by status
 
 
 def collect(session: Session) -> QueueStats:
@@ -68,7 +70,13 @@ def collect(session: Session) -> QueueStats:
     now = database_now(session)
     held, lapsed = _leases(session, now)
     return QueueStats(
-        _open_jobs(session, now), _totals(session), _errors(session), held, lapsed, _workers(session, now)
+        _open_jobs(session, now),
+        _totals(session),
+        _errors(session),
+        held,
+        lapsed,
+        _workers(session, now),
+        deliveries_by_status(session),
     )
 
 

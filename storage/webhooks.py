@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from storage.dialect import AnyRow, clock, database_now, dialect_of, insert_many, owned_by
 from storage.models import ChoiceOutput, JobRow, Request, WebhookDelivery, WebhookEndpoint
+from storage.statuses import DELIVERY_STATUSES
 
 EVENT_TYPES: Final = (
     *(f"batch.{status}" for status in ("completed", "failed", "expired", "cancelled")),
@@ -86,6 +87,15 @@ class DeliveryPage:
 
     deliveries: tuple[DeliveryView, ...]
     has_more: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DeadDeliveries:
+    """How many deliveries to an endpoint are dead."""
+
+    endpoint_id: str
+    url: str
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +276,21 @@ def redeliver(session: Session, delivery_id: str) -> None:
     again = {"status": "pending", "queued_at": now, "next_at": now, "ended_at": None}
     ended = (WebhookDelivery.id == delivery_id, WebhookDelivery.status != "pending")
     session.execute(update(WebhookDelivery).where(*ended).values(**again))
+
+
+def deliveries_by_status(session: Session) -> dict[str, int]:
+    """Return the number of stored deliveries of each status, 0 included."""
+    rows = session.execute(select(WebhookDelivery.status, func.count()).group_by(WebhookDelivery.status))
+    return dict.fromkeys(DELIVERY_STATUSES, 0) | {row[0]: row[1] for row in rows}
+
+
+def dead_deliveries(session: Session) -> list[DeadDeliveries]:
+    """Return the endpoints with dead deliveries, the one with most first."""
+    dead = func.count()
+    query = select(WebhookEndpoint.id, WebhookEndpoint.url, dead).where(WebhookDelivery.status == "dead")
+    joined = query.join(WebhookDelivery, WebhookDelivery.endpoint_id == WebhookEndpoint.id)
+    grouped = joined.group_by(WebhookEndpoint.id, WebhookEndpoint.url).order_by(dead.desc(), WebhookEndpoint.id)
+    return [DeadDeliveries(*row) for row in session.execute(grouped)]
 
 
 def prune_deliveries(session: Session, older_than_s: float, limit: int) -> int:

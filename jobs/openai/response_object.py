@@ -63,6 +63,8 @@ def response_object(
         "model": stored.model,
         "output": [] if output is None or choice is None else list(output_items(stored.id, output)),
         "usage": None if output is None or choice is None else _usage(output),
+        # As in chats: OpenAI's type has no such field, but allows more. `metadata` holds the caller's own pairs.
+        "system_fingerprint": None if choice is None else choice.numerics,
         **_repeated(stored, {} if output is None else output.sampling_defaults or {}),
     }
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import httpx
 import redis
@@ -25,12 +26,13 @@ from jobs.logs import without_secrets
 from jobs.schema_check import explain_database_errors
 from jobs.settings import JobsSettings
 from jobs.upkeep.import_names import shared_names
-from storage import queries, schema
+from storage import queries, schema, webhooks
 from storage.dialect import database_now
 from storage.health import Health, health
 from storage.queries import WorkerView
 from storage.session import DATABASE_UNAVAILABLE, Database, unavailable_reason
 from storage.settings import sqlite_file
+from storage.webhooks import DeadDeliveries
 
 Status = Literal["ok", "warning", "problem"]
 
@@ -200,6 +202,7 @@ def _database(settings: JobsSettings) -> Iterator[Finding]:
             with database.read() as session:
                 yield from _work(health(session, _STUCK_S), settings)
                 yield from _capacities(queries.workers(session))
+                yield from _webhooks(webhooks.dead_deliveries(session))
     except (*DATABASE_UNAVAILABLE, SQLAlchemyError) as exc:
         advice = "start the database, or set BASIC_DATABASE_URL; the service answers 503 until it is available again"
         yield Finding("database", "problem", f"no answer: {unavailable_reason(exc)}", advice)
@@ -275,6 +278,18 @@ def _capacities(workers: Iterable[WorkerView]) -> Iterator[Finding]:
             name = f"{worker.target} on {worker.hostname}, process {worker.pid}"
             held = f"{load['kv_capacity_tokens']:,d} KV tokens, up to {load['max_sequences']:,d} sequences"
             yield Finding("capacity", "ok", f"{name}: {held} of up to {worker.context_tokens:,d} tokens")
+
+
+def _webhooks(dead: Iterable[DeadDeliveries]) -> Iterator[Finding]:
+    """Yield the endpoints that did not take their events."""
+    for endpoint in dead:
+        host = urlsplit(endpoint.url).hostname  # the rest of a URL may hold a secret
+        message = f"{endpoint.endpoint_id} at {host} did not take {endpoint.count:,d} events: they are dead"
+        advice = (
+            f"see why with: basic webhooks deliveries {endpoint.endpoint_id} --dead; then basic webhooks redeliver "
+            f"EVENT sends one again, and basic webhooks rm {endpoint.endpoint_id} removes an address that is gone"
+        )
+        yield Finding("webhooks", "warning", message, advice)
 
 
 def _api_server(settings: JobsSettings) -> Iterator[Finding]:

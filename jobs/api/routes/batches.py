@@ -19,7 +19,7 @@ from jobs.api.schemas.replies import BatchPage, BatchReply, BatchStatus
 from jobs.api.schemas.route_responses import responses
 from jobs.api.submissions import IDEMPOTENCY_KEY, json_object, read_endpoint, read_window_s, require_json
 from jobs.api.write_threads import run_write
-from jobs.errors import InvalidValue, MissingParameter, NotFound
+from jobs.errors import InvalidValue, MissingParameter, NotFound, UnknownParameter
 from jobs.messages import JobStatus
 from jobs.submission.batches import BatchSubmission, create_batch
 from jobs.submission.managed.fields import MANAGED_FIELDS, Managed
@@ -34,6 +34,10 @@ router = APIRouter(prefix="/v1/batches", tags=["batches"], responses=ERRORS)
 _MAX_BODY_BYTES = 65_536  # enough for the largest metadata
 _OPENAI_FIELDS = frozenset({"input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after"})
 _FIELDS = _OPENAI_FIELDS | MANAGED_FIELDS | {"compare_plain"}
+_NO_PILOT = (
+    "A batch has no pilot: clients of batches would wait for one that is paused. Submit the same file with "
+    "POST /v1/jobs: input_file_id and pilot."
+)
 
 
 @router.post("", response_model=None, openapi_extra=BATCH_BODY, responses=responses(BatchReply, 400, 404, 409))
@@ -107,6 +111,8 @@ def _is_batch(job: JobView | None) -> bool:
 
 def _read_submission(body: Body, idempotency_key: str | None, caller: Caller) -> BatchSubmission:
     fields = json_object(body.open().read())
+    if "pilot" in fields:
+        raise UnknownParameter(_NO_PILOT, param="pilot")
     refuse_unknown(fields, _FIELDS)
     return BatchSubmission(
         input_file_id=_text(fields, "input_file_id"),

@@ -139,7 +139,14 @@ def _queue(stats: QueueStats) -> Iterator[Metric]:
         age.add_metric([model.model], model.oldest_s)
     leases.add_metric(["held"], stats.leases_held)
     leases.add_metric(["lapsed"], stats.leases_lapsed)
-    yield from (jobs, requests, leases, age)
+    deliveries = GaugeMetricFamily(
+        "basic_webhook_deliveries",
+        "Events for webhooks: pending (they wait for their next attempt) or dead (they are not tried any more).",
+        labels=["status"],
+    )
+    for status in ("pending", "dead"):
+        deliveries.add_metric([status], stats.deliveries[status])
+    yield from (jobs, requests, leases, age, deliveries)
 
 
 def _totals(stats: QueueStats) -> Iterator[Metric]:

@@ -169,6 +169,7 @@ class ResponseReply(_ResponsePart):
     model: str
     output: list[OutputItem]
     usage: ResponseUsage | None
+    system_fingerprint: str | None
     background: bool
     instructions: str | None
     max_output_tokens: int | None

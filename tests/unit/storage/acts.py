@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import func, select
 
-from storage import leases, queries, writes
+from storage import leases, queries, webhooks, writes
 from storage.lease_recovery import Reclaimed, reclaim
 from storage.models import (
     ChoiceOutput,
@@ -34,6 +34,7 @@ from storage.records import (
 )
 from storage.session import Database
 from storage.steps.columns import StepColumns
+from storage.webhooks import EVENT_TYPES, Attempt, NewEndpoint
 from tests.factories import a_job, some_requests, some_steps
 
 
@@ -215,3 +216,16 @@ def check_sums(database: Database) -> None:
         ]
         for kept, counted in asked:
             assert (session.scalar(kept) or 0) == (session.scalar(counted) or 0), str(kept)
+
+
+def leave_dead(database: Database, job_id: str = "job-1", endpoint_id: str = "wh_1") -> None:
+    """Add an endpoint and a job that is cancelled, whose event the endpoint refuses for good."""
+    with database.write() as session:
+        new = NewEndpoint(endpoint_id, "", "", "https://example.com/hook?token=t", EVENT_TYPES, "whsec_c2VjcmV0")
+        webhooks.add_endpoint(session, new)
+    record(database, job_id)
+    cancel(database, job_id)
+    with database.write() as session:
+        (claimed,) = webhooks.claim_deliveries(session, 1, 60.0)
+        gone = Attempt(410, "Gone", delivered=False, final=True)
+        assert webhooks.record_attempt(session, claimed.delivery, gone, 0.0, 3600.0) == "dead"

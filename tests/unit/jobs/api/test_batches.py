@@ -106,6 +106,31 @@ def world(settings: JobsSettings, database: Database) -> Iterator[World]:
         yield World(settings, database, api)
 
 
+def test_a_batch_stops_at_its_budget_and_goes_on_when_it_is_raised(world: World) -> None:
+    batch = a_batch(world.client, [a_line(name) for name in "abc"], extra_body={"budget": {"tokens": 10}})
+    world.work()
+    world.answer(*world.claim(2))
+    assert world.api.get(f"/v1/jobs/{batch.id}").json()["status"] == "paused"
+    assert (world.read(batch.id).status, world.claim()) == ("in_progress", [])
+    raised = world.api.patch(f"/v1/jobs/{batch.id}", json={"budget": {"tokens": 100}})
+    assert raised.json()["budget"] == {"tokens": 100, "seconds": None}
+    assert world.api.post(f"/v1/jobs/{batch.id}/resume").status_code == 200
+    world.answer(*world.claim())
+    world.work()
+    assert world.read(batch.id).status == "completed"
+
+
+def test_a_batch_has_no_pilot_and_its_file_runs_as_a_job_with_one(world: World) -> None:
+    file = uploaded(world.client, as_jsonl(a_line(name) for name in "abc"))
+    asked = {"input_file_id": file.id, "endpoint": CHAT, "completion_window": "24h", "pilot": True}
+    refused = world.api.post("/v1/batches", json=asked)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "pilot")
+    assert "POST /v1/jobs" in refused.json()["error"]["message"]
+    job = world.api.post("/v1/jobs", json=asked | {"pilot": {"requests": 1}})
+    assert job.status_code == 200, job.text
+    assert len(world.claim()) == 1, "the others wait for the pilot"
+
+
 def test_a_batch_goes_from_input_file_to_output_files_and_reports_each_status(world: World) -> None:
     names = ["a", "ü\u2028", "bad", "refused"]
     lines = [a_line(name, body={"temperature": -1} if name == "bad" else {"stream": True}) for name in names]

@@ -12,6 +12,7 @@ from storage.session import Database
 from tests.factories import a_worker_card
 from tests.paths import ROOT
 from tests.unit.jobs.api.test_routes import answer_all, api, notified, submitted
+from tests.unit.storage.acts import cancel, leave_dead, record
 
 __all__ = ["api", "notified"]  # fixtures
 
@@ -66,6 +67,16 @@ def test_queue_leases_tokens_and_errors_are_exported(api: TestClient, database: 
     assert seen.of("basic_requests_ended_total", "tiny", "failed") == 1
     assert seen.of("basic_tokens_total", "tiny", "completion") == 2
     assert sum(value for (name, _), value in seen.items() if name == "basic_request_errors_total") == 1
+
+
+def test_events_for_webhooks_that_wait_or_are_dead_are_exported(api: TestClient, database: Database) -> None:
+    leave_dead(database)
+    record(database, "waits")
+    cancel(database, "waits")
+
+    seen = scrape(api)
+
+    assert (seen.of("basic_webhook_deliveries", "pending"), seen.of("basic_webhook_deliveries", "dead")) == (1, 1)
 
 
 def test_live_workers_export_their_load_and_counters(api: TestClient, database: Database) -> None:

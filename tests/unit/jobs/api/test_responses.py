@@ -61,6 +61,15 @@ def test_a_response_has_every_field_of_openai_s_type_and_of_ours(serve: Serve) -
     assert (ours.temperature, ours.max_output_tokens, ours.truncation) == (0.5, 5, "auto")
 
 
+def test_a_response_names_the_numerics_of_its_text_once_it_has_one(serve: Serve) -> None:
+    api = serve(lambda database: answer_all(database, numerics="fp_1"))
+    client = openai_on(api)
+    assert client.responses.create(**ASKED, metadata={"a": "b"}).to_dict()["system_fingerprint"] == "fp_1"
+    events = events_of(api.post(RESPONSES_ENDPOINT, json=ASKED | {"stream": True}))
+    told = [event["response"]["system_fingerprint"] for event in events if "response" in event]
+    assert told == [None, None, "fp_1"], "the worker is not known before"
+
+
 def test_a_response_is_the_chat_of_the_same_conversation(serve: Serve, database: Database) -> None:
     api = serve()
     messages = [

@@ -13,7 +13,7 @@ from storage.session import Database
 from tests.conftest import free_port
 from tests.databases import write_migrated
 from tests.factories import a_worker_card
-from tests.unit.storage.acts import record
+from tests.unit.storage.acts import leave_dead, record
 
 
 def found(settings: JobsSettings) -> dict[str, Finding]:
@@ -84,6 +84,18 @@ def test_the_capacity_that_a_live_worker_chose_is_a_finding(installed: JobsSetti
     database.dispose()
     message = found(installed)["capacity"].message
     assert message == "tiny on localhost, process 1: 100,000 KV tokens, up to 64 sequences of up to 8,192 tokens"
+
+
+def test_an_endpoint_whose_events_are_dead_is_a_finding_that_shows_no_secret_of_its_url(
+    installed: JobsSettings,
+) -> None:
+    database = Database.open(installed.resolved_database_url)
+    leave_dead(database)
+    database.dispose()
+    finding = found(installed)["webhooks"]
+    assert (finding.status, finding.message) == ("warning", "wh_1 at example.com did not take 1 events: they are dead")
+    assert "basic webhooks deliveries wh_1 --dead" in finding.advice
+    assert "basic webhooks redeliver" in finding.advice
 
 
 def test_a_distribution_that_owns_one_of_our_import_names_is_named() -> None:
