@@ -42,10 +42,12 @@ class WorkerSettings(JobsSettings):
         "auto",
         description="dtype of the models; auto: bfloat16 if the hardware computes in it, else float32.",
     )
-    quantization: Literal["auto", "int8", "fp8"] = Field(
+    quantization: Literal["auto", "int8", "fp8", "fp8-dynamic"] = Field(
         "auto",
-        description="Weights of linear layers, of target and draft; auto: as the checkpoint has them; int8: rounded to "
-        "int8 at load (CPU); fp8: rounded to FP8 (e4m3) at load. Either has a scale for each column.",
+        description="Weights of linear layers, of target and draft; auto: as the checkpoint has them, with the "
+        "activations that it declares; int8: rounded to int8 at load (CPU); fp8: rounded to FP8 (e4m3) at load; "
+        "fp8-dynamic: and activations to FP8 in each step, with a scale for each row. Weights have a scale for each "
+        "column.",
     )
     kv_dtype: Literal["auto", "fp8"] = Field(
         "auto",

@@ -37,17 +37,32 @@ PRODUCTS = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from worker.engine.gpu.kernels import _multiply_tile as kernel
+from worker.engine.gpu import kernels
+
+types = dict.fromkeys(("rows", "columns", "inputs", "share"), "i32")
+types |= {"scale": "*fp32", "row_scale": "*fp32", "scales": "*fp32", "static_scale": "fp32", "bound": "fp32"}
+
+
+def built(kernel, capability, sizes, pointers, warps=4):
+    signature = {arg: "constexpr" if arg in sizes else (types | pointers).get(arg, "*bf16") for arg in kernel.arg_names}
+    constants = {(kernel.arg_names.index(arg),): sizes[arg] for arg in kernel.arg_names if arg in sizes}
+    target, options = GPUTarget("cuda", capability, 32), {"num_warps": warps}
+    return compile(ASTSource(kernel, signature, constants), target=target, options=options).asm["ptx"]
+
 
 tile = {"ROWS": 16, "COLUMNS": 32, "INPUTS": 64, "EVEN": True, "BIASED": False, "FP8": True}
 for capability, blocks in ((80, True), (90, False)):  # without and with instructions for FP8
     sizes = tile | {"BLOCKS": blocks, "SPAN": 128 if blocks else 64, "GATED": blocks}
-    types = dict.fromkeys(("rows", "columns", "inputs", "share"), "i32") | {"scale": "*fp32"}
-    types["weight"] = "*u8"
-    signature = {arg: "constexpr" if arg in sizes else types.get(arg, "*bf16") for arg in kernel.arg_names}
-    constants = {(kernel.arg_names.index(arg),): sizes[arg] for arg in kernel.arg_names if arg in sizes}
-    compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32))
+    built(kernels._multiply_tile, capability, sizes | {"FP8_ROWS": False, "NATIVE": False}, {"weight": "*u8"})
     print(capability)
+
+tile |= {"ROWS": 64, "COLUMNS": 64, "INPUTS": 128, "SPAN": 128, "FP8_ROWS": True, "GATED": False}
+for capability, found in ((80, "f32.f16.f16"), (89, "e4m3.e4m3"), (90, "e4m3.e4m3")):
+    sizes = tile | {"NATIVE": capability > 80, "BLOCKS": capability == 90}
+    assert found in built(kernels._multiply_tile, capability, sizes, {"weight": "*u8", "x": "*u8"}), capability
+    print("rows", capability)
+sizes = {"STATIC": False, "POWERS": True, "LEAST": 1e-10, "MAX": 448.0, "SPAN": 128, "BLOCK": 128}
+assert "div.rn.f32" in built(kernels._round_span, 80, sizes, {"out": "*u8"}), "scales are not those of a CPU"
 """
 
 
@@ -56,7 +71,7 @@ def test_kernels_of_draws_compile_for_a_gpu_without_contraction() -> None:
 
 
 def test_products_with_fp8_weights_compile_for_gpus_with_and_without_instructions_for_them() -> None:
-    assert printed_by(PRODUCTS) == ["80", "90"]
+    assert printed_by(PRODUCTS) == ["80", "90", "rows", "80", "rows", "89", "rows", "90"]
 
 
 def printed_by(script: str) -> list[str]:

@@ -262,6 +262,9 @@ typedef enum { STORE, ADD, GATE, STORE_FLOAT } finish_t;
 
 typedef enum { SCALARS, INT8, FP8 } kind_t; /* of weights */
 
+/* How rows are rounded to FP8 before FP8 weights multiply them. */
+typedef enum { AS_THEY_ARE, DYNAMIC, POWERS_OF_TWO, STATIC } rows_t;
+
 /* One packed product: out = finish(x @ weight.T + bias). ADD adds to `out`. GATE takes panels with gate in the first
  * half and up in the second, and stores silu(gate) * up. */
 typedef struct {
@@ -270,6 +273,9 @@ typedef struct {
     const float *scale; /* packed: [panels * PANEL], or for each chunk of inputs if `blocks`; NULL for scalars */
     const int64_t *bounds; /* [parts + 1] first inputs of the parts, whose sums are added as a tree; NULL: one part */
     int64_t columns, inputs, kind, blocks, parts;
+    int64_t rows;     /* rows_t; AS_THEY_ARE unless the weights are FP8 */
+    float row_scale;  /* of STATIC rows */
+    float row_bound;  /* what larger numbers of DYNAMIC rows are clamped to */
 } product_t;
 
 int64_t panel_columns(void) { return PANEL; }
@@ -449,13 +455,42 @@ static inline int64_t row_bytes(int64_t inputs) {
     return padded(padded(inputs, GROUP) + padded(inputs, GROUP) / GROUP * 8, LINE);
 }
 
-/* Bytes of an int8 row. */
-int64_t int8_row_bytes(int64_t inputs) { return row_bytes(inputs); }
+/* A row rounded to FP8: its values as scalars, then the scale of each span of inputs that have one. */
+static inline int64_t row_span(const product_t *p) { return p->blocks ? CHUNK : p->inputs; }
+
+static inline int64_t fp8_row_bytes(const product_t *p) {
+    const int64_t spans = (p->inputs + row_span(p) - 1) / row_span(p);
+    return padded(packed_inputs(p) * (int64_t)sizeof(scalar) + spans * (int64_t)sizeof(float), LINE);
+}
+
+static inline const float *fp8_row_scales(const product_t *p, const char *row) {
+    return (const float *)(row + packed_inputs(p) * (int64_t)sizeof(scalar));
+}
+
+static inline int rounds_rows(const product_t *p) { return p->kind == INT8 || p->rows != AS_THEY_ARE; }
+
+/* Bytes of a row once it is rounded; 0 for a product that takes rows as they are. */
+int64_t rounded_row_bytes(const product_t *p) {
+    if (!rounds_rows(p)) return 0;
+    return p->kind == INT8 ? row_bytes(p->inputs) : fp8_row_bytes(p);
+}
 
 static inline __attribute__((always_inline)) int8_row_t int8_row(const char *rows, int64_t row, int64_t inputs) {
     const int64_t depth = padded(inputs, GROUP), groups = depth / GROUP;
     const char *at = rows + row * row_bytes(inputs);
     return (int8_row_t){(const int8_t *)at, (const float *)(at + depth), (const int32_t *)(at + depth + 4 * groups)};
+}
+
+/* The largest size of some numbers; NaN if one is not finite. By their bits, whose order is that of the sizes: the
+ * compiler drops products with zero that would be NaN. */
+static inline float top_of(const scalar *x, int64_t count) {
+    uint32_t top = 0;
+#pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t size = (float_bits){.value = to_float(x[i])}.bits & 0x7fffffff;
+        top = size > top ? size : top;
+    }
+    return (float_bits){.bits = top < 0x7f800000 ? top : 0x7fc00000}.value;
 }
 
 /* Round a row to int8. What is not finite makes its group NaN. */
@@ -466,15 +501,10 @@ static void round_row(const scalar *x, char *to, int64_t inputs) {
     int32_t *offsets = (int32_t *)(to + depth + 4 * groups);
     for (int64_t group = 0; group < groups; group++) {
         const int64_t first = group * GROUP, count = inputs - first < GROUP ? inputs - first : GROUP;
-        float wide[GROUP] = {0}, top = 0.0f, finite = 0.0f;
+        float wide[GROUP] = {0};
         int32_t sum = 0;
         for (int64_t i = 0; i < count; i++) wide[i] = to_float(x[first + i]);
-#pragma omp simd reduction(max : top) reduction(+ : finite)
-        for (int64_t i = 0; i < GROUP; i++) {
-            float size = fabsf(wide[i]);
-            top = size > top ? size : top;
-            finite += wide[i] * 0.0f;
-        }
+        const float top = top_of(x + first, count);
         const float inverse = top > 0.0f ? 127.0f / top : 0.0f;
 #pragma omp simd reduction(+ : sum)
         for (int64_t i = 0; i < GROUP; i++) {
@@ -482,8 +512,40 @@ static void round_row(const scalar *x, char *to, int64_t inputs) {
             values[first + i] = (int8_t)value;
             sum += value;
         }
-        scales[group] = top / 127.0f + finite;
+        scales[group] = top / 127.0f;
         offsets[group] = -INT8_OFFSET * sum;
+    }
+}
+
+/* The scale of numbers of which `top` is the largest: as `rounded_rows` in quantization/activations.py. */
+static inline float fp8_row_scale(const product_t *p, float top) {
+    if (top != top) return top;
+    if (p->rows == STATIC) return p->row_scale;
+    const float bounded = top > p->row_bound ? p->row_bound : top < 1e-10f ? 1e-10f : top;
+    const float_bits scale = {.value = bounded / 448.0f};
+    return p->rows == DYNAMIC ? scale.value : (float_bits){.bits = (scale.bits + 0x7fffff) & 0x7f800000}.value;
+}
+
+/* Round a row to FP8. What is not finite makes its scale NaN. */
+static void round_row_fp8(const product_t *p, const scalar *x, char *to) {
+    const int64_t span = row_span(p);
+    scalar *values = (scalar *)to;
+    float *scales = (float *)fp8_row_scales(p, to);
+    for (int64_t first = 0; first < p->inputs; first += span) {
+        const int64_t end = p->inputs - first < span ? p->inputs : first + span;
+        const float scale = fp8_row_scale(p, top_of(x + first, end - first)), inverse = 1.0f / scale;
+#pragma omp simd
+        for (int64_t i = first; i < end; i++) {
+            float_bits number = {.value = to_float(x[i]) * inverse};
+            uint32_t sign = number.bits & 0x80000000u, bits = number.bits & 0x7fffffff;
+            bits = bits > 0x43e00000 ? 0x43e00000 : bits; /* 448 */
+            /* Ties go to even. Below 2^-6 numbers are multiples of 2^-9, as those of a float from 2^14 on. */
+            uint32_t normal = (bits + 0x7ffff + (bits >> 20 & 1)) & 0xfff00000;
+            uint32_t count = (float_bits){.value = (float_bits){.bits = bits}.value + 16384.0f}.bits & 0xf;
+            uint32_t small = (float_bits){.value = (float)(int32_t)count * 0x1p-9f}.bits;
+            values[i] = from_float((float_bits){.bits = sign | (bits < 0x3c800000 ? small : normal)}.value);
+        }
+        scales[first / span] = scale;
     }
 }
 
@@ -543,19 +605,30 @@ static inline void add_scaled(floats to[2], const floats sums[2], const float *s
     }
 }
 
+/* sums[r] *= the scale of row `first + r`, for a span of inputs. */
+static __attribute__((noinline)) void scale_rows(floats sums[][2], const product_t *p, const char *x, int64_t first,
+                                                 int64_t span, int64_t rows) {
+    for (int64_t r = 0; r < rows; r++) {
+        const float scale = fp8_row_scales(p, x + (first + r) * fp8_row_bytes(p))[span];
+        sums[r][0] *= scale, sums[r][1] *= scale;
+    }
+}
+
 /* sums = scale * (x[row..] @ weight) for one panel of weights in int8 or FP8. */
 static void multiply_quantized(floats sums[][2], const product_t *p, const void *x, int64_t row, int64_t panel,
                                const char *weight, const char *ahead, int64_t height) {
     const float *scale = p->scale + panel * PANEL;
-    const int64_t length = p->blocks ? CHUNK : p->inputs; /* inputs that share a scale */
+    const int64_t length = row_span(p); /* inputs that share a scale */
+    const int64_t stride = p->rows == AS_THEY_ARE ? p->inputs : fp8_row_bytes(p) / (int64_t)sizeof(scalar);
     for (int64_t start = 0; start < p->inputs; start += length, scale += padded(p->columns, PANEL)) {
         const int64_t count = p->inputs - start < length ? p->inputs - start : length;
         floats own[BLOCK][2] = {0};
         if (p->kind == INT8)
             multiply_int8(own, (const uint8_t *)weight, x, row, count, ahead, height);
         else
-            multiply_fp8(own, weight + start * PANEL, (const scalar *)x + row * p->inputs + start, p->inputs, count,
+            multiply_fp8(own, weight + start * PANEL, (const scalar *)x + row * stride + start, stride, count,
                          ahead ? ahead + start * PANEL : NULL, height);
+        if (p->rows != AS_THEY_ARE) scale_rows(own, p, x, row, start / length, height);
         for (int64_t r = 0; r < height; r++) add_scaled(sums[r], own[r], scale);
     }
 }
@@ -589,7 +662,7 @@ static void multiply_parts(floats sums[][2], const product_t *p, const scalar *w
 }
 
 /* Multiply all rows, in blocks of equal height, with panels first..end-1, which stay in L2. `x` are scalars, or int8
- * rows for weights in int8. */
+ * rows for weights in int8, or rows rounded to FP8. */
 static void multiply_panels(const product_t *p, const void *x, scalar *out, int64_t rows, int64_t first, int64_t end,
                             finish_t finish) {
     const int64_t blocks = (rows + BLOCK - 1) / BLOCK, size = PANEL * packed_inputs(p) * size_of(p->kind);
@@ -614,20 +687,23 @@ static void multiply_panels(const product_t *p, const void *x, scalar *out, int6
     }
 }
 
-/* Every thread of a parallel region must call it; it ends with a barrier. `rounded` has room for the int8 rows of a
- * product in int8. */
+/* Every thread of a parallel region must call it; it ends with a barrier. `rounded` has room for the rows of a product
+ * that rounds them. */
 static inline void multiply_all(team_t *team, const product_t *p, const scalar *x, scalar *out, int64_t rows,
                                 finish_t finish, char *rounded) {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
     const int64_t panels = (p->columns + PANEL - 1) / PANEL, begin = panels * thread / threads,
                   end = panels * (thread + 1) / threads;
-    if (p->kind == INT8) {
+    if (rounds_rows(p)) {
 #pragma omp for schedule(static) nowait
         for (int64_t row = 0; row < rows; row++)
-            round_row(x + row * p->inputs, rounded + row * row_bytes(p->inputs), p->inputs);
+            if (p->kind == INT8)
+                round_row(x + row * p->inputs, rounded + row * row_bytes(p->inputs), p->inputs);
+            else
+                round_row_fp8(p, x + row * p->inputs, rounded + row * fp8_row_bytes(p));
         barrier(team);
     }
-    const void *from = p->kind == INT8 ? (const void *)rounded : x;
+    const void *from = rounds_rows(p) ? (const void *)rounded : x;
     const int64_t size = PANEL * packed_inputs(p) * size_of(p->kind);
     const int64_t some = size < L2_BYTES ? L2_BYTES / size : 1;
     for (int64_t first = begin; first < end; first += some)
@@ -1272,7 +1348,7 @@ typedef struct {
     scalar *stacked; /* [rows, (heads + 2 kv_heads) * dim] */
     scalar *mixed;   /* [rows, heads * dim] */
     scalar *gated;   /* [rows, inner] */
-    char *rounded;   /* [rows, bytes] int8 rows of the widest product; only read with weights in int8 */
+    char *rounded;   /* [rows, bytes] rounded rows of the widest product; only read with quantised weights */
 } scratch_t;
 
 /* Move the rows `kept`, ascending, to the first `keep` rows. */

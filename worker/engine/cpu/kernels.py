@@ -33,7 +33,11 @@ def members(names: str, kind: Any) -> list[tuple[str, Any]]:
 class Product(ctypes.Structure):
     """`product_t`: one packed weight [columns, inputs]."""
 
-    _fields_ = members("weight bias scale bounds", _ADDRESS) + members("columns inputs kind blocks parts", _SIZE)
+    _fields_ = (
+        members("weight bias scale bounds", _ADDRESS)
+        + members("columns inputs kind blocks parts rows", _SIZE)
+        + members("row_scale row_bound", ctypes.c_float)
+    )
 
 
 EXCHANGE = ctypes.CFUNCTYPE(None, _SIZE)
@@ -128,6 +132,15 @@ class WeightKind(IntEnum):
         return cls(kinds.get(dtype, cls.SCALARS))
 
 
+class RowKind(IntEnum):
+    """`rows_t`: how the rows of a product with FP8 weights are rounded."""
+
+    AS_THEY_ARE = 0
+    DYNAMIC = 1
+    POWERS_OF_TWO = 2
+    STATIC = 3
+
+
 class Finish(IntEnum):
     """`finish_t`: how the sums of a product are stored."""
 
@@ -150,7 +163,7 @@ class Kernels:
         self._weights = HugePages()
         self._pack = bound(library.pack, address, address, address, size, size, size)
         self._packed_size = bound(library.packed_size, size, size, size, result=size)
-        self.int8_row_bytes = bound(library.int8_row_bytes, size, result=size)
+        self.rounded_row_bytes = bound(library.rounded_row_bytes, ctypes.POINTER(Product), result=size)
         self._rms_norm = bound(library.rms_norm, address, address, address, size, size, real)
         self.multiply = bound(library.multiply, ctypes.POINTER(Product), address, address, size, size, address)
         self.attend = bound(

@@ -2,7 +2,7 @@
 
 A decoding step multiplies a few rows with every weight of the model. This layout reads each weight once, at memory
 bandwidth. Weights in int8 multiply rows that are rounded to int8, each group of 64 inputs with a scale of its own; FP8
-weights are decoded exactly and multiply rows as they are.
+weights are decoded exactly and multiply rows as they are, or rounded to FP8 by their scheme.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from ctypes import byref
 import torch
 from torch import Tensor, nn
 
-from worker.engine.cpu.kernels import DECODED_FP8, Finish, Kernels, Product, WeightKind, address
-from worker.engine.quantization.weights import QuantizationMethod, QuantizedWeight, quantized_weights
+from worker.engine.cpu.kernels import DECODED_FP8, Finish, Kernels, Product, RowKind, WeightKind, address
+from worker.engine.quantization.activations import ActivationScheme
+from worker.engine.quantization.weights import QuantizedWeight, quantized_weights
 from worker.engine.shards.shard import Shard
 
 
@@ -51,6 +52,7 @@ class PackedLinear(nn.Module):
         self._finish = Finish.GATE if gated else Finish.STORE_FLOAT if floats else Finish.STORE
         self._columns = self.out_features // 2 if gated else self.out_features  # of a result
         self._bounds = None if shard is None or quantized is not None else shard.bounds(self.in_features)
+        scheme = quantized[0].activations if quantized else None
         self.product = Product(
             weight=self._weight.data_ptr(),
             bias=None if self._bias is None else self._bias.data_ptr(),
@@ -61,6 +63,9 @@ class PackedLinear(nn.Module):
             kind=WeightKind.of(self._weight.dtype),
             blocks=quantized is not None and quantized[0].has_blocks,
             parts=1 if self._bounds is None else len(self._bounds) - 1,
+            rows=_row_kind(scheme),
+            row_scale=(scheme and scheme.static_scale) or 0.0,
+            row_bound=scheme.bound if scheme else 0.0,
         )
 
     def load(self, *layers: nn.Linear) -> None:
@@ -78,8 +83,9 @@ class PackedLinear(nn.Module):
 
     @property
     def rounded_bytes(self) -> int:
-        """Bytes that a row takes once it is rounded for weights in int8; 0 for others."""
-        return self._kernels.int8_row_bytes(self.in_features) if self.product.kind == WeightKind.INT8 else 0
+        """Bytes that a row takes once it is rounded; 0 for products that take rows as they are."""
+        size: int = self._kernels.rounded_row_bytes(byref(self.product))
+        return size
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x @ weight.T + bias` for `x` [..., in], or silu(gate) * up of a gated layer."""
@@ -93,8 +99,16 @@ class PackedLinear(nn.Module):
         return out.view(*x.shape[:-1], self._columns)
 
 
+def _row_kind(scheme: ActivationScheme | None) -> RowKind:
+    if scheme is None:
+        return RowKind.AS_THEY_ARE
+    if scheme.static_scale is not None:
+        return RowKind.STATIC
+    return RowKind.POWERS_OF_TWO if scheme.powers_of_two else RowKind.DYNAMIC
+
+
 def _packed_scale(weights: Sequence[QuantizedWeight], kernels: Kernels, gated: bool) -> Tensor:
     """Return the scales in the order of packed columns; those of FP8 include the factor that decoding leaves out."""
-    factor = DECODED_FP8 if weights[0].kind is QuantizationMethod.FP8 else 1.0
+    factor = 1.0 if weights[0].kind.is_int8 else DECODED_FP8
     scales = [weight.scale * factor for weight in weights]
     return kernels.pack_scale(*scales) if gated else kernels.pack_scale(torch.cat(scales, 1))

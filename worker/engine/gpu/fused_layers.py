@@ -183,7 +183,8 @@ def _stacked(layers: Sequence[nn.Linear]) -> Weight:
     found = quantized_weights(layers)
     if found is not None:
         values = torch.cat([weight.values.view(torch.uint8) for weight in found]).view(found[0].values.dtype)
-        return QuantizedWeight(values.to(device), torch.cat([weight.scale for weight in found], 1).to(device))
+        scale = torch.cat([weight.scale for weight in found], 1)
+        return QuantizedWeight(values.to(device), scale.to(device), found[0].activations)
     if len(layers) == 1:
         return layers[0].weight.detach()
     return torch.cat([layer.weight for layer in layers])

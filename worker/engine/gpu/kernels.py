@@ -15,6 +15,7 @@ from worker.engine.paged import work
 from worker.engine.paged.kv import PagedKv
 from worker.engine.paged.rows import TILE_QUERIES, PagedRows, Shape, tile_rows
 from worker.engine.paged.work import ROW_SHIFT
+from worker.engine.quantization.activations import LEAST, MAX, ActivationScheme
 from worker.engine.quantization.weights import BLOCK as SCALE_BLOCK
 from worker.engine.quantization.weights import QuantizedWeight
 
@@ -73,16 +74,29 @@ def _load_numbers(at, mask, dtype: tl.constexpr, FP8: tl.constexpr):
     return values
 
 
+@triton.jit
+def _load_operand(at, mask, dtype: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr):
+    """Load a part of a product for `tl.dot`: with NATIVE, FP8 numbers as they are."""
+    if NATIVE:
+        values = tl.load(at, mask=mask, other=0).to(tl.float8e4nv, bitcast=True)
+    else:
+        values = _load_numbers(at, mask, dtype, FP8)
+    return values
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _multiply_tile(
-    x, weight, scale, bias, out, rows, columns, inputs, share,
+    x, row_scale, weight, scale, bias, out, rows, columns, inputs, share,
     BIASED: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, FP8: tl.constexpr, BLOCKS: tl.constexpr,
+    FP8_ROWS: tl.constexpr, NATIVE: tl.constexpr,
     SPAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
     """Write one tile of x @ weight.T, or of silu(x @ gate.T) * (x @ up.T), where `weight` stacks gate and up.
 
     Each part of a split product sums over `share` inputs. FP8 weights have a `scale` for each column, or with BLOCKS
-    for each SPAN inputs of a column: [inputs / SPAN, columns].
+    for each SPAN inputs of a column: [inputs / SPAN, columns]. With FP8_ROWS rows are FP8 too, with a `row_scale` for
+    each row, or with BLOCKS for each SPAN inputs of it: [rows, inputs / SPAN]. NATIVE multiplies them by instructions
+    for FP8, whose sums are added in float32 after each INPUTS; else they are decoded, with exact products of float16.
     """
     # Tiles of the same columns run next to each other, so that their weights are read from memory once.
     row_tiles = tl.cdiv(rows, ROWS)
@@ -106,14 +120,21 @@ def _multiply_tile(
             x_mask, w_mask = real_rows[:, None], real_columns[None, :]
             if not EVEN:
                 x_mask, w_mask = x_mask & (k[None, :] < inputs - start), w_mask & (k[:, None] < inputs - start)
-            some = tl.load(xs + start, mask=x_mask, other=0.0)
-            weights = _load_numbers(ws + start, w_mask, some.dtype, FP8)
-            total = tl.dot(some, weights, total, input_precision="ieee")
+            if FP8_ROWS:
+                some = _load_operand(xs + start, x_mask, tl.float16, True, NATIVE)
+            else:
+                some = tl.load(xs + start, mask=x_mask, other=0.0)
+            weights = _load_operand(ws + start, w_mask, some.dtype, FP8, NATIVE)
+            total = tl.dot(some, weights, total, input_precision="ieee", max_num_imprecise_acc=INPUTS)
             if GATED:
-                weights = _load_numbers(ups + start, w_mask, some.dtype, FP8)
-                other = tl.dot(some, weights, other, input_precision="ieee")
+                weights = _load_operand(ups + start, w_mask, some.dtype, FP8, NATIVE)
+                other = tl.dot(some, weights, other, input_precision="ieee", max_num_imprecise_acc=INPUTS)
         if BLOCKS:
             scales = scale + first // SPAN * all_columns + c
+            if FP8_ROWS:
+                of_rows = row_scale + r.to(tl.int64) * tl.cdiv(inputs, SPAN) + first // SPAN
+                of_rows = tl.load(of_rows, mask=real_rows, other=0.0)[:, None]
+                total, other = total * of_rows, other * of_rows
             block_total += total * tl.load(scales, mask=real_columns, other=0.0)[None, :]
             total = tl.zeros((ROWS, COLUMNS), tl.float32)
             if GATED:
@@ -122,11 +143,16 @@ def _multiply_tile(
     if BLOCKS:
         total, other = block_total, block_other
     elif FP8:
+        if FP8_ROWS:
+            of_rows = tl.load(row_scale + r, mask=real_rows, other=0.0)[:, None]
+            total, other = total * of_rows, other * of_rows
         total *= tl.load(scale + c, mask=real_columns, other=0.0)[None, :]
         if GATED:
             other *= tl.load(scale + columns + c, mask=real_columns, other=0.0)[None, :]
-    if FP8:
+    if FP8 and not NATIVE:
         total, other = total * 256.0, other * 256.0
+        if FP8_ROWS:
+            total, other = total * 256.0, other * 256.0
     if BIASED and part == 0:
         total += tl.load(bias + c, mask=real_columns, other=0.0).to(tl.float32)[None, :]
     if GATED:
@@ -136,15 +162,48 @@ def _multiply_tile(
 
 
 @triton.jit
-def _fp8_bytes(x, exponent):
-    """Round numbers to FP8 with this exponent, as `encoded` in kv/fp8.py does; ties go to even."""
-    bits = (x * ((261 - exponent) << 23).to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
-    size = bits & 0x7FFFFFFF
+def _as_fp8(x):
+    """Round float32 numbers to the bits of FP8; larger ones than 448 become 448, ties go to even."""
+    bits = x.to(tl.int32, bitcast=True)
+    size = tl.minimum(bits & 0x7FFFFFFF, 0x43E00000)
     normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - 960
     # Below 2^-6 numbers are multiples of 2^-9, as those of a float32 from 2^14 on.
     small = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) & 0xF
-    rounded = ((bits >> 24) & 0x80) | tl.where(size < 0x3C800000, small, normal)
+    return (((bits >> 24) & 0x80) | tl.where(size < 0x3C800000, small, normal)).to(tl.uint8)
+
+
+@triton.jit
+def _fp8_bytes(x, exponent):
+    """Round numbers to FP8 with this exponent, as `encoded` in kv/fp8.py does."""
+    rounded = _as_fp8(x * ((261 - exponent) << 23).to(tl.float32, bitcast=True))
     return tl.where(exponent == 254, 0, rounded).to(tl.uint8)
+
+
+@triton.jit
+def _round_span(
+    x, out, scales, inputs, static_scale, bound,
+    STATIC: tl.constexpr, POWERS: tl.constexpr, LEAST: tl.constexpr, MAX: tl.constexpr,
+    SPAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Round a span of a row to FP8 and write its scale, as `rounded_rows` in quantization/activations.py."""
+    row, span = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    k = tl.arange(0, BLOCK)
+    at = span * SPAN + k
+    inside = (k < SPAN) & (at < inputs)
+    wide = tl.load(x + row * inputs + at, mask=inside, other=0.0).to(tl.float32)
+    size = wide.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # the order of these bits is that of the numbers
+    top = tl.max(size, axis=0)
+    scale = tl.zeros_like(top).to(tl.float32)
+    if STATIC:
+        scale += static_scale
+    else:
+        largest = tl.minimum(tl.maximum(top.to(tl.float32, bitcast=True), LEAST), bound)
+        scale = tl.div_rn(largest, scale + MAX)
+    if POWERS:
+        scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    tl.store(out + row * inputs + at, _as_fp8(wide * tl.div_rn(tl.zeros_like(scale) + 1.0, scale)), mask=inside)
+    scale = tl.where(top < 0x7F800000, scale, float("nan"))
+    tl.store(scales + row * tl.cdiv(inputs, SPAN) + span, scale)
 
 
 @triton.jit
@@ -443,22 +502,47 @@ def _values(weight: GpuWeight) -> Tensor:
     return weight.values if isinstance(weight, QuantizedWeight) else weight
 
 
+def round_rows(x: Tensor, scheme: ActivationScheme, span: int) -> tuple[Tensor, Tensor]:
+    """Round `x` [n, in] to FP8; return its bits [n, in] as uint8, and the scales [n, spans] of each `span` inputs."""
+    n, inputs = x.shape
+    spans, block = triton.cdiv(inputs, span), triton.next_power_of_2(span)
+    out = torch.empty(n, inputs, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(n, spans, dtype=torch.float32, device=x.device)
+    static = scheme.static_scale is not None
+    _round_span[(n, spans)](
+        x, out, scales, inputs, scheme.static_scale or 0.0, min(scheme.bound, torch.finfo(torch.float32).max),
+        STATIC=static, POWERS=scheme.powers_of_two, LEAST=LEAST, MAX=MAX,
+        SPAN=span, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return out, scales
+
+
 def _multiply(
     x: Tensor, weight: GpuWeight, bias: Tensor | None, out: Tensor, columns: int, parts: int, gated: bool
 ) -> None:
     n, inputs = x.shape
-    tile = _tile(n, inputs, x.dtype, gated)
+    scheme = weight.activations if isinstance(weight, QuantizedWeight) else None
+    tile = _tile(n, inputs, x.dtype, gated) if scheme is None else _fp8_tile(n)
     fp8 = isinstance(weight, QuantizedWeight)
     blocks = isinstance(weight, QuantizedWeight) and weight.has_blocks
     span = SCALE_BLOCK if blocks else tile["INPUTS"]
+    row_scale = None
+    if scheme is not None:
+        x, row_scale = round_rows(x, scheme, SCALE_BLOCK if blocks else inputs)
     grid = (triton.cdiv(n, tile["ROWS"]) * triton.cdiv(columns, tile["COLUMNS"]), parts)
     share = triton.cdiv(triton.cdiv(inputs, _INPUTS), parts) * _INPUTS
     scale = weight.scale if isinstance(weight, QuantizedWeight) else None
     _multiply_tile[grid](
-        x, _values(weight).view(torch.uint8) if fp8 else weight, scale, bias, out,
+        x, row_scale, _values(weight).view(torch.uint8) if fp8 else weight, scale, bias, out,
         n, columns, inputs, share,
-        BIASED=bias is not None, GATED=gated, EVEN=inputs % span == 0, FP8=fp8, BLOCKS=blocks, SPAN=span, **tile,
+        BIASED=bias is not None, GATED=gated, EVEN=inputs % span == 0, FP8=fp8, BLOCKS=blocks, SPAN=span,
+        FP8_ROWS=scheme is not None, NATIVE=scheme is not None and multiplies_fp8(x.device), **tile,
     )  # fmt: skip
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Return whether a GPU has instructions that multiply FP8: compute capability 8.9 and above."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def rotate_and_store(
@@ -573,6 +657,18 @@ def _tile(rows: int, inputs: int, dtype: torch.dtype, gated: bool) -> dict[str, 
     if gated:
         return _config(128, 128, 64, warps=8, stages=4)
     return _config(64, 128, 64, warps=4, stages=4) if rows <= 128 else _config(128, 256, 64, warps=8, stages=4)
+
+
+def _fp8_tile(rows: int) -> dict[str, int]:
+    """Return the tile sizes of a product with FP8 rows; not measured on a GPU.
+
+    All have 64 rows or more, and INPUTS after which sums are added in float32: so a row's sum has one order.
+    """
+    if rows <= 64:
+        return _config(64, 64, _INPUTS, warps=4, stages=4)
+    return (
+        _config(64, 128, _INPUTS, warps=4, stages=3) if rows <= 128 else _config(128, 128, _INPUTS, warps=8, stages=2)
+    )
 
 
 def _config(rows: int, columns: int, inputs: int, *, warps: int, stages: int) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,8 @@ from worker.engine.model.offload import OffloadOptions, is_offloaded
 from worker.engine.model.packed_model import run_layers
 from worker.engine.model.quantized_checkpoint import refuse_quantized
 from worker.engine.model.sharding import as_shard, read_shard, shard_config, shard_for, splits_exactly
-from worker.engine.quantization.checkpoints import attach_all, is_fp8, read_fp8
+from worker.engine.quantization.activations import ActivationScheme
+from worker.engine.quantization.checkpoints import attach_all, declared_activations, is_fp8, read_fp8
 from worker.engine.quantization.weights import QuantizationMethod, quantization_method, quantize
 from worker.engine.segments import Segment, chain
 from worker.engine.shards.exchange import DistributedExchange, Exchange
@@ -87,9 +88,10 @@ def load(
     With `ranks` above 1, load this process's shard: for our own kernels if they hold the model, whose ranks then share
     numbers by `exchange` (None: torch's default process group), else by the tensor parallel plan that transformers has.
     With `offload`, accelerate lays the model out over all devices. With `quantization`, round the weights of linear
-    layers; a checkpoint with FP8 weights keeps them. `context` is how many tokens a text may have, 0: those of the
-    model; beyond the original positions of longrope, its long factors hold for all texts. Raises ModelRefused, with
-    what to do, if the model is missing, damaged or not supported.
+    layers; a checkpoint with FP8 weights keeps them, and rounds its rows as it declares, unless FP8 (rows keep `dtype`)
+    or FP8_DYNAMIC is given. `context` is how many tokens a text may have, 0: those of the model; beyond the original
+    positions of longrope, its long factors hold for all texts. Raises ModelRefused, with what to do, if the model is
+    missing, damaged or not supported.
     """
     with as_model_refused(f"{path} could not be loaded", ranks=ranks):
         refuse_quantized(path)
@@ -99,9 +101,10 @@ def load(
         refuse_unsupported(config.get_text_config())
         refuse_tp_size(config.get_text_config(), ranks)
         given = {"config": config} if use_long_factors(config.get_text_config(), context) else {}
-        if _is_fp8(config):
+        stored = _fp8_config(config)
+        if stored is not None:
             _refuse_fp8_parts(path, ranks, offload, quantization)
-            model = _load_fp8(path, config, dtype)
+            model = _load_fp8(path, config, dtype, _activations(stored, quantization))
         elif ranks > 1 and offload is None and splits_exactly(config, ranks, dtype, device):
             model = _load_shard(path, config, dtype, shard_for(config, exchange or DistributedExchange()))
         else:
@@ -117,8 +120,19 @@ def load(
         return model
 
 
-def _is_fp8(config: PretrainedConfig) -> bool:
-    return any(is_fp8(getattr(part, _QUANTIZED, None) or {}) for part in (config, config.get_text_config()))
+def _fp8_config(config: PretrainedConfig) -> Mapping[str, Any] | None:
+    """Return the quantisation that a configuration declares if its weights are FP8."""
+    found = (getattr(part, _QUANTIZED, None) or {} for part in (config, config.get_text_config()))
+    return next((given for given in found if is_fp8(given)), None)
+
+
+def _activations(stored: Mapping[str, Any], wanted: QuantizationMethod | None) -> ActivationScheme | None:
+    """Return the scheme of the rows of an FP8 checkpoint: as it declares, unless a method is wanted."""
+    if wanted is QuantizationMethod.FP8:
+        return None
+    declared = declared_activations(stored)
+    dynamic = declared is not None and declared.static_scale is None
+    return ActivationScheme() if wanted is QuantizationMethod.FP8_DYNAMIC and not dynamic else declared
 
 
 def _refuse_fp8_parts(
@@ -130,16 +144,18 @@ def _refuse_fp8_parts(
             f"{path} has FP8 weights, which one device holds whole; start with --tp 1 and without BASIC_DEVICE_MAP, or "
             "choose the model in bfloat16"
         )
-    if quantization not in (None, QuantizationMethod.FP8):
+    if quantization is not None and quantization.is_int8:
         raise ModelRefused(
             f"{path} has FP8 weights, which can't be rounded to {quantization}; leave BASIC_QUANTIZATION unset, or "
             "choose the model in bfloat16"
         )
 
 
-def _load_fp8(path: str, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _load_fp8(
+    path: str, config: PretrainedConfig, dtype: torch.dtype, activations: ActivationScheme | None
+) -> PreTrainedModel:
     """Load a checkpoint with FP8 weights."""
-    weights, stored = read_fp8(weight_files(local_folder(path)), dtype)
+    weights, stored = read_fp8(weight_files(local_folder(path)), dtype, activations)
     for part in (config, config.get_text_config()):
         if hasattr(part, _QUANTIZED):
             delattr(part, _QUANTIZED)
@@ -272,8 +288,8 @@ def _equivalence_check(model: PreTrainedModel) -> EquivalenceCheck:
 
     heads = (kv_heads_of(model), head_dim_of(model))
     check = build_check(model, config, max_positions(config) or CHECK_ENTRIES, heads, packed, ATTENTION_NAME)
-    # Kernels for int8 round the rows, too.
-    return check.coarser() if quantization_method(model) is QuantizationMethod.INT8 else check
+    # Kernels for int8 and for FP8 activations round the rows, too.
+    return check if quantization_method(model) in (None, QuantizationMethod.FP8) else check.coarser()
 
 
 def embeddings(model: PreTrainedModel) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 from transformers.utils.hub import cached_file
 
 from worker.engine.errors import ModelRefused
-from worker.engine.quantization.checkpoints import is_fp8
+from worker.engine.quantization.checkpoints import declared_activations, is_fp8
 
 _CONFIG = "config.json"
 _NAMES = {
@@ -78,13 +78,19 @@ def refuse_quantized(path: str) -> None:
 
 
 def quantization_of(given: _Object, file: str = _CONFIG) -> Quantization | None:
-    """Return the quantisation that a configuration file describes; None if it describes none, or one that is read."""
+    """Return the quantisation that a configuration file describes; None if it describes none, or one that is read.
+
+    Raises ModelRefused for FP8 weights with input activations that are not computed.
+    """
     if file in _OWN_FILES:
         return _OWN_FILES[file](given, file)
     for owner in (given, *(part for name in _PARTS if isinstance(part := given.get(name), Mapping))):
         ours = owner.get("quantization_config") or owner.get("compression_config")
         if isinstance(ours, Mapping) and ours:
-            return None if is_fp8(ours) else _by_method(ours, file)
+            if not is_fp8(ours):
+                return _by_method(ours, file)
+            declared_activations(ours)
+            return None
     if isinstance(given.get("quantization"), Mapping):
         return Quantization("MLX", _bits(given["quantization"]), file)
     if isinstance(given.get("quip_params"), Mapping):

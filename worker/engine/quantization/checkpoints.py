@@ -7,13 +7,14 @@
 | a scale a tensor | `quant_method: fp8` without blocks | `X.weight_scale`: a number |
 | FBGEMM | `quant_method: fbgemm_fp8` | `X.weight_scale` [columns, 1] |
 
-In all of them a weight is its value times its scale. Scales of activations and of keys and values are not used: both
-keep the dtype of the model.
+In all of them a weight is its value times its scale. What a configuration declares for input activations is what is
+computed (`declared_activations`). Scales of keys and values are not used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from worker.engine.errors import ModelRefused
-from worker.engine.quantization.weights import BLOCK, QuantizedWeight, attach
+from worker.engine.quantization.activations import ActivationScheme
+from worker.engine.quantization.weights import BLOCK, QuantizedWeight, attach, stored_weight
 
 _SCALES = ("_scale", "_scale_inv")  # endings that the name of a weight's scale has behind the weight's own
 _OF_ACTIVATIONS = (".input_scale", ".output_scale", ".k_scale", ".v_scale", ".q_scale", ".input_scale_ub")
+_STATIC_SCALE = ".input_scale"
 _NAN_BITS = 0x7F
+_FBGEMM_BOUND = 1200.0  # of transformers' FbgemmFp8Config
+_STACKS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers that are multiplied in one product
 
 
 def is_fp8(quantization_config: Mapping[str, Any]) -> bool:
@@ -51,10 +56,70 @@ def _is_fp8_group(weights: Any) -> bool:
     return weights.get("strategy") in ("tensor", "channel") or blocks
 
 
-def read_fp8(files: Sequence[Path], dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, QuantizedWeight]]:
+def declared_activations(quantization_config: Mapping[str, Any]) -> ActivationScheme | None:
+    """Return how a checkpoint that `is_fp8` declares its input activations; None: they keep the dtype of the model.
+
+    A static scheme has the scale 0 here: each layer has its own. Raises ModelRefused, with what would work, for a
+    scheme that is not computed.
+    """
+    method = quantization_config.get("quant_method")
+    if method == "fbgemm_fp8":
+        return ActivationScheme(bound=float(quantization_config.get("activation_scale_ub") or _FBGEMM_BOUND))
+    if method == "fp8":
+        return _of_fp8(quantization_config)
+    groups = quantization_config["config_groups"].values()
+    found = {_of_group(group["weights"], group.get("input_activations")) for group in groups}
+    if len(found) > 1:
+        raise _not_computed("config_groups: the groups declare different input activations")
+    return found.pop()
+
+
+def _of_fp8(declared: Mapping[str, Any]) -> ActivationScheme:
+    static = declared.get("activation_scheme") == "static"
+    if static and declared.get("weight_block_size"):
+        raise _not_computed("activation_scheme: static, beside weights in blocks")
+    powers = declared.get("scale_fmt") == "ue8m0"
+    return ActivationScheme(static_scale=0.0) if static else ActivationScheme(powers_of_two=powers)
+
+
+def _of_group(weights: Mapping[str, Any], activations: Any) -> ActivationScheme | None:
+    """Return the scheme of a group of compressed-tensors; dynamic scales are those of rows, never of a whole batch."""
+    if not activations:
+        return None
+    if not isinstance(activations, Mapping):
+        raise _not_computed(f"input_activations: {activations}")
+    given = {"type": "int", "strategy": "tensor", "symmetric": True, "dynamic": False, **activations}
+    kind = (given["type"], given.get("num_bits", 8), given["symmetric"])
+    if kind != ("float", 8, True):
+        raise _not_computed(f"input_activations: {kind[0]}{kind[1]}{'' if kind[2] else ', not symmetric'}")
+    blocks, strategy = weights["strategy"] == "block", given["strategy"]
+    if given["dynamic"] is True and (strategy, given.get("group_size")) == ("group", BLOCK) and blocks:
+        return ActivationScheme()
+    if given["dynamic"] is True and strategy in ("token", "tensor") and not blocks:
+        return ActivationScheme()
+    if given["dynamic"] is False and strategy == "tensor" and not blocks:
+        return ActivationScheme(static_scale=0.0)
+    how = "dynamic" if given["dynamic"] else "static"
+    raise _not_computed(
+        f"input_activations: {how}, strategy {strategy}, beside weights of strategy {weights['strategy']}"
+    )
+
+
+def _not_computed(declared: str) -> ModelRefused:
+    return ModelRefused(
+        f"the checkpoint's quantization_config declares {declared}, which this version does not compute; it computes "
+        f"FP8 with a dynamic scale a token (in blocks: for each {BLOCK} inputs) or a static scale a tensor. Choose "
+        "such a checkpoint, or the model in bfloat16 with BASIC_QUANTIZATION=fp8-dynamic"
+    )
+
+
+def read_fp8(
+    files: Sequence[Path], dtype: torch.dtype, activations: ActivationScheme | None = None
+) -> tuple[dict[str, Tensor], dict[str, QuantizedWeight]]:
     """Read weight files: all weights in `dtype`, by name, and those in FP8 as they are stored.
 
-    Raises ModelRefused, with its name, for a weight in FP8 without a fitting scale or with NaN.
+    `activations` is the scheme of their rows. Raises ModelRefused, with its name, for a weight in FP8 without a fitting
+    scale or with NaN.
     """
     found = dict(_tensors(files))
     scales = {name: found.pop(name) for name in list(found) if name.endswith(tuple(".weight" + end for end in _SCALES))}
@@ -67,7 +132,8 @@ def read_fp8(files: Sequence[Path], dtype: torch.dtype) -> tuple[dict[str, Tenso
             weights[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
             continue
         scale = next((scales[name + end] for end in _SCALES if name + end in scales), None)
-        stored[name] = _with_scale(name, tensor, scale)
+        scheme = _with_static_scale(name, activations, found.get(name.removesuffix(".weight") + _STATIC_SCALE))
+        stored[name] = replace(_with_scale(name, tensor, scale), activations=scheme)
         weights[name] = stored[name].dequantized(dtype)
     return weights, stored
 
@@ -75,13 +141,25 @@ def read_fp8(files: Sequence[Path], dtype: torch.dtype) -> tuple[dict[str, Tenso
 def attach_all(model: nn.Module, stored: Mapping[str, QuantizedWeight]) -> None:
     """Give the linear layers of a loaded model their FP8 weights.
 
-    Weights that are in another kind of layer, such as stacked experts, stay in the model's dtype.
+    Weights that are in another kind of layer, such as stacked experts, stay in the model's dtype. Raises ModelRefused
+    if layers that are multiplied together round their rows in different ways.
     """
     layers = dict(model.named_modules())
     for name, weight in stored.items():
         layer = layers.get(name.removesuffix(".weight"))
         if type(layer) is nn.Linear and layer.weight.shape == weight.values.shape:
             attach(layer, weight)
+    for name, parent in layers.items():
+        for stack in _STACKS:
+            own = [
+                stored_weight(child) for part in stack if isinstance(child := getattr(parent, part, None), nn.Linear)
+            ]
+            kinds = {(weight.activations, weight.has_blocks) if weight else (None, None) for weight in own}
+            if len(kinds) > 1 and any(scheme for scheme, _ in kinds):
+                raise ModelRefused(
+                    f"{name}: {', '.join(stack)} are multiplied together, and their input activations have different "
+                    "scales; set BASIC_QUANTIZATION=fp8 for activations in the dtype of the model"
+                )
 
 
 def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
@@ -89,6 +167,18 @@ def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118  # not a dictionary
                 yield name, opened.get_tensor(name)
+
+
+def _with_static_scale(name: str, scheme: ActivationScheme | None, given: Tensor | None) -> ActivationScheme | None:
+    if scheme is None or scheme.static_scale is None:
+        return scheme
+    scale = float(given) if given is not None and given.numel() == 1 else 0.0
+    if not 0.0 < scale < float("inf"):
+        raise ModelRefused(
+            f"{name} is FP8 with static input activations, and has no {name.removesuffix('.weight')}{_STATIC_SCALE} "
+            "that is one positive number; download the model again"
+        )
+    return ActivationScheme(static_scale=scale)
 
 
 def _with_scale(name: str, values: Tensor, scale: Tensor | None) -> QuantizedWeight:

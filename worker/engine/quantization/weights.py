@@ -13,6 +13,8 @@ from enum import StrEnum
 import torch
 from torch import Tensor, nn
 
+from worker.engine.quantization.activations import ActivationScheme
+
 BLOCK = 128  # inputs, and columns, that share a scale in FP8 checkpoints with block scales
 _ATTRIBUTE = "basic_quantized"  # attribute of a linear layer: its QuantizedWeight
 _INT8_MAX, _FP8_MAX = 127.0, 448.0
@@ -24,6 +26,16 @@ class QuantizationMethod(StrEnum):
 
     INT8 = "int8"
     FP8 = "fp8"  # e4m3
+    FP8_DYNAMIC = "fp8-dynamic"  # and rows in FP8, with scales of their own
+    FP8_STATIC = "fp8-static"  # and rows in FP8, with a scale that the checkpoint has
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether weights are int8; others are FP8."""
+        return self is QuantizationMethod.INT8
+
+
+_SCHEMES = {QuantizationMethod.FP8_DYNAMIC: ActivationScheme()}  # of methods that `quantize` takes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,11 +44,17 @@ class QuantizedWeight:
 
     values: Tensor  # [columns, inputs] int8 or float8_e4m3fn
     scale: Tensor  # [groups, columns] float32; groups: 1, or one for each BLOCK inputs
+    activations: ActivationScheme | None = None  # how rows are rounded to FP8; None: they keep their dtype
 
     @property
     def kind(self) -> QuantizationMethod:
-        """How the values are stored."""
-        return QuantizationMethod.INT8 if self.values.dtype == torch.int8 else QuantizationMethod.FP8
+        """How the values are stored, and rows are rounded."""
+        if self.values.dtype == torch.int8:
+            return QuantizationMethod.INT8
+        if self.activations is None:
+            return QuantizationMethod.FP8
+        dynamic = self.activations.static_scale is None
+        return QuantizationMethod.FP8_DYNAMIC if dynamic else QuantizationMethod.FP8_STATIC
 
     @property
     def has_blocks(self) -> bool:
@@ -60,11 +78,11 @@ def quantized(weight: Tensor, kind: QuantizationMethod) -> QuantizedWeight:
     top = wide.abs().amax(1)
     if not bool(top.isfinite().all()):
         raise ValueError("the weights have infinite or NaN numbers")
-    largest = _INT8_MAX if kind is QuantizationMethod.INT8 else _FP8_MAX
+    largest = _INT8_MAX if kind.is_int8 else _FP8_MAX
     scale = torch.where(top > 0, top / largest, 1.0)
     values = (wide / scale[:, None]).clamp_(-largest, largest)
-    stored = values.round_().to(torch.int8) if kind is QuantizationMethod.INT8 else values.to(torch.float8_e4m3fn)
-    return QuantizedWeight(stored, scale[None])
+    stored = values.round_().to(torch.int8) if kind.is_int8 else values.to(torch.float8_e4m3fn)
+    return QuantizedWeight(stored, scale[None], _SCHEMES.get(kind))
 
 
 def quantize(model: nn.Module, kind: QuantizationMethod) -> None:
@@ -80,7 +98,7 @@ def quantize(model: nn.Module, kind: QuantizationMethod) -> None:
 def quantizable(model: nn.Module, kind: QuantizationMethod) -> Iterator[nn.Linear]:
     """Yield the linear layers of a model that `quantize` rounds."""
     for name, layer in _linear_layers(model):
-        output = kind is QuantizationMethod.FP8 and name == "lm_head"
+        output = not kind.is_int8 and name == "lm_head"
         if not output and name.rpartition(".")[2] not in _ROUTERS:
             yield layer
 
@@ -91,18 +109,22 @@ def attach(layer: nn.Linear, weight: QuantizedWeight) -> None:
     setattr(layer, _ATTRIBUTE, weight)
 
 
+def stored_weight(layer: nn.Module) -> QuantizedWeight | None:
+    """Return the quantised weight of a layer; None if it has none."""
+    found: QuantizedWeight | None = getattr(layer, _ATTRIBUTE, None)
+    return found
+
+
 def quantized_weights(layers: Sequence[nn.Module]) -> list[QuantizedWeight] | None:
     """Return the quantised weights of layers that are stacked; None unless all have one of the same kind."""
-    found: list[QuantizedWeight] = [
-        weight for layer in layers if (weight := getattr(layer, _ATTRIBUTE, None)) is not None
-    ]
-    same = len({(weight.kind, len(weight.scale)) for weight in found}) == 1
+    found = [weight for layer in layers if (weight := stored_weight(layer)) is not None]
+    same = len({(weight.kind, len(weight.scale), weight.activations) for weight in found}) == 1
     return found if same and len(found) == len(layers) else None
 
 
 def quantization_method(model: nn.Module) -> QuantizationMethod | None:
     """Return how the linear layers of a model that is not fused yet are stored; None: in its dtype."""
-    found = (getattr(layer, _ATTRIBUTE, None) for _, layer in _linear_layers(model))
+    found = (stored_weight(layer) for _, layer in _linear_layers(model))
     return next((weight.kind for weight in found if weight is not None), None)
 
 

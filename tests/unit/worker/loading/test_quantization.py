@@ -33,6 +33,8 @@ def test_a_method_is_chosen_where_it_runs() -> None:
     assert chosen_quantization(WorkerSettings(), torch.device("cuda")) is None
     assert chosen_quantization(WorkerSettings(quantization="int8"), torch.device("cpu")) is QuantizationMethod.INT8
     assert chosen_quantization(WorkerSettings(quantization="fp8"), torch.device("cuda")) is QuantizationMethod.FP8
+    dynamic = WorkerSettings(quantization="fp8-dynamic")
+    assert chosen_quantization(dynamic, torch.device("cpu")) is QuantizationMethod.FP8_DYNAMIC
 
 
 @pytest.mark.parametrize("given", [{"tp": 2}, {"device_map": "auto"}])

@@ -9,28 +9,48 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.models import packed, save_tiny
 from tests.unit.worker.engine.cpu.test_kernels import TEXT, compiled
+from tests.unit.worker.engine.quantization.test_quantized_models import rows_of
 from worker.engine.errors import ModelRefused
 from worker.engine.model.backend import fuse_layers, stored_bytes
 from worker.engine.model.loading import load
-from worker.engine.quantization.checkpoints import is_fp8
-from worker.engine.quantization.weights import QuantizationMethod
+from worker.engine.quantization.activations import ActivationScheme
+from worker.engine.quantization.checkpoints import declared_activations, is_fp8
+from worker.engine.quantization.weights import QuantizationMethod, quantization_method, stored_weight
 from worker.engine.segments import chain
 
 CPU = torch.device("cpu")
+DYNAMIC = ActivationScheme()
+METHODS = {
+    "compressed-tensors, a column, weights only": "fp8",
+    "compressed-tensors, a tensor": "fp8-static",
+    "a static scale a tensor": "fp8-static",
+}
 PROMPT = [chain(0, 0, TEXT[:20], keep_last=True)]
 
 
-def groups(strategy: str, **more: Any) -> dict[str, Any]:
-    weights = {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, "dynamic": False, **more}
-    return {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": {"num_bits": 8}}}
+FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
+TOKEN = {**FP8, "strategy": "token", "dynamic": True}
+TENSOR = {**FP8, "strategy": "tensor", "dynamic": False}
+GROUP = {**FP8, "strategy": "group", "group_size": 128, "dynamic": True}
+
+
+def groups(strategy: str, activations: Any = None, **more: Any) -> dict[str, Any]:
+    weights = {**FP8, "strategy": strategy, "dynamic": False, **more}
+    return {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations}}
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "compressed-tensors, a column": {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": groups("channel", TOKEN),
+        "ignore": ["lm_head"],
+    },
+    "compressed-tensors, a column, weights only": {
         "quant_method": "compressed-tensors",
         "format": "float-quantized",
         "config_groups": groups("channel"),
@@ -39,19 +59,25 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "compressed-tensors, a tensor": {
         "quant_method": "compressed-tensors",
         "format": "naive-quantized",
-        "config_groups": groups("tensor"),
+        "config_groups": groups("tensor", TENSOR),
         "ignore": ["lm_head"],
     },
     "compressed-tensors, blocks": {
         "quant_method": "compressed-tensors",
         "format": "float-quantized",
-        "config_groups": groups("block", block_structure=[128, 128]),
+        "config_groups": groups("block", GROUP, block_structure=[128, 128]),
         "ignore": ["lm_head"],
     },
     "DeepSeek's blocks": {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    },
+    "DeepSeek's blocks, scales in powers of two": {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "scale_fmt": "ue8m0",
         "weight_block_size": [128, 128],
     },
     "a static scale a tensor": {"quant_method": "fp8", "activation_scheme": "static"},
@@ -103,11 +129,98 @@ def test_a_published_form_loads_as_it_is_and_is_held_as_fp8(form: str, tmp_path:
     model = load(str(tmp_path), dtype=torch.float32, device=CPU)
     for name, weight in exact.items():
         assert torch.equal(model.get_parameter(name), weight), name
-    plain = packed(load(str(tmp_path), dtype=torch.float32, device=CPU), capacity=64)  # without fused layers
+    plain = load(str(tmp_path), dtype=torch.float32, device=CPU)  # without fused layers
+    assert quantization_method(model) == METHODS.get(form, "fp8-dynamic")
+    round_inputs(plain)
     fuse_layers(model)
     assert stored_bytes(model)["float8_e4m3fn"] >= sum(weight.numel() for weight in exact.values())
     ours = packed(model, capacity=64)
-    assert torch.allclose(ours.forward(PROMPT), plain.forward(PROMPT), atol=1e-3)
+    assert torch.allclose(ours.forward(PROMPT), packed(plain, capacity=64).forward(PROMPT), atol=1e-3)
+
+
+def round_inputs(model: nn.Module) -> None:
+    """Make the layers of a model in transformers round their inputs as the checkpoint declares."""
+
+    def rounded(layer: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        weight = stored_weight(layer)
+        assert weight is not None
+        return rows_of(inputs[0][0], weight).to(inputs[0].dtype)[None]
+
+    for layer in model.modules():
+        weight = stored_weight(layer)
+        if weight is not None and weight.activations is not None:
+            layer.register_forward_pre_hook(rounded)
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        ("compressed-tensors, a column", DYNAMIC),
+        ("compressed-tensors, a column, weights only", None),
+        ("compressed-tensors, a tensor", ActivationScheme(static_scale=0.0)),
+        ("compressed-tensors, blocks", DYNAMIC),
+        ("DeepSeek's blocks", DYNAMIC),
+        ("DeepSeek's blocks, scales in powers of two", ActivationScheme(powers_of_two=True)),
+        ("a static scale a tensor", ActivationScheme(static_scale=0.0)),
+        ("FBGEMM", ActivationScheme(bound=1200.0)),
+    ],
+)
+def test_activations_are_those_that_a_checkpoint_declares(form: str, expected: ActivationScheme | None) -> None:
+    assert declared_activations(CONFIGS[form]) == expected
+
+
+@pytest.mark.parametrize(
+    ("form", "wanted"),
+    [
+        ("compressed-tensors, a column", "fp8"),
+        ("compressed-tensors, a column, weights only", "fp8-dynamic"),
+        ("a static scale a tensor", "fp8-dynamic"),
+    ],
+)
+def test_a_setting_chooses_other_activations(form: str, wanted: str, tmp_path: Path) -> None:
+    save_fp8(tmp_path, form)
+    model = load(str(tmp_path), dtype=torch.float32, device=CPU, quantization=QuantizationMethod(wanted))
+    assert quantization_method(model) == wanted
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"config_groups": groups("channel", {"num_bits": 8})}, "input_activations: int8"),
+        ({"config_groups": groups("channel", {**TOKEN, "symmetric": False})}, "float8, not symmetric"),
+        ({"config_groups": groups("channel", GROUP)}, "dynamic, strategy group, beside weights of strategy channel"),
+        ({"config_groups": groups("channel", {**TOKEN, "dynamic": "local"})}, "strategy token"),
+        ({"config_groups": groups("channel", 8)}, "input_activations: 8"),
+        ({"config_groups": groups("channel", TOKEN) | {"group_1": groups("channel")["group_0"]}}, "different input"),
+        ({"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": [128, 128]}, "static, beside"),
+    ],
+)
+def test_activations_that_are_not_computed_are_refused_before_weights_are_read(
+    config: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    save_tiny(tmp_path)
+    set_config(tmp_path, {"quant_method": "compressed-tensors", **config})
+    with pytest.raises(ModelRefused, match=rf"{said}.*BASIC_QUANTIZATION=fp8-dynamic"):
+        load(str(tmp_path), dtype=torch.float32, device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"model.layers.1.self_attn.k_proj.input_scale": torch.tensor(2.0)}, "q_proj, k_proj, v_proj are multiplied"),
+        (
+            {"model.layers.0.mlp.down_proj.input_scale": torch.tensor(0.0)},
+            "no model.layers.0.mlp.down_proj.input_scale",
+        ),
+    ],
+)
+def test_static_scales_that_cannot_be_used_are_refused_by_name(
+    changed: dict[str, Tensor], said: str, tmp_path: Path
+) -> None:
+    save_fp8(tmp_path, "a static scale a tensor")
+    save_file(load_file(tmp_path / "model.safetensors") | changed, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelRefused, match=said):
+        load(str(tmp_path), dtype=torch.float32, device=CPU)
 
 
 @pytest.mark.parametrize(
