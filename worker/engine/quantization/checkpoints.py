@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from worker.engine.errors import ModelRefused
 from worker.engine.quantization.activations import ActivationScheme
-from worker.engine.quantization.weights import BLOCK, QuantizedWeight, attach, stored_weight
+from worker.engine.quantization.weights import BLOCK, QuantizedWeight, attach
 
 _SCALES = ("_scale", "_scale_inv")  # endings that the name of a weight's scale has behind the weight's own
 _OF_ACTIVATIONS = (".input_scale", ".output_scale", ".k_scale", ".v_scale", ".q_scale", ".input_scale_ub")
@@ -142,24 +142,33 @@ def attach_all(model: nn.Module, stored: Mapping[str, QuantizedWeight]) -> None:
     """Give the linear layers of a loaded model their FP8 weights.
 
     Weights that are in another kind of layer, such as stacked experts, stay in the model's dtype. Raises ModelRefused
-    if layers that are multiplied together round their rows in different ways.
+    if layers that are multiplied together round their rows in different ways; of static scales they use the largest.
     """
     layers = dict(model.named_modules())
-    for name, weight in stored.items():
-        layer = layers.get(name.removesuffix(".weight"))
-        if type(layer) is nn.Linear and layer.weight.shape == weight.values.shape:
-            attach(layer, weight)
-    for name, parent in layers.items():
+    linear = {name: layer for name, layer in layers.items() if type(layer) is nn.Linear}
+    held = {name.removesuffix(".weight"): weight for name, weight in stored.items()}
+    held = {name: weight for name, weight in held.items() if name in linear}
+    for parent in {name.rpartition(".")[0] for name in held}:
         for stack in _STACKS:
-            own = [
-                stored_weight(child) for part in stack if isinstance(child := getattr(parent, part, None), nn.Linear)
-            ]
-            kinds = {(weight.activations, weight.has_blocks) if weight else (None, None) for weight in own}
-            if len(kinds) > 1 and any(scheme for scheme, _ in kinds):
-                raise ModelRefused(
-                    f"{name}: {', '.join(stack)} are multiplied together, and their input activations have different "
-                    "scales; set BASIC_QUANTIZATION=fp8 for activations in the dtype of the model"
-                )
+            _share_rows([name for part in stack if (name := f"{parent}.{part}") in linear], held)
+    for name, weight in held.items():
+        if linear[name].weight.shape == weight.values.shape:
+            attach(linear[name], weight)
+
+
+def _share_rows(names: Sequence[str], held: dict[str, QuantizedWeight]) -> None:
+    """Give layers that are multiplied together one scheme of their rows."""
+    schemes = {held[name].activations if name in held else None for name in names}
+    if len(schemes) <= 1:
+        return
+    static = [scheme.static_scale for scheme in schemes if scheme is not None and scheme.static_scale is not None]
+    if len(static) < len(schemes):
+        raise ModelRefused(
+            f"{', '.join(names)} are multiplied together, and only some of them have FP8 input activations; set "
+            "BASIC_QUANTIZATION=fp8 for activations in the dtype of the model"
+        )
+    for name in names:
+        held[name] = replace(held[name], activations=ActivationScheme(static_scale=max(static)))
 
 
 def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:

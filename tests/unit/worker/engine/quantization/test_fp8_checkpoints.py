@@ -204,23 +204,37 @@ def test_activations_that_are_not_computed_are_refused_before_weights_are_read(
         load(str(tmp_path), dtype=torch.float32, device=CPU)
 
 
+ATTENTION = "model.layers.1.self_attn"
+
+
+def change(folder: Path, changed: dict[str, Tensor]) -> None:
+    save_file(load_file(folder / "model.safetensors") | changed, folder / "model.safetensors", {"format": "pt"})
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"model.layers.1.self_attn.k_proj.input_scale": torch.tensor(2.0)}, "q_proj, k_proj, v_proj are multiplied"),
-        (
-            {"model.layers.0.mlp.down_proj.input_scale": torch.tensor(0.0)},
-            "no model.layers.0.mlp.down_proj.input_scale",
-        ),
+        ({f"{ATTENTION}.k_proj.weight": torch.ones(64, 192)}, "k_proj, .* are multiplied together, and only some"),
+        ({f"{ATTENTION}.o_proj.input_scale": torch.tensor(0.0)}, f"no {ATTENTION}.o_proj.input_scale"),
     ],
 )
 def test_static_scales_that_cannot_be_used_are_refused_by_name(
     changed: dict[str, Tensor], said: str, tmp_path: Path
 ) -> None:
     save_fp8(tmp_path, "a static scale a tensor")
-    save_file(load_file(tmp_path / "model.safetensors") | changed, tmp_path / "model.safetensors", {"format": "pt"})
+    change(tmp_path, changed)
     with pytest.raises(ModelRefused, match=said):
         load(str(tmp_path), dtype=torch.float32, device=CPU)
+
+
+def test_layers_that_are_multiplied_together_share_the_largest_of_their_static_scales(tmp_path: Path) -> None:
+    save_fp8(tmp_path, "a static scale a tensor")
+    change(tmp_path, {f"{ATTENTION}.k_proj.input_scale": torch.tensor(2.0)})
+    layers = dict(load(str(tmp_path), dtype=torch.float32, device=CPU).named_modules())
+    for part, scale in (("q_proj", 2.0), ("k_proj", 2.0), ("v_proj", 2.0), ("o_proj", 1.0)):
+        weight = stored_weight(layers[f"{ATTENTION}.{part}"])
+        assert weight is not None
+        assert weight.activations == ActivationScheme(static_scale=scale)
 
 
 @pytest.mark.parametrize(
