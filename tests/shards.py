@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
 from tempfile import TemporaryDirectory
@@ -19,8 +20,9 @@ from worker.engine.errors import RankLost
 from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.backend import fuse_layers
 from worker.engine.model.sharding import as_shard, read_shard, shard_config, shard_for
-from worker.engine.parallel.commands import CommandKind, RankCommand, decode
+from worker.engine.parallel.commands import CommandKind, RankCommand
 from worker.engine.parallel.leader_model import FollowerModels
+from worker.engine.parallel.messages import opened, sealed
 from worker.engine.segments import IntArray
 from worker.engine.shards.shard import Shard
 
@@ -75,10 +77,17 @@ class ThreadExchange:
         return found if self.rank == 0 else None
 
 
-def on_ranks(model: PreTrainedModel, ranks: int, work: Callable[[PreTrainedModel, int], T]) -> list[T]:
-    """Run `work` on the fused shard of each rank, in threads of one core each; return the results in order of rank."""
+def on_ranks(
+    model: PreTrainedModel,
+    ranks: int,
+    work: Callable[[PreTrainedModel, int], T],
+    prepare: Callable[[PreTrainedModel], object] = fuse_layers,
+) -> list[T]:
+    """Run `work` on the prepared shard of each rank, in threads of one core each; return the results in their order."""
     meeting = Meeting(ranks)
     shards = _shards(model, [shard_for(model.config, ThreadExchange(meeting, rank)) for rank in range(ranks)])
+    for shard in shards:
+        prepare(shard)
 
     def run(rank: int) -> T:
         torch.set_num_threads(1)
@@ -99,24 +108,30 @@ def _shards(model: PreTrainedModel, shards: Sequence[Shard]) -> list[PreTrainedM
             part = part.to(model.dtype)
             part.load_state_dict(read_shard([Path(folder) / "model.safetensors"], shard, model.dtype))
             part.set_attn_implementation(ATTENTION_NAME)
-            as_shard(part, shard)
-            fuse_layers(part.eval())
+            as_shard(part.eval(), shard)
             made.append(part)
     return made
 
 
 class ThreadChannel:
-    """A `RankChannel` between threads: commands go through queues, as arrays."""
+    """A `RankChannel` between threads: messages go through queues, as arrays."""
 
     def __init__(self, ranks: int) -> None:
         self._queues: list[SimpleQueue[IntArray]] = [SimpleQueue() for _ in range(1, ranks)]
+        self.sent: list[IntArray] = []
 
-    def send(self, command: RankCommand) -> None:
+    def send(self, commands: Sequence[RankCommand]) -> None:
+        words = sealed(commands, len(self.sent))
+        self.sent.append(words)
         for queue in self._queues:
-            queue.put(command.encode())
+            queue.put(words.copy())
 
-    def follow(self, model: PreTrainedModel, rank: int) -> None:
+    def follow(self, model: PreTrainedModel, rank: int) -> FollowerModels:
         """Execute the commands of the first rank until END."""
         models = FollowerModels([model])
-        while (command := decode(self._queues[rank - 1].get())).kind is not CommandKind.END:
-            models.execute(command)
+        for number in count():
+            for command in opened(self._queues[rank - 1].get(), number):
+                if command.kind is CommandKind.END:
+                    return models
+                models.execute(command)
+        raise AssertionError

@@ -43,19 +43,20 @@ class LoggingChannel(RankChannel):
         self.passed: list[str] = []
         super().__init__(*arguments)
 
-    def send(self, command: RankCommand) -> None:
-        self._note(command)
-        super().send(command)
+    def send(self, commands: Sequence[RankCommand]) -> None:
+        self._note(commands)
+        super().send(commands)
 
-    def recv(self) -> RankCommand:
-        command = super().recv()
-        self._note(command)
-        return command
+    def recv(self) -> list[RankCommand]:
+        commands = super().recv()
+        self._note(commands)
+        return commands
 
-    def _note(self, command: RankCommand) -> None:
-        self.passed.append(
+    def _note(self, commands: Sequence[RankCommand]) -> None:
+        self.passed += [
             f"{command.kind.name}{command.model} " + hashlib.sha256(command.encode().tobytes()).hexdigest()
-        )
+            for command in commands
+        ]
 
 
 def texts(target: PackedModel, draft: PackedModel | None) -> Iterator[list[list[int]]]:
@@ -73,7 +74,7 @@ def lead(channel: LoggingChannel, target: PreTrainedModel, draft: PreTrainedMode
     split = LeaderModel(target, channel, TARGET, slots=4, capacity=512)
     everywhere = LeaderModel(draft, channel, DRAFT, slots=4, capacity=1024)
     written = list(texts(split, everywhere))
-    channel.send(RankCommand(CommandKind.END))
+    channel.send([RankCommand(CommandKind.END)])
     return written
 
 
@@ -82,8 +83,9 @@ def follow(channel: LoggingChannel, target: PreTrainedModel, draft: PreTrainedMo
         for parameter in draft.parameters():
             parameter.add_(torch.randn_like(parameter))
     models = FollowerModels([target, draft])
-    while (command := channel.recv()).kind is not CommandKind.END:
-        models.execute(command)
+    while (commands := channel.recv())[-1].kind is not CommandKind.END:
+        for command in commands:
+            models.execute(command)
 
 
 def disturb(forward: Any) -> Any:

@@ -1,7 +1,7 @@
 """The three public `generate_with_*` functions of the seed project, on the current engine.
 
-`use_parallel` splits the target over as many GPUs as its heads allow. Without GPUs it splits it over CPU processes, but
-in float32 only: the kernels of some families can't split them exactly in bfloat16. Without `use_parallel` one process
+`use_parallel` splits the target over as many GPUs as its heads allow. Without GPUs it splits it over CPU processes
+where that keeps the text: models of the compiled kernels, and others in float32. Without `use_parallel` one process
 uses one GPU or every core. The functions import torch themselves, because that takes seconds.
 """
 
@@ -65,19 +65,25 @@ def _loaded_model(parallel: bool) -> LoadedModel:
 def _max_ranks(settings: WorkerSettings) -> int:
     """Return the largest tensor parallel size of the target that this machine has devices for.
 
-    Devices are GPUs; without GPUs, cores in float32, else one.
+    Devices are GPUs; without GPUs, cores, of which a split that could change the text gets one.
     """
+    import torch
     from transformers import AutoConfig
 
     from worker.engine.model.architecture import tp_sizes
+    from worker.engine.model.loading import native_dtype
+    from worker.engine.model.sharding import splits_exactly
     from worker.loading.model_store import resolve
     from worker.node.placement import allowed_cpus, visible_gpus
 
     path = resolve(settings.target, settings.cache_dir)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
-    cores = len(allowed_cpus()) if settings.dtype == "float32" else 1
-    limit = len(visible_gpus()) or cores
-    return max(ranks for ranks in tp_sizes(config) if ranks <= limit)
+    sizes, gpus, cpu = tp_sizes(config), len(visible_gpus()), torch.device("cpu")
+    if gpus:
+        return max(ranks for ranks in sizes if ranks <= gpus)
+    dtype = native_dtype(cpu) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    exact = [ranks for ranks in sizes if dtype == torch.float32 or splits_exactly(config, ranks, dtype, cpu)]
+    return max((ranks for ranks in exact if ranks <= len(allowed_cpus())), default=1)
 
 
 def _generate(loaded: LoadedModel, mode: str, prompt: str, max_tokens: int, pieces: _Pieces | None = None) -> str:

@@ -6,6 +6,7 @@ EngineError
 ├── NanLogits               the logits of some sequences are NaN: no token can be drawn for them
 ├── GrammarsRefused         the target's tokenizer can't be held by the grammar library exactly
 ├── RankLost                a tensor-parallel rank has died; the replica can't continue without it
+│   └── MessageRefused      a message to a rank is damaged or out of order
 ├── SequenceTooLong         a sequence that needs more KV memory than there is
 ├── OutOfSlots              more sequences than KV slots: a bug of the caller
 └── OutOfBlocks             more KV entries than memory: a bug of the scheduler
@@ -49,6 +50,10 @@ class GrammarsRefused(EngineError):
 
 class RankLost(EngineError):
     """A tensor-parallel rank has died; the replica can't continue without it."""
+
+
+class MessageRefused(RankLost):
+    """A message from the first rank is damaged or out of order; the replica can't continue."""
 
 
 class SequenceTooLong(EngineError):

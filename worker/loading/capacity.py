@@ -15,7 +15,6 @@ from worker.engine.model.architecture import (
     has_long_factors,
     kv_bytes_per_token,
     max_positions,
-    ranks_of,
 )
 from worker.engine.model.backend import uses_paged_kv
 from worker.engine.model.packed_model import PackedModel
@@ -28,7 +27,6 @@ from worker.loading.memory import (
     CPU_SHARE,
     GPU_SHARE,
     MAX_CPU_SEQUENCES,
-    UNMEASURED_SHARE,
     WHOLE_SLOT_CONTEXT,
     KvMemory,
     available_bytes,
@@ -59,7 +57,7 @@ def choose_capacity(
     options = _wanted(settings, model, whole_slots, on_message)
     memory = KvMemory(
         free_bytes=0 if settings.kv_tokens else _free_bytes(settings, model, options, ranks),
-        share=_share(model),
+        share=CPU_SHARE if model.device.type == "cpu" else GPU_SHARE,
         token_bytes=kv_bytes_per_token(model),
         draft_token_bytes=draft.token_bytes,
         page_tokens=GPU_BLOCK if paged else 1,
@@ -110,22 +108,27 @@ def _context(settings: WorkerSettings, config: PretrainedConfig, whole_slots: bo
     return wanted if positions is None else min(wanted, positions)
 
 
-def _share(model: PreTrainedModel) -> float:
-    if model.device.type == "cpu":
-        return CPU_SHARE
-    return GPU_SHARE if ranks_of(model) == 1 else UNMEASURED_SHARE
-
-
 def _free_bytes(
     settings: WorkerSettings, model: PreTrainedModel, options: EngineOptions, ranks: RankGroup | None
 ) -> int:
     """Return the bytes that weights and the largest forward leave free, on the rank with the least."""
+
+    def own() -> int:
+        return bytes_left(model, options, settings.memory_share / settings.tp)
+
+    return own() if ranks is None else ranks.min_free_bytes(options, own)
+
+
+def bytes_left(model: PreTrainedModel, options: EngineOptions, share: float) -> int:
+    """Return the bytes that weights and the largest forward leave free on this process's device.
+
+    On a CPU they are a `share` of free main memory. On a GPU the forward runs, so all ranks of a model must call it.
+    """
     forward_bytes = 0
-    if ranks is None and model.device.type == "cuda":
+    if model.device.type == "cuda":
         forward_bytes = peak_bytes(model.device, largest_forward(model, options))
         forward_bytes = _FORWARD_COPIES * forward_bytes + GRAPH_BYTES
-    own_bytes = available_bytes(model.device, settings.memory_share / settings.tp) - forward_bytes
-    return own_bytes if ranks is None else ranks.min_free_bytes(own_bytes)
+    return available_bytes(model.device, share) - forward_bytes
 
 
 def largest_forward(model: PreTrainedModel, options: EngineOptions) -> Callable[[], Tensor]:

@@ -12,7 +12,6 @@ from jobs.errors import SetupError
 from worker.engine.options import MAX_STEP_NODES, EngineOptions
 
 GPU_SHARE = 0.92  # of what the weights and the largest forward leave free; the rest: library workspaces, fragmentation
-UNMEASURED_SHARE = 0.5  # of the free memory of tensor parallel ranks, whose largest forward is not measured
 CPU_SHARE = 0.5  # of free main memory, so that the machine stays usable
 WHOLE_SLOT_CONTEXT = 4096  # default tokens of a context where every slot takes the memory of a full one
 MAX_CPU_SEQUENCES = 64  # more rows a step gain nothing on a CPU: its products are bound by arithmetic from about 32 on

@@ -11,6 +11,7 @@ import logging
 import os
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,6 +24,7 @@ from jobs.processes import BAD_SETTINGS_STATUS, RESTART_STATUS, Command, launch,
 from worker.engine.errors import ModelRefused
 from worker.engine.model.architecture import refuse_tp_size
 from worker.engine.model.checkpoint import as_model_refused
+from worker.engine.options import EngineOptions
 from worker.engine.parallel.channel import RankChannel
 from worker.engine.parallel.commands import CommandKind, RankCommand
 from worker.engine.parallel.leader_model import LeaderModel
@@ -34,7 +36,7 @@ TARGET, DRAFT = 0, 1  # indices of the models on every rank
 
 NOT_EXACT = (
     "In bfloat16 the texts of a replica of several GPUs can depend on the batch, because its ranks sum products in an "
-    "order of their own; it also runs without fused kernels, CUDA graphs and KV pages"
+    "order of their own; it also runs without fused kernels and CUDA graphs"
 )
 
 _GRACE_S = 5.0  # for a step to fail by itself after a rank died; a step that waits on a GPU never does
@@ -70,10 +72,11 @@ class RankGroup:
         """Return a model whose calls run on all ranks."""
         return LeaderModel(model, self._channel, index, **options)
 
-    def min_free_bytes(self, own_bytes: int) -> int:
-        """Return the smallest free memory of all ranks, in bytes."""
-        self._channel.send(RankCommand(CommandKind.FREE_MEMORY))
-        return self._channel.all_reduce_min(own_bytes)
+    def min_free_bytes(self, options: EngineOptions, own: Callable[[], int]) -> int:
+        """Return the smallest of all ranks' bytes for KV; `own` returns this rank's (`bytes_left`)."""
+        sizes = (options.max_sequences, options.max_context, options.prefill_rows)
+        self._channel.send([RankCommand(CommandKind.FREE_MEMORY, numbers=sizes)])
+        return self._channel.all_reduce_min(own())
 
     def close(self) -> None:
         """Stop the other ranks."""
@@ -81,7 +84,7 @@ class RankGroup:
             return
         self._closing.set()
         if all(process.poll() is None for process in self._processes):
-            self._channel.send(RankCommand(CommandKind.END))
+            self._channel.send([RankCommand(CommandKind.END)])
         for process in self._processes:
             try:
                 process.wait(_STOP_S)

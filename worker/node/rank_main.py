@@ -20,12 +20,14 @@ from worker.drafters.head_file import is_head
 from worker.engine.errors import EngineError, RankLost
 from worker.engine.model.backend import fuse_layers
 from worker.engine.model.loading import gather_embeddings, load, native_dtype
+from worker.engine.options import EngineOptions
 from worker.engine.parallel.channel import RankChannel
 from worker.engine.parallel.commands import CommandKind
 from worker.engine.parallel.leader_model import FollowerModels
+from worker.loading.capacity import bytes_left
 from worker.loading.drafts import draft_path
-from worker.loading.memory import available_bytes
 from worker.loading.model_store import resolve
+from worker.loading.quantization import choose_kv_dtype
 from worker.loading.tensor_parallel import draft_tp_size
 from worker.settings import WorkerSettings
 
@@ -56,12 +58,18 @@ def follow(settings: WorkerSettings, store: Path, rank: int) -> None:
         torch.set_num_threads(settings.threads)
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     channel = RankChannel(store, rank, settings.tp, device)
-    models = FollowerModels(_load(settings, device))
-    while (command := channel.recv()).kind is not CommandKind.END:
-        if command.kind is CommandKind.FREE_MEMORY:
-            channel.all_reduce_min(available_bytes(device, settings.memory_share / settings.tp))
-        else:
-            models.execute(command)
+    loaded = _load(settings, device)
+    models = FollowerModels(loaded)
+    while True:
+        for command in channel.recv():
+            if command.kind is CommandKind.END:
+                return
+            if command.kind is CommandKind.FREE_MEMORY:
+                sequences, context, rows = command.numbers
+                options = EngineOptions(max_sequences=sequences, max_context=context, prefill_rows=rows)
+                channel.all_reduce_min(bytes_left(loaded[0], options, settings.memory_share / settings.tp))
+            else:
+                models.execute(command)
 
 
 def _load(settings: WorkerSettings, device: torch.device) -> list[PreTrainedModel]:
@@ -69,12 +77,14 @@ def _load(settings: WorkerSettings, device: torch.device) -> list[PreTrainedMode
     dtype = native_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     path = resolve(settings.target, settings.cache_dir, base=settings.base_model)
     loaded = [load(path, dtype=dtype, device=device, ranks=settings.tp, context=settings.max_context)]
+    choose_kv_dtype(settings, loaded[0])
     draft = draft_path(settings)
     if draft is not None and is_head(draft):
         gather_embeddings(loaded[0])
     elif draft is not None and settings.draft_ranks == "all":
         ranks = draft_tp_size(draft, settings)
         loaded.append(load(draft, dtype=dtype, device=device, ranks=ranks, context=settings.max_context))
+        choose_kv_dtype(settings, loaded[1])
     for model in loaded:
         fuse_layers(model)
     return loaded

@@ -14,7 +14,7 @@ from jobs.errors import SetupError
 from worker.engine.options import EngineOptions
 from worker.engine.paged.attention import GPU_BLOCK
 from worker.engine.paged.shape_buckets import BUCKETS
-from worker.loading.memory import GPU_SHARE, UNMEASURED_SHARE, WHOLE_SLOT_CONTEXT, KvMemory, fit
+from worker.loading.memory import GPU_SHARE, KvMemory, fit
 from worker.planning.devices import GIB
 from worker.planning.forecast import Machine, Speculation, Step, speculate, step
 from worker.planning.shapes import ModelShape
@@ -140,8 +140,6 @@ def _placement(request: PlanRequest, ranks: int, draft_ranks: int) -> Placement:
         return replace(placement, refusal=split_refusal(request.target, ranks))
     if ranks > 1 and (request.machine.fp8 or request.target.has_fp8_weights):
         return replace(placement, refusal="FP8 weights are held whole by one GPU")
-    if ranks > 1 and request.machine.fp8_kv:
-        return replace(placement, refusal="FP8 KV is held whole by one GPU")
     free = request.machine.device.memory_bytes - _RESERVED_BYTES - placement.weights_bytes
     if free <= 0:
         return replace(
@@ -168,17 +166,16 @@ def split_refusal(shape: ModelShape, ranks: int) -> str:
 def _fitted(request: PlanRequest, free: int, ranks: int, draft_ranks: int) -> EngineOptions:
     options = EngineOptions(
         max_sequences=request.sequences or BUCKETS[-1],
-        max_context=request.context or (request.target.context_tokens if ranks == 1 else WHOLE_SLOT_CONTEXT),
+        max_context=request.context or request.target.context_tokens,
         nodes=request.nodes,
         max_depth=request.max_depth,
     )
     memory = KvMemory(
         free_bytes=free,
-        share=GPU_SHARE if ranks == 1 else UNMEASURED_SHARE,
+        share=GPU_SHARE,
         token_bytes=request.machine.kv_bytes(request.target, ranks),
         draft_token_bytes=request.machine.kv_bytes(request.draft, draft_ranks) if request.draft else 0,
-        page_tokens=GPU_BLOCK if ranks == 1 else 1,
-        whole_slots=ranks > 1,
+        page_tokens=GPU_BLOCK,
     )
     return fit(options, request.kv_tokens, memory, derive_sequences=not request.sequences)
 

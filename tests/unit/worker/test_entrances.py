@@ -19,10 +19,11 @@ from jobs.errors import UnsupportedParameter
 from jobs.messages import COMPLETIONS_ENDPOINT
 from jobs.schema_check import upgrade_schema
 from tests.models import byte_tokenizer, save_tiny, tiny
-from worker import benchmark, start
+from worker import benchmark, seed, start
 from worker.bench import grid, host_costs, mixed_lengths, schema_validity
 from worker.benchmark import OWN_MODES
 from worker.cli import commands
+from worker.engine.cpu.kernels import kernels
 from worker.engine.options import Mode
 from worker.engine.segments import chain
 from worker.generate import generate as decoded
@@ -51,11 +52,25 @@ def environment(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "load_engine", lambda settings, on_message: resident_model(settings))
 
 
-def test_the_seeds_functions_write_the_same_text() -> None:
+def test_the_seeds_functions_write_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.node.placement.allowed_cpus", lambda: {0})  # nothing to split over
     standard = worker.generate_with_standard_model(PROMPT, max_tokens=20)
     assert standard
     assert worker.generate_with_speculative_decoding(PROMPT, max_tokens=20, use_parallel=True) == standard
     assert "".join(worker.generate_with_streaming_speculative_decoding(PROMPT, max_tokens=20)) == standard
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "ranks"), [("llama", "bfloat16", 2), ("gemma3", "bfloat16", 1), ("gemma3", "float32", 2)]
+)
+def test_use_parallel_splits_a_model_over_cores_where_that_keeps_its_text(
+    architecture: str, dtype: str, ranks: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("worker.node.placement.allowed_cpus", lambda: set(range(4)))
+    tiny(architecture).config.save_pretrained(tmp_path)  # two KV heads
+    if kernels(getattr(torch, dtype)) is None:
+        pytest.skip("needs a C compiler")
+    assert seed._max_ranks(WorkerSettings(target=str(tmp_path), dtype=dtype)) == ranks
 
 
 def test_texts_of_mixed_lengths_are_the_same_with_pages_on_demand_and_more_run_at_once(

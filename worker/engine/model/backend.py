@@ -34,6 +34,7 @@ from worker.engine.model.architecture import (
 from worker.engine.model.attention import AttentionPlan, DenseAttentionPlan
 from worker.engine.model.offload import MultiDeviceAttentionPlan, MultiDeviceKv, is_offloaded, layer_devices
 from worker.engine.paged.attention import GPU_BLOCK, gpu_kernels_for, paged_plan
+from worker.engine.paged.cuda_graphs import no_capture
 from worker.engine.paged.kv import PagedKv
 from worker.engine.paged.shape_buckets import BucketedForward, Run
 from worker.engine.segments import Segment
@@ -80,8 +81,11 @@ def make_backend(
         group = heads // kv_heads
         shape = (layers, slots, kv_heads, capacity, head_dim)
         pages = PagedKv(*shape, dtype, model.device, block_size=size, tokens=kv_tokens, group=group, in_fp8=in_fp8)
+        capture = no_capture if is_dealt_by_transformers(model) else None  # its sums are no part of a CUDA graph
         return Backend(
-            pages, lambda segments: paged_plan(segments, pages), bucketed=lambda run: BucketedForward(run, pages)
+            pages,
+            lambda segments: paged_plan(segments, pages),
+            bucketed=lambda run: BucketedForward(run, pages, capture),
         )
     compiled = kernels_for(model) if cpu_kernels else None
     if compiled is None:
@@ -92,11 +96,8 @@ def make_backend(
 
 
 def uses_paged_kv(model: PreTrainedModel) -> bool:
-    """Return whether a model's KV is paged by default: on a GPU, unless transformers split it or it is offloaded.
-
-    Ranks of models that transformers split capture no graphs and hold every slot in full.
-    """
-    return model.device.type == "cuda" and not is_dealt_by_transformers(model) and not is_offloaded(model)
+    """Return whether a model's KV is paged by default: on a GPU, unless the model is offloaded."""
+    return model.device.type == "cuda" and not is_offloaded(model)
 
 
 def stored_bytes(model: PreTrainedModel) -> dict[str, int]:
@@ -114,7 +115,8 @@ def stored_bytes(model: PreTrainedModel) -> dict[str, int]:
 
 def fuse_layers(model: PreTrainedModel) -> None:
     """Replace layers with fused implementations for this processor: the same products, faster."""
-    on_gpu = gpu_kernels_for(model.device) if uses_paged_kv(model) else None
+    ours = uses_paged_kv(model) and not is_dealt_by_transformers(model)
+    on_gpu = gpu_kernels_for(model.device) if ours else None
     if on_gpu is not None:
         fuse_on_gpu(model, on_gpu)
     compiled = kernels_for(model)

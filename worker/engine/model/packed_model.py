@@ -24,6 +24,7 @@ from worker.engine.options import MAX_STEP_NODES
 from worker.engine.paged.attention import GPU_BLOCK, PagedAttentionPlan
 from worker.engine.paged.rows import PagedRows
 from worker.engine.paged.shape_buckets import Outputs
+from worker.engine.paged.step import PagedStep
 from worker.engine.segments import KvMove, Segment, Segments, chain
 
 
@@ -156,14 +157,18 @@ class PackedModel:
 
         The latter is None if no layer is tapped, or if the fused model has written to `hidden` itself.
         """
-        shape = self._buckets.shape_for(segments) if self._buckets is not None else None
-        if shape is not None:
-            assert self._buckets is not None
-            return self._buckets.forward(segments, shape)
+        if self._buckets is not None:
+            return self._buckets.forward(segments, self._buckets.shape_for(segments))
         plan = self._backend.plan(segments)
         if self._network is None:
             return run_layers(self._model, segments, plan), plan.tapped
         return self._network.forward(segments, plan)[0], plan.tapped  # type: ignore[arg-type]  # the backend's own plan
+
+    @torch.inference_mode()
+    def follow(self, step: PagedStep) -> None:
+        """Run a step that another rank laid out on paged KV, and discard its logits."""
+        assert self._buckets is not None, "only paged KV follows steps"
+        self._buckets.follow(step)
 
     def _call_paged(self, rows: PagedRows, plan: PagedAttentionPlan) -> Outputs:
         return _call(self._model, rows.ids, rows.positions, rows.kept, plan), plan.tapped
@@ -191,7 +196,7 @@ class PackedModel:
     def clear(self) -> None:
         """Free the memory of every slot."""
         for slot in range(self._slots):
-            PackedModel.truncate(self, slot, 0)  # not the subclass's: clearing is one command to other ranks
+            PackedModel.truncate(self, slot, 0)  # not the subclass's: other ranks clear at once
 
 
 def run_layers(model: PreTrainedModel, segments: Sequence[Segment], plan: AttentionPlan) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,28 +70,42 @@ def as_shard(model: PreTrainedModel, shard: Shard) -> None:
     """Mark a loaded model as a shard: the sums of its own forward are those of all ranks."""
     setattr(model, SHARD, shard)
     layers: Any = decoder_layers(model)
-    assert shard.exchange is not None
     for layer in layers:
-        layer.self_attn.o_proj = _SummedLinear(layer.self_attn.o_proj, shard.exchange)
-        layer.mlp.down_proj = _SummedLinear(layer.mlp.down_proj, shard.exchange)
+        layer.self_attn.o_proj = _SummedLinear(layer.self_attn.o_proj, shard)
+        layer.mlp.down_proj = _SummedLinear(layer.mlp.down_proj, shard)
 
 
 class _SummedLinear(nn.Linear):
-    """A linear layer whose inputs the ranks share, for transformers' own forward; fused layers take its weight."""
+    """A linear layer whose inputs the ranks share, for transformers' own forward; fused layers take its weight.
 
-    def __init__(self, linear: nn.Linear, exchange: Exchange) -> None:
+    It is summed in the parts of the shard, so that a split model has the bits of the whole here, too.
+    """
+
+    def __init__(self, linear: nn.Linear, shard: Shard) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self._exchange = exchange
+        self._exchange, self._edges = shard.exchange, list(pairwise(shard.bounds(self.in_features).tolist()))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x @ weight.T + bias` of the whole layer, from this rank's share of `x`."""
-        own = functional.linear(x, self.weight).float()
-        every = own.new_empty(self._exchange.ranks, own.numel())
-        self._exchange.all_gather(every.view(-1), own.reshape(-1))
-        total = added(list(every)).view(own.shape)
+        total = added(self._all_parts(torch.stack(self._parts(x))))
         return (total if self.bias is None else total + self.bias).to(x.dtype)
+
+    def _parts(self, x: Tensor) -> list[Tensor]:
+        """Return the products of this rank's parts in float32. Their shapes don't depend on the number of ranks."""
+        weight = self.weight.detach().as_subclass(Tensor)
+        parts = [(x[..., start:end], weight[:, start:end]) for start, end in self._edges]
+        return [functional.linear(*(side.float().contiguous() for side in part)) for part in parts]
+
+    def _all_parts(self, own: Tensor) -> list[Tensor]:
+        """Return the parts of all ranks, from this rank's `own` [parts, …]."""
+        exchange = self._exchange
+        if exchange is None:
+            return list(own)
+        every = own.new_empty(exchange.ranks * len(own), *own.shape[1:])
+        exchange.all_gather(every.view(-1), own.view(-1))
+        return list(every)
 
 
 def _shares(files: Sequence[Path], shard: Shard) -> Iterator[tuple[str, Tensor]]:

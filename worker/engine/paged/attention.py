@@ -124,20 +124,32 @@ def reserve(segments: Segments, kv: PagedKv) -> None:
 def attended(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, options: AttentionOptions) -> Part:
     """Attend `query` [n, heads, dim] in float32 over the visible `keys` and `values` [n, entries, kv_heads, dim].
 
-    A row that sees nothing gets zeros and a logsumexp of -inf. What a row does not see may be anything, NaN too, and
-    zero times NaN is NaN: so its scores and values are replaced, not only weighted with zero.
+    A row that sees nothing gets zeros and a logsumexp of -inf. KV heads are attended one by one, so that the bits of a
+    head don't depend on the number of others: ranks deal them out.
     """
-    n, heads, dim = query.shape
-    grouped = query.view(n, keys.shape[2], -1, dim).float()
-    scores = torch.einsum("nhgd,nlhd->nhgl", grouped, keys.float()) * options.scaling
+    kv_heads = keys.shape[2]
+    queries = query.float().chunk(kv_heads, 1)
+    heads = [
+        _attended_head(queries[head], keys[:, :, head].float(), values[:, :, head].float(), visible, options)
+        for head in range(kv_heads)
+    ]
+    outs, logs = zip(*heads, strict=True)
+    return torch.cat(outs, 1), torch.cat(logs, 1)
+
+
+def _attended_head(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, options: AttentionOptions) -> Part:
+    """Attend the queries [n, group, dim] of one KV head over its `keys` and `values` [n, entries, dim].
+
+    What a row does not see may be anything, NaN too, and zero times NaN is NaN: so its scores and values are replaced,
+    not only weighted with zero.
+    """
+    scores = (query.contiguous() @ keys.contiguous().transpose(1, 2)) * options.scaling
     if options.softcap is not None:
         scores = options.softcap * torch.tanh(scores / options.softcap)
-    scores = scores.masked_fill(~visible[:, None, None, :], -torch.inf)
-    values = values.float().masked_fill(~visible[:, :, None, None], 0.0)
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
-    out = torch.einsum("nhgl,nlhd->nhgd", weights, values)
-    return out.reshape(n, heads, dim), lse.reshape(n, heads)
+    scores = scores.masked_fill(~visible[:, None, :], -torch.inf)
+    log = scores.logsumexp(-1)
+    weights = (scores - log.masked_fill(log == -torch.inf, 0.0).unsqueeze(-1)).exp()
+    return weights @ values.masked_fill(~visible[:, :, None], 0.0).contiguous(), log
 
 
 def merged(one: Part, other: Part) -> Part:

@@ -15,6 +15,7 @@ from worker.engine.paged.compiled_layout import BlockTables, compiled_layout
 from worker.engine.segments import BoolArray, IntArray, KvMove, KvMoves
 
 SCRATCH = 0  # the block that padding rows write to; no slot holds it
+NO_BLOCKS: IntArray = np.empty((3, 0), np.int64)
 
 
 class BlockPool:
@@ -109,6 +110,7 @@ class PagedKv:
         self.tables = np.full((slots + 1, width), SCRATCH, np.int64)
         self.device_tables = torch.from_numpy(self.tables).to(device)  # on a CPU the same memory
         self._changed: list[tuple[int, int]] = []  # slot and index of blocks that the device does not know yet
+        self._moves: list[IntArray] | None = None  # entries that moved, for other ranks; None: there are none
         self._held = np.zeros(slots, np.int64)  # number of blocks of each slot
         arrays = map(address, (self.tables, self._held, self.pool.counts))
         self.layout = BlockTables(*arrays, width, slots, block_size)  # for compiled functions
@@ -171,11 +173,40 @@ class PagedKv:
 
     def sync_tables(self) -> None:
         """Copy new blocks to the tables on the device. Freed ones stay there: no row sees their entries."""
-        if self._changed and self.device_tables.device.type != "cpu":
-            at = np.array(self._changed, np.int64).T
-            moved = torch.from_numpy(np.stack([*at, self.tables[at[0], at[1]]])).to(self.device_tables.device)
-            self.device_tables[moved[0], moved[1]] = moved[2]
+        self.show(self.pop_blocks())
+
+    def pop_blocks(self) -> IntArray:
+        """Return the blocks that slots took since the last call, [3, blocks]: slot, index in its table, block."""
+        if not self._changed:
+            return NO_BLOCKS
+        slots, index = np.array(self._changed, np.int64).T
         self._changed.clear()
+        return np.stack([slots, index, self.tables[slots, index]])
+
+    def record_moves(self) -> None:
+        """Record from now on which entries of the pool move, for `pop_moves`."""
+        self._moves = []
+
+    def pop_moves(self) -> list[IntArray]:
+        """Return the recorded moves since the last call, each [2, entries]: where entries come from and go to."""
+        moves = self._moves
+        if not moves:
+            return []
+        self._moves = []
+        return moves
+
+    def follow(self, blocks: IntArray, moves: Sequence[IntArray]) -> None:
+        """Repeat what another rank's store did: its moves in their order, and the blocks that its slots took."""
+        for moved in moves:
+            self._move(moved)
+        self.tables[blocks[0], blocks[1]] = blocks[2]
+        self.show(blocks)
+
+    def show(self, blocks: IntArray) -> None:
+        """Copy blocks [3, blocks] to the tables on the device."""
+        if blocks.size and self.device_tables.device.type != "cpu":
+            moved = torch.from_numpy(blocks).to(self.device_tables.device)
+            self.device_tables[moved[0], moved[1]] = moved[2]
 
     def _set_block(self, slot: int, at: int, block: int) -> None:
         self.tables[slot, at] = block
@@ -206,11 +237,9 @@ class PagedKv:
             return
         moved, owned = self.moved_entries(some)
         assert owned, "`reserve` unshared these blocks when the entries were written"
-        places = torch.from_numpy(moved).to(self.keys.device)
-        source, target = places[0], places[1]
-        for entries in self._pools:
-            # The entries are gathered before anything is written: overlapping moves are safe.
-            entries.index_copy_(1, target, entries.index_select(1, source))
+        if self._moves is not None:
+            self._moves.append(moved)
+        self._move(moved)
 
     def moved_entries(self, moves: KvMoves) -> tuple[IntArray, bool]:
         """Return the pool's entries that moves come from and go to [2, entries], and whether their slots own them."""
@@ -261,8 +290,18 @@ class PagedKv:
         self._set_block(slot, at, new)
 
     def _copy(self, source: int, target: int) -> None:
+        if self._moves is not None:
+            self._moves.append(np.array([[source], [target]]) * self.block_size + np.arange(self.block_size))
         for store in self._pair.stores:
             store[:, target] = store[:, source]
+
+    def _move(self, moved: IntArray) -> None:
+        """Move entries of the pool [2, entries]."""
+        places = torch.from_numpy(moved).to(self.keys.device)
+        source, target = places[0], places[1]
+        for entries in self._pools:
+            # The entries are gathered before anything is written: overlapping moves are safe.
+            entries.index_copy_(1, target, entries.index_select(1, source))
 
 
 def _blocks(entries: int, block_size: int) -> int:

@@ -1,4 +1,8 @@
-"""Shape buckets: forwards of a few fixed shapes are captured once and replayed. Larger steps run without padding."""
+"""Forwards over paged KV. Those of a few fixed shapes, the buckets, are captured once and replayed; larger steps run
+without padding.
+
+A model that ranks share runs the same steps on each: the first lays them out, the others follow.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,17 @@ from worker.engine.options import MAX_STEP_NODES
 from worker.engine.paged.attention import PagedAttentionPlan, reserve
 from worker.engine.paged.cuda_graphs import CaptureFailed, GraphCapture, graph_capture
 from worker.engine.paged.kv import PagedKv
-from worker.engine.paged.rows import LISTED, PagedRows, Shape, bucket_needs, laid_out, part_limit
+from worker.engine.paged.rows import (
+    LISTED,
+    PagedRows,
+    Shape,
+    bucket_needs,
+    exact_shape,
+    laid_out,
+    on_device,
+    part_limit,
+)
+from worker.engine.paged.step import PagedStep
 from worker.engine.paged.work import max_parts
 from worker.engine.segments import Segment, Segments
 
@@ -35,6 +49,7 @@ class BucketedForward:
         self._run, self._kv, self._capture = run, kv, capture or graph_capture(kv.keys.device)
         self._replays: dict[Shape, Callable[[], Outputs]] = {}
         self._left_bytes = GRAPH_BYTES
+        self.on_step: Callable[[PagedStep], None] | None = None  # learns of each step before it runs
         self.capture_failures: dict[str, str] = {}  # reason, by name of the shape
         self.shapes = {listed: [self._shape(rows, listed) for rows in BUCKETS] for listed in (0, LISTED)}
         largest = max(shape.size for shapes in self.shapes.values() for shape in shapes)
@@ -62,7 +77,7 @@ class BucketedForward:
         """
         for shape in sorted(self._expected(), key=lambda s: (s.rows & (s.rows - 1) > 0, -s.rows)):
             if self._may_capture:
-                self._replay(Segments.of([]), shape)
+                self._start(Segments.of([]), shape)
 
     def _expected(self) -> list[Shape]:
         """Return the shapes of steps with up to a row per slot, and up to the draft nodes of a step more."""
@@ -74,22 +89,43 @@ class BucketedForward:
             if shape.rows <= _bucket_of(limit)
         ]
 
-    def forward(self, segments: Sequence[Segment], shape: Shape) -> Outputs:
-        """Run the rows in the shape; return logits [kept, vocab] and the other outputs of the rows."""
+    def forward(self, segments: Sequence[Segment], shape: Shape | None) -> Outputs:
+        """Run the rows in the shape of a bucket, or without padding (None).
+
+        Return logits [kept, vocab] and the other outputs of the rows.
+        """
         packed = Segments.of(segments)
         reserve(packed, self._kv)
-        logits, other = self._replay(packed, shape)
+        logits, other = self._start(packed, shape)
+        if shape is None:
+            return logits, other
         # Copies: the next replay overwrites the outputs of a capture.
         return logits[: len(packed.kept)].clone(), None if other is None else other[: packed.num_rows].clone()
 
-    def _replay(self, segments: Segments, shape: Shape) -> Outputs:
-        self._kv.sync_tables()
-        rows = laid_out(segments, self._kv, shape)
+    def follow(self, step: PagedStep) -> None:
+        """Run the step of another rank on this rank's keys and values."""
+        self._kv.follow(step.blocks, step.moves)
+        self._run_step(step)
+
+    def _start(self, segments: Segments, bucket: Shape | None) -> Outputs:
+        """Lay out a step and run it."""
+        shape = bucket or exact_shape(segments, self._kv)
+        blocks, moves = self._kv.pop_blocks(), self._kv.pop_moves()
+        step = PagedStep(shape, bucket is not None, laid_out(segments, self._kv, shape), blocks, moves)
+        if self.on_step is not None:
+            self.on_step(step)
+        self._kv.show(blocks)
+        return self._run_step(step)
+
+    def _run_step(self, step: PagedStep) -> Outputs:
+        if not step.in_bucket:
+            rows = PagedRows(step.shape, on_device(step.flat, self._flat.device))
+            return self._run(rows, PagedAttentionPlan(rows, self._kv))
         # A copy from pageable memory has read it when it returns, so it may be freed.
-        self._flat[: len(rows)].copy_(torch.from_numpy(rows))
-        replay = self._replays.get(shape)
+        self._flat[: len(step.flat)].copy_(torch.from_numpy(step.flat))
+        replay = self._replays.get(step.shape)
         if replay is None:
-            replay = self._replays[shape] = self._captured(shape)
+            replay = self._replays[step.shape] = self._captured(step.shape)
         return replay()
 
     def _captured(self, shape: Shape) -> Callable[[], Outputs]:

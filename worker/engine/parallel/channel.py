@@ -7,6 +7,7 @@ a rank is gone, and the replica must restart.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,13 +16,14 @@ import torch
 from torch import distributed
 
 from worker.engine.errors import RankLost
-from worker.engine.parallel.commands import RankCommand, decode
+from worker.engine.parallel.commands import RankCommand
+from worker.engine.parallel.messages import HEAD, body_length, opened, sealed
 from worker.engine.segments import IntArray
 
 # Idle followers wait for the next command without a limit. No timeout is needed to detect a dead rank: its connection
 # closes, and its parent process sees it exit.
 _NO_TIMEOUT = timedelta(days=365)
-_HEAD = 2048  # int64 words of a command's first message, which starts with its length; few commands need a second
+_LEAST_WORDS = 2048  # of a broadcast
 
 
 class RankChannel:
@@ -32,6 +34,8 @@ class RankChannel:
         for library in ("GLOO", "NCCL"):  # the ranks of a replica are on one machine: listen on loopback only
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
         self.rank, self.ranks = rank, ranks
+        self._number = 0  # messages so far
+        self._room = _LEAST_WORDS  # words of the next broadcast, the same on every rank
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=distributed.FileStore(str(store), ranks),  # type: ignore[attr-defined]  # documented as exported
@@ -40,25 +44,30 @@ class RankChannel:
             timeout=_NO_TIMEOUT,
         )
 
-    def send(self, command: RankCommand) -> None:
-        """Send a command to all followers."""
-        words = command.encode()
-        head = np.zeros(_HEAD, np.int64)
-        head[0] = len(words)
-        first = words[: _HEAD - 1]
-        head[1 : 1 + len(first)] = first
-        self._broadcast(head)
-        if len(words) > len(first):
-            self._broadcast(words[len(first) :])
+    def send(self, commands: Sequence[RankCommand]) -> None:
+        """Send commands to all followers as one message: one broadcast, unless it is much longer than the last one."""
+        words = sealed(commands, self._number)
+        first = np.zeros(self._room, np.int64)
+        first[: len(words)] = words[: self._room]
+        self._broadcast(first)
+        if len(words) > self._room:
+            self._broadcast(words[self._room :])
+        self._received(len(words))
 
-    def recv(self) -> RankCommand:
-        """Wait for the next command."""
-        head = self._receive(_HEAD)
-        length = int(head[0])
-        words = head[1 : 1 + length]
-        if length > len(words):
-            words = np.concatenate([words, self._receive(length - len(words))])
-        return decode(words)
+    def recv(self) -> list[RankCommand]:
+        """Wait for the next message and return its commands. Raises MessageRefused if it is not the one that is due."""
+        words = self._receive(self._room)
+        length = HEAD + body_length(words, self._number)
+        if length > self._room:
+            words = np.concatenate([words, self._receive(length - self._room)])
+        commands = opened(words, self._number)
+        self._received(length)
+        return commands
+
+    def _received(self, length: int) -> None:
+        """Make room for a message like the last one, whose length both ends know."""
+        self._number += 1
+        self._room = max(_LEAST_WORDS, 1 << length.bit_length())
 
     def all_reduce_min(self, number: int) -> int:
         """Return the minimum of the ranks' numbers; every rank must call it."""

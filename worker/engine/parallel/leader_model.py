@@ -1,7 +1,9 @@
 """A tensor parallel model, which the leader's engine uses like any other model.
 
-The leader sends each call to the followers before it runs it, so that all ranks run the same rows in the same order on
-their shards. The leader alone decides about trees, draws and slots; the followers' logits are discarded.
+The leader sends each forward to the followers before it runs it, so that all ranks run the same rows in the same order
+on their shards. What happened to KV memory since the forward before travels in the same message. The leader alone
+decides about trees, draws, slots and pages: of paged KV the followers get the numbers that their kernels read, and keep
+no account. Their logits are discarded.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from transformers import PreTrainedModel
 
 from worker.engine.errors import RankLost
 from worker.engine.model.packed_model import PackedModel
+from worker.engine.paged.kv import PagedKv
+from worker.engine.paged.step import PagedStep
 from worker.engine.parallel.channel import RankChannel
 from worker.engine.parallel.commands import CommandKind, RankCommand
 from worker.engine.segments import KvMove, KvMoves, Segment, Segments
@@ -38,17 +42,23 @@ class LeaderModel(PackedModel):
     ) -> None:
         """Create the KV slots on all ranks; `number` is the model's index, the same on each."""
         self._channel: RankChannel | None = None  # None: each rank runs its equivalence check without commands
+        self._pending: list[RankCommand] = []  # what the followers' KV slots lag behind
         numbers = (slots, capacity, _UNSET if paged is None else int(paged), _UNSET if kv_tokens is None else kv_tokens)
-        channel.send(RankCommand(CommandKind.BUILD, number, numbers=numbers))
+        channel.send([RankCommand(CommandKind.BUILD, number, numbers=numbers)])
         super().__init__(model, slots=slots, capacity=capacity, paged=paged, kv_tokens=kv_tokens, **options)
         self._channel, self._number = channel, number
+        if self._buckets is not None:
+            assert isinstance(self.kv, PagedKv)
+            self._buckets.on_step = self._send_step
+            self.kv.record_moves()
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Run the rows on every rank; return the gathered logits. Raises RankLost if a rank fails."""
         if self._channel is None:
             return super().forward(segments)
         packed = Segments.of(segments)
-        self._channel.send(RankCommand(CommandKind.FORWARD, self._number, segments=packed))
+        if self._buckets is None:
+            self._send(RankCommand(CommandKind.FORWARD, self._number, segments=packed))
         try:
             return super().forward(packed)
         except Exception as error:
@@ -57,35 +67,45 @@ class LeaderModel(PackedModel):
 
     def compact(self, moves: Sequence[KvMove]) -> None:
         """Compact the KV of every rank."""
-        assert self._channel is not None
         some = KvMoves.of(moves)
         if len(some):
-            self._channel.send(RankCommand(CommandKind.COMPACT, self._number, moves=some))
+            self._note(CommandKind.COMPACT, moves=some)
         super().compact(some)
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy a prefix on every rank."""
-        assert self._channel is not None
-        self._channel.send(RankCommand(CommandKind.COPY_PREFIX, self._number, numbers=(source, target, length)))
+        self._note(CommandKind.COPY_PREFIX, numbers=(source, target, length))
         super().copy_prefix(source, target, length)
 
     def truncate(self, slot: int, length: int) -> None:
         """Free the memory of a slot beyond `length` entries on every rank."""
-        if self._channel is not None:
-            self._channel.send(RankCommand(CommandKind.TRUNCATE, self._number, numbers=(slot, length)))
+        self._note(CommandKind.TRUNCATE, numbers=(slot, length))
         super().truncate(slot, length)
 
     def clear(self) -> None:
         """Free the memory of every slot on every rank."""
-        assert self._channel is not None
-        self._channel.send(RankCommand(CommandKind.CLEAR, self._number))
+        self._pending.clear()
+        self._note(CommandKind.CLEAR)
         super().clear()
 
     def prepare(self) -> None:
-        """Capture forwards and allocate buffers on every rank."""
-        assert self._channel is not None
-        self._channel.send(RankCommand(CommandKind.PREPARE, self._number))
+        """Capture forwards, in the same order on every rank, and allocate buffers."""
+        if self._buckets is None:
+            self._send(RankCommand(CommandKind.PREPARE, self._number))
         super().prepare()
+
+    def _note(self, kind: CommandKind, **given: Any) -> None:
+        """Keep a command for the next message; paged KV keeps what it did by itself."""
+        if self._channel is not None and self._buckets is None:
+            self._pending.append(RankCommand(kind, self._number, **given))
+
+    def _send_step(self, step: PagedStep) -> None:
+        self._send(RankCommand(CommandKind.STEP, self._number, step=step))
+
+    def _send(self, command: RankCommand) -> None:
+        assert self._channel is not None
+        self._channel.send([*self._pending, command])
+        self._pending.clear()
 
 
 class FollowerModels:
@@ -112,6 +132,9 @@ class FollowerModels:
         model = self._packed[command.model]
         if command.kind is CommandKind.FORWARD:
             model.forward(command.segments)
+        elif command.kind is CommandKind.STEP:
+            assert command.step is not None
+            model.follow(command.step)
         elif command.kind is CommandKind.COMPACT:
             model.compact(command.moves)
         elif command.kind is CommandKind.COPY_PREFIX:

@@ -12,7 +12,6 @@ from tests.models import packed, tiny
 from tests.unit.worker.engine.harness import FLAT_COSTS, drafter, options, sequences
 from worker.engine.engine import Engine
 from worker.engine.options import Mode
-from worker.engine.parallel.commands import CommandKind, RankCommand, decode
 from worker.engine.sampling.parameters import Sampling
 from worker.engine.segments import KvMove, KvMoves, Segment, Segments, chain
 
@@ -49,15 +48,6 @@ def test_moves_as_arrays_leave_out_those_in_place() -> None:
     assert [move.slot for move in found] == [0, 2]
     assert all(alike(move, expected) for move, expected in zip(found, [MOVES[0], MOVES[2]], strict=True))
     assert found.targets.tolist() == [5, 6, 7]
-
-
-def test_a_rank_reads_the_command_that_the_leader_wrote() -> None:
-    forward = decode(RankCommand(CommandKind.FORWARD, 1, segments=Segments.of(SOME)).encode())
-    assert (forward.kind, forward.model, forward.numbers) == (CommandKind.FORWARD, 1, ())
-    assert alike(forward.segments, Segments.of(SOME))
-    compact = decode(RankCommand(CommandKind.COMPACT, 0, moves=KvMoves.of(MOVES), numbers=(4, -1)).encode())
-    assert (compact.kind, compact.numbers, len(compact.segments)) == (CommandKind.COMPACT, (4, -1), 0)
-    assert alike(compact.moves, KvMoves.of(MOVES))
 
 
 def test_results_are_the_same_in_another_process() -> None:

@@ -91,7 +91,7 @@ def test_split_models_write_the_same_texts_greedily_and_sampled_with_drafts(dtyp
         try:
             return texts(LeaderModel(shard, channel, 0, slots=8, capacity=512))  # type: ignore[arg-type]
         finally:
-            channel.send(RankCommand(CommandKind.END))
+            channel.send([RankCommand(CommandKind.END)])
 
     written = []
     for ranks in sizes:

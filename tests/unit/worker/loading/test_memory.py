@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from jobs.errors import SetupError
 from tests.models import tiny
+from worker.drafters.suffix.drafter import SuffixDrafter
 from worker.engine.model.architecture import kv_bytes_per_token
 from worker.engine.options import MAX_STEP_NODES, EngineOptions
-from worker.loading.capacity import largest_forward
+from worker.loading.capacity import choose_capacity, largest_forward
+from worker.loading.drafts import DrafterFactory
 from worker.loading.memory import KvMemory, fit
+from worker.settings import WorkerSettings
 
 OPTIONS = EngineOptions(max_sequences=4, max_context=10_000, nodes=60, max_depth=10)
 MEMORY = KvMemory(free_bytes=10_000_000, share=0.92, token_bytes=200)
@@ -60,6 +65,30 @@ def test_the_largest_forward_has_logits_for_every_root_and_draft_node() -> None:
     options = replace(OPTIONS, max_context=40, prefill_rows=32)  # more rows than the context has positions
     model = tiny()
     assert largest_forward(model, options)().shape == (4 + MAX_STEP_NODES, model.config.vocab_size)
+
+
+class Ranks:
+    """Another rank has half of the memory that the first one has."""
+
+    def min_free_bytes(self, options: EngineOptions, own: Callable[[], int]) -> int:
+        return own() // 2
+
+
+def test_the_rank_with_the_least_memory_decides_how_many_tokens_and_sequences_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("worker.loading.capacity.available_bytes", lambda _, share: int(2e7 * share))
+    draft, model = DrafterFactory(None, (), 0, lambda *_: lambda: SuffixDrafter()), tiny()
+
+    def chosen(tp: int, ranks: Any) -> EngineOptions:
+        settings = WorkerSettings(tp=tp, max_sequences=0, max_context=0, kv_tokens=0, memory_share=1.0)
+        return choose_capacity(settings, model, draft, ranks, lambda _: None)
+
+    alone, split = chosen(1, None), chosen(2, Ranks())
+    assert (alone.max_context, split.max_context) == (512, 512), "that of the model"
+    trees = MAX_STEP_NODES * kv_bytes_per_token(model)
+    assert [o.total_kv_tokens for o in (alone, split)] == [(n - trees) // 1024 for n in (10_000_000, 2_500_000)]
+    assert all(o.max_sequences == o.total_kv_tokens // 256 for o in (alone, split))
 
 
 def test_too_little_memory_names_the_setting() -> None:

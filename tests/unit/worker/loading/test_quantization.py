@@ -37,13 +37,14 @@ def test_a_method_is_chosen_where_it_runs() -> None:
     assert chosen_quantization(dynamic, torch.device("cpu")) is QuantizationMethod.FP8_DYNAMIC
 
 
-@pytest.mark.parametrize("given", [{"tp": 2}, {"device_map": "auto"}])
-def test_fp8_kv_that_cannot_be_held_is_refused(given: dict[str, Any]) -> None:
+def test_fp8_kv_is_held_by_every_rank_and_refused_for_layers_on_several_devices() -> None:
     model = tiny()
-    choose_kv_dtype(WorkerSettings(**given), model)
+    choose_kv_dtype(WorkerSettings(device_map="auto"), model)
     assert not has_fp8_kv(model)
-    with pytest.raises(SetupError, match="BASIC_KV_DTYPE=fp8 works on one device that holds the whole model"):
-        choose_kv_dtype(WorkerSettings(kv_dtype="fp8", **given), model)
+    with pytest.raises(SetupError, match="BASIC_KV_DTYPE=fp8 needs layers that stay on one device"):
+        choose_kv_dtype(WorkerSettings(kv_dtype="fp8", device_map="auto"), model)
+    choose_kv_dtype(WorkerSettings(kv_dtype="fp8", tp=2), model)
+    assert has_fp8_kv(model)
 
 
 def test_a_model_that_no_kernel_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
