@@ -58,6 +58,7 @@ def pytest_collection_finish() -> None:
         if isinstance(logger, logging.Logger) and logger.name.partition(".")[0] == "torch":
             logger.propagate = True
     gc.freeze()
+    gc.set_threshold(20_000, 20, 10)  # small tests make little garbage, and each search calls hypothesis
     gc.enable()
 
 

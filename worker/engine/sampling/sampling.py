@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,8 @@ def gpu_sampler(device: torch.device) -> ModuleType | None:
 
 def parameters_of(samplings: Sequence[Sampling]) -> ParameterArray:
     """Return the parameters [rows] of some sequences."""
-    return np.concatenate([s.record for s in samplings]) if samplings else np.empty(0, PARAMETERS)
+    records: list[Any] = [s.record for s in samplings]
+    return np.frombuffer(bytearray().join(records), PARAMETERS)  # np.concatenate compares all fields: 8 us a row
 
 
 def draw(
