@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
@@ -24,16 +24,18 @@ from worker.engine.parallel.commands import CommandKind, RankCommand
 from worker.engine.parallel.leader_model import FollowerModels
 from worker.engine.parallel.messages import opened, sealed
 from worker.engine.segments import IntArray
+from worker.engine.shards.exchange import PeerSums
 from worker.engine.shards.shard import Shard
 
 T = TypeVar("T")
 
 
 class Meeting:
-    """Where the threads of all ranks meet to exchange tensors."""
+    """Where the threads of all ranks meet to exchange tensors; with `turns`, one of them runs at a time."""
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, ranks: int, *, turns: bool = False) -> None:
         self.ranks = ranks
+        self._turn = threading.Lock() if turns else None
         self._changed = threading.Condition()
         self._given: list[list[Tensor]] = [[] for _ in range(ranks)]  # of each rank, call after call
         self._left: set[int] = set()
@@ -44,10 +46,21 @@ class Meeting:
             self._given[rank].append(own.clone())
             call = len(self._given[rank])
             self._changed.notify_all()
+        with self._others_turn(), self._changed:
             self._changed.wait_for(lambda: self._absent(call) <= self._left)
             if self._absent(call):
                 raise RankLost("a thread has left the meeting")
             return [given[call - 1] for given in self._given]
+
+    @contextmanager
+    def _others_turn(self) -> Iterator[None]:
+        if self._turn is not None:
+            self._turn.release()
+        try:
+            yield
+        finally:
+            if self._turn is not None:
+                self._turn.acquire()
 
     def _absent(self, call: int) -> set[int]:
         return {rank for rank, given in enumerate(self._given) if len(given) < call}
@@ -55,12 +68,13 @@ class Meeting:
     @contextmanager
     def attended(self, rank: int) -> Iterator[None]:
         """Attend the meeting as a rank; others that wait for it after that lose it."""
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._left.add(rank)
-                self._changed.notify_all()
+        with self._turn or nullcontext():
+            try:
+                yield
+            finally:
+                with self._changed:
+                    self._left.add(rank)
+                    self._changed.notify_all()
 
 
 class ThreadExchange:
@@ -76,16 +90,64 @@ class ThreadExchange:
         found = self._meeting.swap(self.rank, own)
         return found if self.rank == 0 else None
 
+    def room_for_sums(self, sums: int, rows: int, columns: int, device: torch.device) -> Tensor:
+        return torch.empty(sums, rows, columns, device=device)
+
+    def sums_of_all(self, own: Tensor) -> Tensor | PeerSums:
+        return torch.cat(self._meeting.swap(self.rank, own))
+
+
+class PeerExchange(ThreadExchange):
+    """A `ThreadExchange` whose ranks read the sums of the others in place, as those of GPUs do."""
+
+    def __init__(self, meeting: Meeting, rank: int) -> None:
+        super().__init__(meeting, rank)
+        self._rooms = [torch.empty(1 << 14), torch.empty(1 << 14)]  # taken in turn, as often as there are calls
+
+    def room_for_sums(self, sums: int, rows: int, columns: int, device: torch.device) -> Tensor:
+        self._rooms.reverse()
+        room = self._rooms[0][: sums * rows * columns]
+        return room.fill_(torch.nan).view(sums, rows, columns)
+
+    def sums_of_all(self, own: Tensor) -> Tensor | PeerSums:
+        addresses = self._meeting.swap(self.rank, torch.tensor([own.data_ptr()]))
+        return PeerSums(torch.cat(addresses), len(own), self.rank)
+
+
+class Absent:
+    """An exchange of a rank that never meets the others."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.rank, self.ranks = rank, ranks
+
+    def all_gather(self, out: Tensor, own: Tensor) -> None:
+        raise AssertionError("no other rank is here")
+
+    def gather(self, own: Tensor) -> list[Tensor] | None:
+        raise AssertionError("no other rank is here")
+
+    def room_for_sums(self, sums: int, rows: int, columns: int, device: torch.device) -> Tensor:
+        raise AssertionError("no other rank is here")
+
+    def sums_of_all(self, own: Tensor) -> Tensor | PeerSums:
+        raise AssertionError("no other rank is here")
+
 
 def on_ranks(
     model: PreTrainedModel,
     ranks: int,
     work: Callable[[PreTrainedModel, int], T],
     prepare: Callable[[PreTrainedModel], object] = fuse_layers,
+    *,
+    exchange: type[ThreadExchange] = ThreadExchange,
+    turns: bool = False,
 ) -> list[T]:
-    """Run `work` on the prepared shard of each rank, in threads of one core each; return the results in their order."""
-    meeting = Meeting(ranks)
-    shards = _shards(model, [shard_for(model.config, ThreadExchange(meeting, rank)) for rank in range(ranks)])
+    """Run `work` on the prepared shard of each rank, in threads of one core each; return the results in their order.
+
+    With `turns`, threads change only where they meet: Triton's interpreter runs in one at a time.
+    """
+    meeting = Meeting(ranks, turns=turns)
+    shards = _shards(model, [shard_for(model.config, exchange(meeting, rank)) for rank in range(ranks)])
     for shard in shards:
         prepare(shard)
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from worker.engine.attention_options import AttentionOptions
+from worker.engine.gpu.product_parts import ProductParts
 from worker.engine.paged import work
 from worker.engine.paged.kv import PagedKv
 from worker.engine.paged.rows import TILE_QUERIES, PagedRows, Shape, tile_rows
@@ -18,15 +19,14 @@ from worker.engine.paged.work import ROW_SHIFT
 from worker.engine.quantization.activations import LEAST, MAX, ActivationScheme
 from worker.engine.quantization.weights import BLOCK as SCALE_BLOCK
 from worker.engine.quantization.weights import QuantizedWeight
+from worker.engine.shards.exchange import PeerSums
 
 GpuWeight = Tensor | QuantizedWeight
 
 _ENTRIES = 64  # KV entries of a chunk that are loaded at once
 _MIN_TILE = 16  # minimum rows, columns or inputs of a tensor core instruction
 _PROGRAMS = 1024  # of an attention kernel: about as many keep a GPU busy, and each takes items until none is left
-_INPUTS = 128  # a part of a split product has a multiple of this many inputs
-_PARTED = 320  # tiles of a product that keep a GPU busy; smaller products are split over their inputs
-_LONG = 100  # above this many steps of a sum, a product may be split twice as far
+_INPUTS = 128  # of a tile with FP8 rows
 _SMALL = {"num_warps": 2, "num_stages": 2}  # launch options of the attention kernels
 _LOG2_E = 1.4426950408889634
 # Arguments that change from step to step: Triton must not specialise, and so recompile, kernels for their values.
@@ -37,23 +37,66 @@ _STEP = (
 
 
 @triton.jit
-def _sum_parts(parts, size, inside, PARTS: tl.constexpr, dtype: tl.constexpr):
-    """Sum an element over all parts, first to last, and convert it to `dtype`; parts are `size` elements apart."""
-    total = tl.load(parts, mask=inside, other=0.0)
-    for part in tl.static_range(1, PARTS):
-        total += tl.load(parts + part * size, mask=inside, other=0.0)
-    return total.to(dtype)
+def _sum_parts(
+    parts, peers, at, size, inside, FIRST: tl.constexpr, COUNT: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """Sum float32 elements `at` over COUNT parts from FIRST on, as the tree of `worker.engine.shards.shard`.
+
+    Parts are `size` elements apart. With EACH, every rank has so many, at its address in `peers`; else all are in
+    `parts`.
+    """
+    if COUNT == 1:
+        if EACH:
+            address = tl.load(peers + FIRST // EACH).to(tl.pointer_type(tl.float32))
+            source = tl.multiple_of(address, 16) + FIRST % EACH * size
+        else:
+            source = parts + FIRST * size
+        total = tl.load(source + at, mask=inside, other=0.0)
+    else:
+        BRANCH: tl.constexpr = 1 if COUNT % 2 else COUNT // 2
+        total = _sum_parts(parts, peers, at, size, inside, FIRST, BRANCH, EACH)
+        for more in tl.static_range(BRANCH, COUNT, BRANCH):
+            total += _sum_parts(parts, peers, at, size, inside, FIRST + more, BRANCH, EACH)
+    return total
+
+
+@triton.jit
+def _meet(pads, slot, RANK: tl.constexpr, RANKS: tl.constexpr):
+    """Tell every other rank that this rank's sums are written, and wait until theirs are.
+
+    `pads` has the address of each rank's flags [slots, ranks]. A rank raises its own flag at every other one, and each
+    lowers what it has seen: so flags are ready for the next meeting, in a replayed graph as well.
+    """
+    for other in tl.static_range(RANKS):
+        if other != RANK:
+            theirs = tl.load(pads + other).to(tl.pointer_type(tl.int32)) + slot * RANKS + RANK
+            while tl.atomic_cas(theirs, 0, 1, sem="release", scope="sys") != 0:
+                pass
+    own = tl.load(pads + RANK).to(tl.pointer_type(tl.int32)) + slot * RANKS
+    for other in tl.static_range(RANKS):
+        if other != RANK:
+            while tl.atomic_cas(own + other, 1, 0, sem="acquire", scope="sys") != 1:
+                pass
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _norm_rows(x, parts, weight, total, out, rows, width, eps, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Add the parts to a row, first to last; write the sum and its root mean square norm."""
+def _norm_rows(
+    x, parts, peers, pads, bias, weight, total, out, rows, width, eps,
+    PARTS: tl.constexpr, EACH: tl.constexpr, BIASED: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+    FLAGS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add a sum of parts and a bias to a row; write the result, rounded once, and its root mean square norm."""
     row = tl.program_id(0).to(tl.int64) * width
     at = tl.arange(0, BLOCK)
     inside = at < width
     value = tl.load(x + row + at, mask=inside, other=0.0)
+    if FLAGS:
+        _meet(pads, tl.program_id(0) % FLAGS, RANK, RANKS)
     if PARTS:
-        value += _sum_parts(parts + row + at, rows.to(tl.int64) * width, inside, PARTS, value.dtype)
+        more = _sum_parts(parts, peers, row + at, rows.to(tl.int64) * width, inside, 0, PARTS, EACH)
+        if BIASED:
+            more += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
+        value = (more + value.to(tl.float32)).to(value.dtype)
         tl.store(total + row + at, value, mask=inside)
     wide = value.to(tl.float32)
     wide = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / width + eps)
@@ -84,19 +127,95 @@ def _load_operand(at, mask, dtype: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.c
     return values
 
 
+def _sum_inputs(
+    xs, ws, ups, k, row_scale, r, scale, c, x_mask, w_mask, rows, columns, inputs, start, end,
+    GATED: tl.constexpr, EVEN: tl.constexpr, FP8: tl.constexpr, BLOCKS: tl.constexpr,
+    FP8_ROWS: tl.constexpr, NATIVE: tl.constexpr,
+    SPAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr,
+):  # fmt: skip
+    """Sum a tile over the inputs from `start` to before `end`; of gated products, the tiles of gate and up."""
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    other = tl.zeros((ROWS, COLUMNS), tl.float32)
+    all_columns = columns
+    if GATED:
+        all_columns = 2 * columns
+    block_total, block_other = total, other
+    for first in range(start, end, SPAN):
+        for step in tl.static_range(0, SPAN, INPUTS):
+            at = first + step
+            x_some, w_some = x_mask, w_mask
+            if not EVEN:
+                x_some, w_some = x_mask & (k[None, :] < end - at), w_mask & (k[:, None] < end - at)
+            if FP8_ROWS:
+                some = _load_operand(xs + at, x_some, tl.float16, True, NATIVE)
+            else:
+                some = tl.load(xs + at, mask=x_some, other=0.0)
+            weights = _load_operand(ws + at, w_some, some.dtype, FP8, NATIVE)
+            total = tl.dot(some, weights, total, input_precision="ieee", max_num_imprecise_acc=INPUTS)
+            if GATED:
+                weights = _load_operand(ups + at, w_some, some.dtype, FP8, NATIVE)
+                other = tl.dot(some, weights, other, input_precision="ieee", max_num_imprecise_acc=INPUTS)
+        if BLOCKS:
+            scales = scale + first // SPAN * all_columns + c
+            if FP8_ROWS:
+                of_rows = row_scale + r.to(tl.int64) * tl.cdiv(inputs, SPAN) + first // SPAN
+                of_rows = tl.load(of_rows, mask=r < rows, other=0.0)[:, None]
+                total, other = total * of_rows, other * of_rows
+            block_total += total * tl.load(scales, mask=c < columns, other=0.0)[None, :]
+            total = tl.zeros((ROWS, COLUMNS), tl.float32)
+            if GATED:
+                block_other += other * tl.load(scales + columns, mask=c < columns, other=0.0)[None, :]
+                other = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if BLOCKS:
+        total, other = block_total, block_other
+    return total, other
+
+
+@triton.jit
+def _sum_branch(
+    xs, ws, ups, k, row_scale, r, scale, c, x_mask, w_mask, rows, columns, inputs, first, unit, share,
+    COUNT: tl.constexpr, PIECES: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, FP8: tl.constexpr,
+    BLOCKS: tl.constexpr, FP8_ROWS: tl.constexpr, NATIVE: tl.constexpr,
+    SPAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr,
+):  # fmt: skip
+    """Sum a tile over COUNT parts from `first` on, which are added as the tree of `_sum_parts`."""
+    if COUNT == 1:
+        begin = first // PIECES * unit
+        start = begin + first % PIECES * share
+        total, other = _sum_inputs(
+            xs, ws, ups, k, row_scale, r, scale, c, x_mask, w_mask, rows, columns, inputs,
+            start, tl.minimum(start + share, begin + unit),
+            GATED, EVEN, FP8, BLOCKS, FP8_ROWS, NATIVE, SPAN, ROWS, COLUMNS, INPUTS,
+        )  # fmt: skip
+    else:
+        BRANCH: tl.constexpr = 1 if COUNT % 2 else COUNT // 2
+        total, other = _sum_branch(
+            xs, ws, ups, k, row_scale, r, scale, c, x_mask, w_mask, rows, columns, inputs, first, unit, share,
+            BRANCH, PIECES, GATED, EVEN, FP8, BLOCKS, FP8_ROWS, NATIVE, SPAN, ROWS, COLUMNS, INPUTS,
+        )  # fmt: skip
+        for at in tl.static_range(BRANCH, COUNT, BRANCH):
+            more, _ = _sum_branch(
+                xs, ws, ups, k, row_scale, r, scale, c, x_mask, w_mask, rows, columns, inputs, first + at, unit, share,
+                BRANCH, PIECES, GATED, EVEN, FP8, BLOCKS, FP8_ROWS, NATIVE, SPAN, ROWS, COLUMNS, INPUTS,
+            )  # fmt: skip
+            total += more
+    return total, other
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _multiply_tile(
-    x, row_scale, weight, scale, bias, out, rows, columns, inputs, share,
-    BIASED: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, FP8: tl.constexpr, BLOCKS: tl.constexpr,
-    FP8_ROWS: tl.constexpr, NATIVE: tl.constexpr,
+    x, row_scale, weight, scale, bias, out, rows, columns, inputs, unit, share,
+    BRANCH: tl.constexpr, PIECES: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
+    FP8: tl.constexpr, BLOCKS: tl.constexpr, FP8_ROWS: tl.constexpr, NATIVE: tl.constexpr,
     SPAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
     """Write one tile of x @ weight.T, or of silu(x @ gate.T) * (x @ up.T), where `weight` stacks gate and up.
 
-    Each part of a split product sums over `share` inputs. FP8 weights have a `scale` for each column, or with BLOCKS
-    for each SPAN inputs of a column: [inputs / SPAN, columns]. With FP8_ROWS rows are FP8 too, with a `row_scale` for
-    each row, or with BLOCKS for each SPAN inputs of it: [rows, inputs / SPAN]. NATIVE multiplies them by instructions
-    for FP8, whose sums are added in float32 after each INPUTS; else they are decoded, with exact products of float16.
+    A split product has parts of `share` inputs, PIECES in each `unit` of inputs, and a program sums BRANCH of them.
+    FP8 weights have a `scale` for each column, or with BLOCKS for each SPAN inputs of a column: [inputs / SPAN,
+    columns]. With FP8_ROWS rows are FP8 too, with a `row_scale` for each row, or with BLOCKS for each SPAN inputs of
+    it: [rows, inputs / SPAN]. NATIVE multiplies them by instructions for FP8, whose sums are added in float32 after
+    each INPUTS; else they are decoded, with exact products of float16.
     """
     # Tiles of the same columns run next to each other, so that their weights are read from memory once.
     row_tiles = tl.cdiv(rows, ROWS)
@@ -108,41 +227,12 @@ def _multiply_tile(
     xs = x + r.to(tl.int64)[:, None] * inputs + k[None, :]
     ws = weight + c.to(tl.int64)[None, :] * inputs + k[:, None]
     ups = ws + columns.to(tl.int64) * inputs
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    other = tl.zeros((ROWS, COLUMNS), tl.float32)
-    all_columns = columns
-    if GATED:
-        all_columns = 2 * columns
-    block_total, block_other = total, other
-    for first in range(part * share, tl.minimum((part + 1) * share, inputs), SPAN):
-        for step in tl.static_range(0, SPAN, INPUTS):
-            start = first + step
-            x_mask, w_mask = real_rows[:, None], real_columns[None, :]
-            if not EVEN:
-                x_mask, w_mask = x_mask & (k[None, :] < inputs - start), w_mask & (k[:, None] < inputs - start)
-            if FP8_ROWS:
-                some = _load_operand(xs + start, x_mask, tl.float16, True, NATIVE)
-            else:
-                some = tl.load(xs + start, mask=x_mask, other=0.0)
-            weights = _load_operand(ws + start, w_mask, some.dtype, FP8, NATIVE)
-            total = tl.dot(some, weights, total, input_precision="ieee", max_num_imprecise_acc=INPUTS)
-            if GATED:
-                weights = _load_operand(ups + start, w_mask, some.dtype, FP8, NATIVE)
-                other = tl.dot(some, weights, other, input_precision="ieee", max_num_imprecise_acc=INPUTS)
-        if BLOCKS:
-            scales = scale + first // SPAN * all_columns + c
-            if FP8_ROWS:
-                of_rows = row_scale + r.to(tl.int64) * tl.cdiv(inputs, SPAN) + first // SPAN
-                of_rows = tl.load(of_rows, mask=real_rows, other=0.0)[:, None]
-                total, other = total * of_rows, other * of_rows
-            block_total += total * tl.load(scales, mask=real_columns, other=0.0)[None, :]
-            total = tl.zeros((ROWS, COLUMNS), tl.float32)
-            if GATED:
-                block_other += other * tl.load(scales + columns, mask=real_columns, other=0.0)[None, :]
-                other = tl.zeros((ROWS, COLUMNS), tl.float32)
-    if BLOCKS:
-        total, other = block_total, block_other
-    elif FP8:
+    total, other = _sum_branch(
+        xs, ws, ups, k, row_scale, r, scale, c, real_rows[:, None], real_columns[None, :], rows, columns, inputs,
+        part * BRANCH, unit, share,
+        BRANCH, PIECES, GATED, EVEN, FP8, BLOCKS, FP8_ROWS, NATIVE, SPAN, ROWS, COLUMNS, INPUTS,
+    )  # fmt: skip
+    if FP8 and not BLOCKS:
         if FP8_ROWS:
             of_rows = tl.load(row_scale + r, mask=real_rows, other=0.0)[:, None]
             total, other = total * of_rows, other * of_rows
@@ -239,8 +329,8 @@ def _rotate_and_store_heads(
     inside = at < half
     source = qkv + (row * (HEADS + 2 * KV_HEADS) + head) * DIM + at
     size = rows.to(tl.int64) * (HEADS + 2 * KV_HEADS) * DIM
-    low = _sum_parts(source, size, inside, PARTS, query.dtype.element_ty)
-    high = _sum_parts(source + half, size, inside, PARTS, query.dtype.element_ty)
+    low = _sum_parts(source, None, 0, size, inside, 0, PARTS, 0).to(query.dtype.element_ty)
+    high = _sum_parts(source, None, half, size, inside, 0, PARTS, 0).to(query.dtype.element_ty)
     is_query, is_value = head < HEADS, head >= HEADS + KV_HEADS
     entry = tl.load(entries + row) * KV_HEADS
     if is_value:
@@ -463,13 +553,29 @@ def _merge_chunks(
     tl.store(out + (row * HEADS + head) * DIM + d, total.to(out.dtype.element_ty), mask=in_dim)
 
 
-def norm(x: Tensor, parts: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return `x` [n, width] plus the sum of `parts` [parts, n, width], and its root mean square norm times `weight`."""
+def norm(
+    x: Tensor, parts: Tensor | PeerSums | None, weight: Tensor, eps: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return `x` [n, width] plus the sum of `parts` and `bias`, and its root mean square norm times `weight`.
+
+    `parts` are float32 [parts, n, width], in memory of this device or on the ranks of a split model. They are added as
+    one tree; then the bias, then `x`; then the result is rounded.
+    """
     n, width = x.shape
     total, out = x if parts is None else torch.empty_like(x), torch.empty_like(x)
     block = triton.next_power_of_2(width)
-    count = 0 if parts is None else len(parts)
-    _norm_rows[(n,)](x, parts, weight, total, out, n, width, eps, PARTS=count, BLOCK=block, num_warps=_warps(block))
+    sizes = {"EACH": 0, "RANK": 0, "RANKS": 1, "FLAGS": 0}
+    own, addresses, pads = parts, None, None
+    if isinstance(parts, PeerSums):
+        own, addresses, pads = None, parts.addresses, parts.pads
+        sizes = {"EACH": parts.each, "RANK": parts.rank, "RANKS": parts.ranks, "FLAGS": parts.slots}
+        count = parts.each * parts.ranks
+    else:
+        count = 0 if parts is None else len(parts)
+    _norm_rows[(n,)](
+        x, own, addresses, pads, bias, weight, total, out, n, width, eps,
+        PARTS=count, BIASED=bias is not None, BLOCK=block, num_warps=_warps(block), **sizes,
+    )  # fmt: skip
     return total, out
 
 
@@ -482,19 +588,21 @@ def multiply(
     """
     columns = len(_values(weight)) // 2 if gated else len(_values(weight))
     out = torch.empty(len(x), columns, dtype=torch.float32 if floats else x.dtype, device=x.device)
-    _multiply(x, weight, bias, out, columns, 1, gated)
+    _multiply(x, weight, bias, out, ProductParts(x.shape[1], 1, 1, 1, 1), gated)
     return out
 
 
-def multiply_apart(x: Tensor, weight: GpuWeight, bias: Tensor | None = None) -> Tensor:
-    """Return float32 parts [parts, n, out] that sum to x @ weight.T + bias.
+def multiply_apart(
+    x: Tensor, weight: GpuWeight, parts: ProductParts, bias: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
+    """Return float32 sums [sums, n, out] of the parts of x @ weight.T + bias; write them to `out` if it is given.
 
     Few columns make few tiles. Splitting the inputs too keeps all of a GPU busy.
     """
-    columns, inputs = _values(weight).shape
-    parts = _parts(columns, inputs)
-    out = torch.empty(parts, len(x), columns, dtype=torch.float32, device=x.device)
-    _multiply(x, weight, bias, out, columns, parts, gated=False)
+    if out is None:
+        shape = (parts.sums(len(x)), len(x), len(_values(weight)))
+        out = torch.empty(shape, dtype=torch.float32, device=x.device)
+    _multiply(x, weight, bias, out, parts, gated=False)
     return out
 
 
@@ -517,25 +625,24 @@ def round_rows(x: Tensor, scheme: ActivationScheme, span: int) -> tuple[Tensor, 
     return out, scales
 
 
-def _multiply(
-    x: Tensor, weight: GpuWeight, bias: Tensor | None, out: Tensor, columns: int, parts: int, gated: bool
-) -> None:
+def _multiply(x: Tensor, weight: GpuWeight, bias: Tensor | None, out: Tensor, parts: ProductParts, gated: bool) -> None:
     n, inputs = x.shape
+    branch, columns = parts.branch(n), out.shape[-1]
     scheme = weight.activations if isinstance(weight, QuantizedWeight) else None
-    tile = _tile(n, inputs, x.dtype, gated) if scheme is None else _fp8_tile(n)
+    tile = _tile(n, parts.unit, x.dtype, gated, branch, parts.ranks > 1) if scheme is None else _fp8_tile(n)
     fp8 = isinstance(weight, QuantizedWeight)
     blocks = isinstance(weight, QuantizedWeight) and weight.has_blocks
     span = SCALE_BLOCK if blocks else tile["INPUTS"]
     row_scale = None
     if scheme is not None:
         x, row_scale = round_rows(x, scheme, SCALE_BLOCK if blocks else inputs)
-    grid = (triton.cdiv(n, tile["ROWS"]) * triton.cdiv(columns, tile["COLUMNS"]), parts)
-    share = triton.cdiv(triton.cdiv(inputs, _INPUTS), parts) * _INPUTS
+    grid = (triton.cdiv(n, tile["ROWS"]) * triton.cdiv(columns, tile["COLUMNS"]), parts.count // branch)
     scale = weight.scale if isinstance(weight, QuantizedWeight) else None
     _multiply_tile[grid](
         x, row_scale, _values(weight).view(torch.uint8) if fp8 else weight, scale, bias, out,
-        n, columns, inputs, share,
-        BIASED=bias is not None, GATED=gated, EVEN=inputs % span == 0, FP8=fp8, BLOCKS=blocks, SPAN=span,
+        n, columns, inputs, parts.unit, parts.share,
+        BRANCH=branch, PIECES=parts.pieces, BIASED=bias is not None, GATED=gated, EVEN=parts.unit % span == 0,
+        FP8=fp8, BLOCKS=blocks, SPAN=span,
         FP8_ROWS=scheme is not None, NATIVE=scheme is not None and multiplies_fp8(x.device), **tile,
     )  # fmt: skip
 
@@ -635,28 +742,24 @@ def _sizes(query: Tensor, shape: Shape, window: int | None) -> dict[str, int]:
     }
 
 
-def _parts(columns: int, inputs: int) -> int:
-    """Return the number of parts of a split product. It must not depend on rows: the order of sums would change."""
-    tiles, steps = triton.cdiv(columns, 64), triton.cdiv(inputs, _INPUTS)
-    wanted = _PARTED * (2 if steps > _LONG else 1) // tiles
-    return max(1, min(8, wanted, steps // 3))
-
-
-def _tile(rows: int, inputs: int, dtype: torch.dtype, gated: bool) -> dict[str, int]:
+def _tile(rows: int, unit: int, dtype: torch.dtype, gated: bool, branch: int, narrow: bool) -> dict[str, int]:
     """Return the tile sizes and launch options of a product that were fastest on an H100.
 
     None may change the order of a row's sum. Tensor cores add inputs in order, 16 at a time, for every tile size that
-    uses the same instruction; tiles of 64 rows and more do.
+    uses the same instruction; tiles of 64 rows and more do. A program that adds up a `branch` of parts holds several
+    sums in registers, and has a smaller tile. Tiles are `narrow` where few programs write few sums.
     """
     if dtype == torch.float32:
         return _config(16, 32, 32, warps=4, stages=2)
     if rows <= 64:
-        return _config(64, 64, 128 if inputs % 128 == 0 else 64, warps=4, stages=4)
+        return _config(64, 32 if narrow else 64, 128 if unit % 128 == 0 else 64, warps=4, stages=4)
     if rows > 128 and triton.cdiv(rows, 64) % 2:  # tiles of 128 rows would compute 64 rows of padding
-        return _config(64, 128, 64, warps=4, stages=4)
+        return _config(64, 128, 64, warps=8 if branch > 2 else 4, stages=4)
     if gated:
         return _config(128, 128, 64, warps=8, stages=4)
-    return _config(64, 128, 64, warps=4, stages=4) if rows <= 128 else _config(128, 256, 64, warps=8, stages=4)
+    if rows <= 128:
+        return _config(64, 128, 64, warps=8 if branch > 2 else 4, stages=4)
+    return _config(128, 256 if branch == 1 else 128, 64, warps=8, stages=4)
 
 
 def _fp8_tile(rows: int) -> dict[str, int]:

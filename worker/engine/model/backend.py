@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from worker.engine.cpu.attention import CpuAttentionPlan
@@ -38,7 +36,7 @@ from worker.engine.paged.cuda_graphs import no_capture
 from worker.engine.paged.kv import PagedKv
 from worker.engine.paged.shape_buckets import BucketedForward, Run
 from worker.engine.segments import Segment
-from worker.engine.shards.shard import Shard
+from worker.engine.shards.output_layer import deal_output
 
 _FUSED = (PackedLinear, FusedLayers, GpuLayers, GpuLinear)
 _CPU_BLOCK = 16  # KV entries of a block on a CPU: small enough that the short texts of tests fill several
@@ -118,26 +116,17 @@ def fuse_layers(model: PreTrainedModel) -> None:
     ours = uses_paged_kv(model) and not is_dealt_by_transformers(model)
     on_gpu = gpu_kernels_for(model.device) if ours else None
     if on_gpu is not None:
-        fuse_on_gpu(model, on_gpu)
+        fuse_on_gpu(model, on_gpu, shard_of(model))
     compiled = kernels_for(model)
     if compiled is not None:
         stored = _stored_head_dim(model, compiled)
         if stored == head_dim_of(model):
             shard = shard_of(model)
             if fuse(model, compiled, shard) and shard.ranks > 1:
-                _deal_output(model, shard)
+                body: Any = model
+                body.lm_head = deal_output(body.lm_head, shard)
         setattr(model, STORED_HEAD_DIM, stored)
         pack(model)
-
-
-def _deal_output(model: Any, shard: Shard) -> None:
-    """Keep this rank's columns of the output layer; zeros fill the last share, so that all are equal."""
-    whole: nn.Linear = model.lm_head
-    columns = -(-whole.out_features // shard.ranks)
-    own = whole.weight.detach()[shard.rank * columns : (shard.rank + 1) * columns]
-    part = nn.Linear(whole.in_features, columns, bias=False, device="meta")
-    part.weight = nn.Parameter(pad(own, (0, 0, 0, columns - len(own))), requires_grad=False)
-    model.lm_head = part
 
 
 def batch_dependence(model: PreTrainedModel) -> str | None:

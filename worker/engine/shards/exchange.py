@@ -1,13 +1,35 @@
-"""How the ranks of a split model share numbers: one exchange in each process."""
+"""How the ranks of a split model share numbers: one exchange in each process.
+
+On a GPU the sums of a product are exchanged twice a layer: each rank writes its own into `room_for_sums`, and the norm
+behind the product adds what `sums_of_all` returns. Whether that is a tensor that was gathered, or the memory of the
+other ranks, the order of the sum is the same, and so are its bits.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, distributed
 
 from worker.engine.errors import RankLost
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PeerSums:
+    """Sums in the memory of each rank, which a kernel of this rank reads in place."""
+
+    addresses: Tensor  # [ranks] int64, on this rank's device: where the sums of each rank start
+    each: int  # sums of a rank
+    rank: int  # this one
+    pads: Tensor | None = None  # [ranks] int64: addresses of each rank's flags; None: all sums are written already
+    slots: int = 0  # flags for each rank
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks."""
+        return len(self.addresses)
 
 
 class Exchange(Protocol):
@@ -21,6 +43,15 @@ class Exchange(Protocol):
 
     def gather(self, own: Tensor) -> list[Tensor] | None:
         """Return the tensors of all ranks, which have one shape, on the first rank; None on the others."""
+
+    def room_for_sums(self, sums: int, rows: int, columns: int, device: torch.device) -> Tensor:
+        """Return float32 memory [sums, rows, columns] for what this rank adds to the next `sums_of_all`."""
+
+    def sums_of_all(self, own: Tensor) -> Tensor | PeerSums:
+        """Return the sums of all ranks [ranks * sums, rows, columns] in order of rank, or where they are.
+
+        `own` is what `room_for_sums` returned, once it is written. It may be overwritten at the next call but one.
+        """
 
 
 class DistributedExchange:
@@ -44,4 +75,14 @@ class DistributedExchange:
             distributed.gather(own, every, dst=0)
         except RuntimeError as error:
             raise RankLost(f"A rank of the replica is gone: {error}") from error
+        return every
+
+    def room_for_sums(self, sums: int, rows: int, columns: int, device: torch.device) -> Tensor:
+        """Return new memory."""
+        return torch.empty(sums, rows, columns, device=device)
+
+    def sums_of_all(self, own: Tensor) -> Tensor | PeerSums:
+        """Gather the sums of all ranks. Raises RankLost if one is gone."""
+        every = own.new_empty(self.ranks * len(own), *own.shape[1:])
+        self.all_gather(every.view(-1), own.view(-1))
         return every

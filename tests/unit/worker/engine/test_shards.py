@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.models import packed, tiny
-from tests.shards import ThreadChannel, on_ranks
+from tests.shards import Absent, ThreadChannel, on_ranks
 from tests.unit.worker.engine.cpu.test_kernels import TEXT, compiled
 from tests.unit.worker.engine.harness import decode, engine, greedy_and_sampled, options, outputs
 from worker.drafters.model import ModelDrafter
@@ -138,16 +138,3 @@ def test_the_parts_of_the_ranks_are_those_of_the_whole() -> None:
             found = [Shard(parts, Absent(rank, ranks)).bounds(share) + rank * share for rank in range(ranks)]
             assert all(one[-1] == other[0] for one, other in pairwise(found))
             assert set(np.concatenate(found)) == set(edges)
-
-
-class Absent:
-    """An exchange of a rank that never meets the others."""
-
-    def __init__(self, rank: int, ranks: int) -> None:
-        self.rank, self.ranks = rank, ranks
-
-    def all_gather(self, out: Tensor, own: Tensor) -> None:
-        raise AssertionError("no other rank is here")
-
-    def gather(self, own: Tensor) -> list[Tensor] | None:
-        raise AssertionError("no other rank is here")

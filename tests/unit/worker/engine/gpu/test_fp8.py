@@ -14,10 +14,12 @@ from tests.unit.worker.engine.quantization.test_fp8_checkpoints import round_inp
 from tests.unit.worker.engine.quantization.test_quantized_models import STATIC, rows_of, weight_of
 from worker.engine.gpu import kernels
 from worker.engine.gpu.fused_layers import fuse_on_gpu
+from worker.engine.gpu.product_parts import parts_of_inputs
 from worker.engine.model.backend import stored_bytes
 from worker.engine.quantization.activations import ActivationScheme, rounded_rows
 from worker.engine.quantization.weights import QuantizationMethod, QuantizedWeight, quantize
 from worker.engine.segments import chain
+from worker.engine.shards.shard import WHOLE
 
 
 def test_every_fp8_number_is_decoded_exactly() -> None:
@@ -68,7 +70,8 @@ def test_products_with_fp8_weights_equal_those_with_the_weights_that_they_stand_
     assert torch.allclose(
         kernels.multiply(x, weight, gated=gated), kernels.multiply(x, exact, gated=gated), rtol=1e-4, atol=1e-4
     )
-    assert torch.allclose(kernels.multiply_apart(x, weight).sum(0), x @ exact.T, rtol=1e-4, atol=1e-4)
+    apart = kernels.multiply_apart(x, weight, parts_of_inputs(40, inputs, WHOLE))
+    assert torch.allclose(apart.sum(0), x @ exact.T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", [QuantizationMethod.FP8, QuantizationMethod.FP8_DYNAMIC])

@@ -24,11 +24,13 @@ from tests.unit.worker.engine.model.test_attention import paged as paged_kv
 from tests.unit.worker.engine.paged.test_attention import deeper, pages, tree
 from worker.engine.gpu import kernels
 from worker.engine.gpu.fused_layers import fuse_on_gpu
+from worker.engine.gpu.product_parts import parts_of_inputs
 from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.packed_model import PackedModel
 from worker.engine.paged import attention, work
 from worker.engine.paged.rows import exact_shape
 from worker.engine.segments import Segment, Segments, chain
+from worker.engine.shards.shard import WHOLE
 from worker.planning.devices import FUSED_KERNELS_PER_LAYER
 
 # The interpreter runs a few hundred programs per second, one after the other, so all sizes here are minimal.
@@ -154,14 +156,9 @@ def test_products_equal_those_of_torch(n: int, columns: int, inputs: int) -> Non
 def test_the_parts_of_a_product_add_up(inputs: int) -> None:
     torch.manual_seed(inputs)
     x, weight, bias = torch.randn(3, inputs), torch.randn(7, inputs), torch.randn(7)
-    parts = kernels.multiply_apart(x, weight, bias)
+    parts = kernels.multiply_apart(x, weight, parts_of_inputs(7, inputs, WHOLE), bias)
     assert (len(parts) > 1) is (inputs > 700)
     assert torch.allclose(parts.sum(0), x @ weight.T + bias, atol=1e-3)
-
-
-def test_the_number_of_parts_depends_on_the_weights_only() -> None:
-    weight = torch.randn(7, 900)
-    assert len({len(kernels.multiply_apart(torch.randn(n, 900), weight)) for n in (1, 20, 70)}) == 1
 
 
 def test_a_layer_launches_as_many_kernels_as_the_forecast_assumes(monkeypatch: pytest.MonkeyPatch) -> None:
