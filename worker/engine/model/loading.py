@@ -51,8 +51,9 @@ from worker.engine.quantization.activations import ActivationScheme
 from worker.engine.quantization.checkpoints import attach_all, declared_activations, is_fp8, read_fp8
 from worker.engine.quantization.weights import QuantizationMethod, quantization_method, quantize
 from worker.engine.segments import Segment, chain
-from worker.engine.shards.exchange import DistributedExchange, Exchange
+from worker.engine.shards.exchange import Exchange
 from worker.engine.shards.shard import Shard
+from worker.engine.shards.symmetric_memory import exchange_on
 
 _QUANTIZED = "quantization_config"  # attribute of a configuration
 _GATHERED = (
@@ -86,7 +87,7 @@ def load(
     """Load a causal model from a local directory or a hub id; safetensors only, no remote code.
 
     With `ranks` above 1, load this process's shard: for our own kernels if they hold the model, whose ranks then share
-    numbers by `exchange` (None: torch's default process group), else by the tensor parallel plan that transformers has.
+    numbers by `exchange` (None: the fastest that they have), else by the tensor parallel plan that transformers has.
     With `offload`, accelerate lays the model out over all devices. With `quantization`, round the weights of linear
     layers; a checkpoint with FP8 weights keeps them, and rounds its rows as it declares, unless FP8 (rows keep `dtype`)
     or FP8_DYNAMIC is given. `context` is how many tokens a text may have, 0: those of the model; beyond the original
@@ -106,7 +107,8 @@ def load(
             _refuse_fp8_parts(path, ranks, offload, quantization)
             model = _load_fp8(path, config, dtype, _activations(stored, quantization))
         elif ranks > 1 and offload is None and splits_exactly(config, ranks, dtype, device):
-            model = _load_shard(path, config, dtype, shard_for(config, exchange or DistributedExchange()))
+            shared = exchange or exchange_on(device, config.hidden_size)
+            model = _load_shard(path, config, dtype, shard_for(config, shared))
         else:
             model = _load_weights(path, dtype, ranks, offload, **given)
         if quantization is not None and quantization_method(model) is None:

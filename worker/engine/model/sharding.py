@@ -28,6 +28,7 @@ from worker.engine.shards.shard import Shard, added, parts_of
 
 _COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # layers that are split by their outputs
 _INPUTS = ("o_proj", "down_proj")  # by their inputs
+_DTYPES = (torch.bfloat16, torch.float32)  # of the fused layers
 _SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")  # what the ranks divide
 
 
@@ -36,15 +37,28 @@ def splits_exactly(config: PretrainedConfig, ranks: int, dtype: torch.dtype, dev
 
     `config` is that of a model whose heads this many ranks divide.
     """
-    compiled = kernels(dtype) if device.type == "cpu" else None
     return (
-        compiled is not None
-        and MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type) in KNOWN
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type) in KNOWN
         and config.hidden_act == "silu"
         and not getattr(config, "mlp_bias", False)
+        and (_splits_on_gpus(config, dtype) if device.type == "cuda" else _splits_on_cpus(config, ranks, dtype))
+    )
+
+
+def _splits_on_cpus(config: PretrainedConfig, ranks: int, dtype: torch.dtype) -> bool:
+    compiled = kernels(dtype)
+    return (
+        compiled is not None
         and _head_dim(config) % compiled.panel == 0
         and config.intermediate_size % (2 * ranks) == 0
     )
+
+
+def _splits_on_gpus(config: PretrainedConfig, dtype: torch.dtype) -> bool:
+    """Return whether all parts of a sum have as many inputs, which the Triton kernels need."""
+    parts = parts_of(config.num_attention_heads, config.num_key_value_heads)
+    inputs = (config.num_attention_heads * _head_dim(config), config.intermediate_size)
+    return dtype in _DTYPES and all(count % parts == 0 for count in inputs)
 
 
 def shard_for(config: PretrainedConfig, exchange: Exchange) -> Shard:
