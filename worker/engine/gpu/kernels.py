@@ -127,6 +127,7 @@ def _load_operand(at, mask, dtype: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.c
     return values
 
 
+@triton.jit
 def _sum_inputs(
     xs, ws, ups, k, row_scale, r, scale, c, x_mask, w_mask, rows, columns, inputs, start, end,
     GATED: tl.constexpr, EVEN: tl.constexpr, FP8: tl.constexpr, BLOCKS: tl.constexpr,
