@@ -48,9 +48,7 @@ def splits_exactly(config: PretrainedConfig, ranks: int, dtype: torch.dtype, dev
 def _splits_on_cpus(config: PretrainedConfig, ranks: int, dtype: torch.dtype) -> bool:
     compiled = kernels(dtype)
     return (
-        compiled is not None
-        and _head_dim(config) % compiled.panel == 0
-        and config.intermediate_size % (2 * ranks) == 0
+        compiled is not None and _head_dim(config) % compiled.panel == 0 and config.intermediate_size % (2 * ranks) == 0
     )
 
 
