@@ -30,6 +30,7 @@ class JobFilter:
     name: str | None = None  # the whole name
     model: str | None = None
     search: str = ""  # in the name or a label, in any case of its letters, or at the start of the id
+    verification_of: str | None = None  # verifications of this job; None: jobs that are none
 
     def conditions(self, session: Session) -> Iterator[ColumnElement[bool]]:
         """Yield the conditions on a row of `jobs`."""
@@ -54,6 +55,7 @@ class JobFilter:
             yield or_(named, JobRow.id.startswith(self.search, autoescape=True))
         if not self.interactive:
             yield JobRow.priority == 0
+        yield JobRow.verification_of == self.verification_of  # None: IS NULL
 
     def _has_status(self) -> ColumnElement[bool]:
         paused = JobStatus.PAUSED in self.statuses

@@ -211,11 +211,9 @@ def jobs(
 ) -> JobViewPage:
     """Return up to `limit` jobs by creation time, starting after the job `after`; an unknown `after` returns none.
 
-    Verifications are not listed.
+    Verifications are not listed, unless `wanted` asks for those of a job.
     """
-    query = select(*_JOB_COLUMNS).where(
-        *wanted.conditions(session), JobRow.erased_at.is_(None), JobRow.verification_of.is_(None)
-    )
+    query = select(*_JOB_COLUMNS).where(*wanted.conditions(session), JobRow.erased_at.is_(None))
     columns = (JobRow.created_at, JobRow.id)
     query = query.order_by(*(c.desc() if newest_first else c.asc() for c in columns)).limit(limit + 1)
     if after is not None:

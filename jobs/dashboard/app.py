@@ -26,7 +26,7 @@ from jobs.api.auth.caller import Caller
 from jobs.api.dependencies import Services
 from jobs.dashboard.body_limit import DashboardBodyLimit
 from jobs.dashboard.layout import POLICY, frame, heading
-from jobs.dashboard.pages import chat_page, job_page, jobs_page, keys_page, stats_page, workers_page
+from jobs.dashboard.pages import chat_page, job_page, jobs_page, keys_page, stats_page, webhooks_page, workers_page
 from jobs.dashboard.session import BASE, COOKIE, PageContext, Sessions
 from jobs.dashboard.transfers import add_transfers
 from jobs.errors import BasicError, CallerRefused
@@ -68,6 +68,10 @@ def install(api: FastAPI, services: Services, authenticator: Authenticator) -> N
     @ui.page("/chat", response_timeout=_BUILD_S)
     async def chat(request: Request) -> Any:
         return await show(request, chat_page.build)
+
+    @ui.page("/webhooks", response_timeout=_BUILD_S)
+    async def webhooks(request: Request) -> Any:
+        return await show(request, webhooks_page.build)
 
     @ui.page("/keys", response_timeout=_BUILD_S)
     async def keys(request: Request) -> Any:

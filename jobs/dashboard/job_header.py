@@ -11,6 +11,7 @@ from nicegui import ui
 from jobs.api.dependencies import cancel_job, pause_or_resume
 from jobs.api.write_threads import run_write
 from jobs.dashboard import format, html
+from jobs.dashboard.delete_dialog import DeleteDialog
 from jobs.dashboard.layout import box, heading, link
 from jobs.dashboard.session import BASE, PageContext
 from jobs.dashboard.status import show_job_status, show_labels
@@ -36,21 +37,30 @@ field.value = text; document.body.append(field); field.select(); document.execCo
 class JobHeader:
     """Name, id, status, progress and actions of the job."""
 
-    def __init__(self, context: PageContext, job: JobView, refresh: Callable[[], Awaitable[None]]) -> None:
-        """Add the elements; `show` fills them. `refresh` reads the job again after an action."""
+    def __init__(
+        self, context: PageContext, job: JobView, refresh: Callable[[], Awaitable[None]], *, may_submit: bool
+    ) -> None:
+        """Add the elements; `show` fills them. `refresh` reads the job again after an action.
+
+        Without `may_submit` there are no actions, only the download.
+        """
         self._context = context
         self._job = job
         self._refresh = refresh
+        self._may_submit = may_submit
         with box():
             with ui.element("div").classes("line"):
-                with ui.element("div").classes("grow"), ui.element("h1"):
-                    self._name = ui.label()
+                with ui.element("div").classes("line grow beside"):
+                    with ui.element("h1"):
+                        self._name = ui.label()
+                    self._copy_beside_title = _copy_button(job.id)
                 self._status = ui.label().props('role="status"')
-            with ui.element("div").classes("line").style("gap:.2rem"):
-                self._id = ui.label(job.id).classes("mono dim")
-                ui.button(icon="content_copy", on_click=lambda: ui.notify("Copied")).props(
-                    'flat dense round size=sm aria-label="Copy id"'
-                ).on("click", js_handler=_COPY % job.id)
+            with ui.element("div").classes("line beside") as self._id:
+                ui.label(job.id).classes("mono dim")
+                _copy_button(job.id)
+            if job.verification_of is not None:
+                with ui.element("div").classes("small"), link(f"{BASE}/jobs/{job.verification_of}"):
+                    ui.label(f"Verification of {job.verification_of}").style("overflow-wrap:anywhere")
             self._about = ui.label().classes("dim small")
             self._labels = ui.element("div").classes("line").style("gap:.3rem")
             self._bar = ui.element("progress").props('max="1" aria-label="Ended requests"')
@@ -66,7 +76,8 @@ class JobHeader:
             self._resume = self._action("Resume", partial(self._pause_or_resume, "resume"))
             self._retry_button = self._action("Retry failed requests", self._retry)
             self._cancel_button = self._action("Cancel job", self._cancel).props("color=negative")
-            self._action("Edit", self._edit)
+            self._edit_button = self._action("Edit", self._edit)
+            self._delete_button = self._action("Delete", self._delete).props("color=negative")
             with link(f"{BASE}/jobs/{job.id}/outputs").props(f'download="{job.id}.jsonl"'):
                 ui.label("Outputs (JSON lines)")
 
@@ -79,6 +90,7 @@ class JobHeader:
         show_job_status(self._status, job)
         self._name.set_text(html.safe(job.name or job.id))
         self._id.set_visibility(job.name is not None)
+        self._copy_beside_title.set_visibility(job.name is None)  # the id is the title
         parts = [job.model, job.endpoint, f"submitted {format.ago(job.created_at)}", *format.priority(job)]
         if job.max_concurrent is not None:
             parts.append(f"at most {job.max_concurrent:,d} requests at once")
@@ -94,10 +106,16 @@ class JobHeader:
         self._show_actions(JobStatus(job.status), job.requests_completed < job.requests_total)
 
     def _show_actions(self, status: JobStatus, incomplete: bool) -> None:
-        self._pause.set_visibility(status is JobStatus.IN_PROGRESS)
-        self._resume.set_visibility(status is JobStatus.PAUSED)
-        self._cancel_button.set_visibility(status in (JobStatus.IN_PROGRESS, JobStatus.PAUSED))
-        self._retry_button.set_visibility(status.final and incomplete)
+        is_verification = self._job.verification_of is not None  # it goes with the job that it verifies
+        for button, offered in (
+            (self._pause, status is JobStatus.IN_PROGRESS),
+            (self._resume, status is JobStatus.PAUSED),
+            (self._cancel_button, status in (JobStatus.IN_PROGRESS, JobStatus.PAUSED)),
+            (self._retry_button, status.final and incomplete and not is_verification),
+            (self._edit_button, not is_verification),
+            (self._delete_button, not is_verification),
+        ):
+            button.set_visibility(self._may_submit and offered)
 
     async def _do(self, act: Callable[[], Awaitable[None]]) -> None:
         """Run an action and show the job again; show why it was refused."""
@@ -129,8 +147,17 @@ class JobHeader:
         )
         ui.navigate.to(f"/jobs/{job_id}")
 
+    async def _delete(self) -> None:
+        DeleteDialog(self._context, self._job)
+
     async def _edit(self) -> None:
         _EditDialog(self._context, self._job, self._refresh)
+
+
+def _copy_button(text: str) -> ui.button:
+    button = ui.button(icon="content_copy", on_click=lambda: ui.notify("Copied"))
+    button.props('flat dense round size=sm aria-label="Copy id"').on("click", js_handler=_COPY % text)
+    return button
 
 
 class _EditDialog:

@@ -23,7 +23,13 @@ POLICY: Final = (
     "base-uri 'none'; form-action 'self'"
 )
 
-_PAGES: Final = (("Jobs", "/"), ("Chat", "/chat"), ("Statistics", "/stats"), ("Workers", "/workers"))
+_PAGES: Final = (
+    ("Jobs", "/"),
+    ("Chat", "/chat"),
+    ("Statistics", "/stats"),
+    ("Workers", "/workers"),
+    ("Webhooks", "/webhooks"),
+)
 _STYLES: Final = Path(__file__).with_name("style.css")
 
 

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from jobs.api.auth.authentication import Authenticator
 from jobs.api.auth.caller import Caller
 from jobs.api.dependencies import Services
-from jobs.errors import InvalidKey
+from jobs.errors import InvalidKey, NotPermitted
 from jobs.keys import Scope
 
 T = TypeVar("T")
@@ -96,6 +96,14 @@ class PageContext:
     async def authenticate(self, needed: Scope = Scope.READ) -> Caller:
         """Return the caller; raise CallerRefused if it lacks the scope."""
         return await asyncio.to_thread(self.sessions.authenticate, self.session, self.address, needed)
+
+    async def may(self, scope: Scope) -> bool:
+        """Return whether the caller's key has a scope. Each action checks it again."""
+        try:
+            await self.authenticate(scope)
+        except NotPermitted:
+            return False
+        return True
 
     async def read(self, query: Callable[[Session], T]) -> T:
         """Run a query in a thread; raise CallerRefused if the session is no longer valid."""

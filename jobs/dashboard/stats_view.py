@@ -115,16 +115,16 @@ def _drafter_table(stats: JobStats) -> None:
     table(("Drafter", "Steps", "Nodes", "Accepted", "Speed-up"), rows)
 
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Add a table; all columns but the first are numbers."""
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, texts: int = 1) -> None:
+    """Add a table; all columns but the first `texts` are numbers."""
     with ui.element("table").classes("plain"):
         with ui.element("thead"), ui.element("tr"):
             for column, text in enumerate(headings):
-                with ui.element("th").props('scope="col"').classes("n" if column else ""):
+                with ui.element("th").props('scope="col"').classes("n" if column >= texts else ""):
                     ui.label(text)
         with ui.element("tbody"):
             for row in rows:
                 with ui.element("tr"):
                     for column, text in enumerate(row):
-                        with ui.element("td").classes("n" if column else ""):
+                        with ui.element("td").classes("n" if column >= texts else ""):
                             ui.label(text)

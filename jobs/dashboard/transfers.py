@@ -1,4 +1,4 @@
-"""Files of the dashboard: the download of a job's outputs, and the submission of a file as a job."""
+"""Files of the dashboard: the outputs of a job and reports of verifications to save, and a file submitted as a job."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from jobs.api.auth.caller import Caller
 from jobs.api.dependencies import Services, find_job
 from jobs.api.routes.job_outputs import OutputSource
 from jobs.api.routes.jobs import submit as submit_job
+from jobs.api.routes.verifications import find_verification
+from jobs.api.routes.verifications import report as read_report
 from jobs.dashboard.session import BASE, SUBMIT_PATH, PageContext, Sessions
 from jobs.errors import CallerRefused
 from jobs.keys import Scope
@@ -24,6 +26,7 @@ from jobs.keys import Scope
 def add_transfers(api: FastAPI, services: Services, sessions: Sessions) -> None:
     """Add the routes, authenticated by the session cookie, since a browser sends no API key."""
     _add_download(api, services, sessions)
+    _add_report(api, services, sessions)
     _add_upload(api, services, sessions)
 
 
@@ -39,6 +42,21 @@ def _add_download(api: FastAPI, services: Services, sessions: Sessions) -> None:
         headers = {"content-disposition": f'attachment; filename="{job.id}.jsonl"'}
         lines = OutputSource(services, job).lines(after=-1)
         return _Download(lines, caller, api.state, headers=headers, media_type="application/x-ndjson; charset=utf-8")
+
+
+def _add_report(api: FastAPI, services: Services, sessions: Sessions) -> None:
+    """Add the signed report of a verification: else as `GET /v1/verifications/{id}/report`."""
+
+    @api.get(f"{BASE}/verifications/{{verification_id}}/report", include_in_schema=False)
+    async def report(request: Request, verification_id: str) -> Response:
+        try:
+            caller = await PageContext.of(request, services, sessions).authenticate()
+        except CallerRefused:
+            return RedirectResponse(f"{BASE}/login", 303)
+        found = await run_in_threadpool(find_verification, verification_id, services, caller)
+        reply = await run_in_threadpool(read_report, found, services, caller)
+        reply.headers["content-disposition"] = f'attachment; filename="{found.id}.json"'
+        return reply
 
 
 def _add_upload(api: FastAPI, services: Services, sessions: Sessions) -> None:

@@ -21,8 +21,11 @@ from jobs.local.service import LocalService, down, start_detached
 from jobs.local.startup import environment
 from jobs.reports.report import make_report
 from jobs.settings import JobsSettings
+from jobs.verification.signature import check_signature
+from storage.webhooks import EVENT_TYPES
 from tests.browser import browser, picture
 from tests.models import save_tiny
+from tests.receiver import a_receiver, status
 
 PATIENCE_MS = 60_000
 expect.set_options(timeout=PATIENCE_MS)  # without it, five seconds
@@ -36,7 +39,8 @@ UGLY = (
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> JobsSettings:
     directory = save_tiny(tmp_path_factory.mktemp("models") / "tiny")
-    return JobsSettings(data_dir=tmp_path_factory.mktemp("data"), api_port=0, target=str(directory))
+    data_dir = tmp_path_factory.mktemp("data")
+    return JobsSettings(data_dir=data_dir, api_port=0, target=str(directory), webhook_networks="127.0.0.0/8")
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +186,7 @@ def test_hostile_text_is_shown_as_text_and_does_not_change_the_page(page: Page, 
     picture(page, "ugly-phone")
 
 
-@pytest.mark.parametrize("place", ["/dashboard/", "/dashboard/stats", "/dashboard/workers"])
+@pytest.mark.parametrize("place", ["/dashboard/", "/dashboard/stats", "/dashboard/workers", "/dashboard/webhooks"])
 @pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1200, "dark")])
 def test_pages_fit_phones_and_follow_the_system(page: Page, place: str, width: int, scheme: str) -> None:
     page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
@@ -314,6 +318,88 @@ def test_a_job_is_paused_and_resumed(page: Page, service: LocalService) -> None:
     page.get_by_role("button", name="Cancel job").click()
 
 
+def test_a_job_is_verified_and_its_signed_report_saved(page: Page, service: LocalService, tmp_path: Path) -> None:
+    with Client(service.api_url) as client:
+        job = client.submit(["abc", "xyz"], max_tokens=4)
+        job.wait()
+    page.goto(f"/dashboard/jobs/{job.id}")
+    open_tab(page, "Verification")
+    expect(page.get_by_text("No verification yet.")).to_be_visible()
+    page.get_by_label("Sample").fill("none")
+    page.get_by_role("button", name="Verify").click()
+    expect(page.get_by_role("alert").filter(has_text="must be a share such as 1% or a number")).to_be_visible()
+    page.get_by_label("Sample").fill("100%")
+    page.get_by_role("button", name="Verify").click()
+    expect(page.get_by_text("2 equal, 0 different, 0 not comparable")).to_be_visible()
+    picture(page, "verification")
+    with page.expect_download() as started:
+        page.get_by_role("link", name="Signed report").click()
+    report = json.loads(started.value.path().read_text())
+    assert started.value.suggested_filename == f"{report['id']}.json"
+    assert report["job"]["id"] == job.id
+    assert check_signature(report)
+
+
+def test_a_deleted_job_is_gone_after_a_question_that_names_what_is_erased(page: Page, service: LocalService) -> None:
+    with Client(service.api_url) as client:
+        job = client.submit(["abc"] * 400, ignore_eos=True, temperature=0)
+        page.goto(f"/dashboard/jobs/{job.id}")
+        copy, title = page.get_by_role("button", name="Copy id"), page.get_by_role("heading", level=1)
+        expect(copy).to_have_count(1)
+        button, heading = copy.bounding_box(), title.bounding_box()
+        assert button is not None
+        assert heading is not None
+        assert heading["y"] < button["y"] + button["height"] / 2 < heading["y"] + heading["height"], "on one line"
+        watching = page.context.new_page()
+        watching.goto(f"/dashboard/jobs/{job.id}")
+        expect(watching.get_by_text("of 400 requests")).to_be_visible()
+        page.get_by_role("button", name="Delete").click()
+        dialog = page.get_by_role("dialog")
+        expect(dialog).to_contain_text("400 prompts")
+        expect(dialog).to_contain_text("It is cancelled first.")
+        picture(page, "delete")
+        dialog.get_by_role("button", name="Keep the job").click()
+        expect(dialog).to_have_count(0)
+        page.get_by_role("button", name="Delete").click()
+        dialog.get_by_role("button", name="Cancel and delete").click()
+        expect(page.get_by_role("button", name="New job")).to_be_visible()
+        expect(watching.get_by_text("This job has been deleted.")).to_be_visible()
+        assert job.id not in {left.id for left in client.jobs()}
+
+
+def test_a_webhook_is_added_tested_and_a_failed_event_sent_again(page: Page, service: LocalService) -> None:
+    page.goto("/dashboard/webhooks")
+    expect(page.get_by_text("No webhook yet. Add one with New webhook")).to_be_visible()
+    with a_receiver() as receiver, Client(service.api_url) as client:
+        page.get_by_role("button", name="New webhook").click()
+        page.get_by_label("URL").fill("ftp://example.com")
+        page.get_by_role("button", name="Add", exact=True).click()
+        expect(page.get_by_role("alert").filter(has_text="url")).to_be_visible()
+        page.get_by_label("URL").fill(receiver.url)
+        page.get_by_role("button", name="Add", exact=True).click()
+        expect(page.get_by_text("whsec_")).to_be_visible()
+        page.get_by_role("button", name="I have saved it").click()
+        page.get_by_role("button", name="Send test").click()
+        expect(page.get_by_text("The URL answered with status 200.")).to_be_visible()
+
+        expect(page.get_by_text("No event has failed")).to_be_visible()
+        receiver.answer = status(410)
+        job = client.submit(["abc"], max_tokens=2)
+        job.wait()
+        failed = page.get_by_role("list", name="Events").get_by_role("listitem").filter(has_text=job.id[:18])
+        expect(failed).to_contain_text("410")
+        picture(page, "webhooks")
+        receiver.answer = status(200)
+        failed.get_by_role("button", name="Send again").click()
+        expect(failed).to_have_count(0)
+        page.get_by_role("button", name="Delivered").click()
+        expect(failed).to_contain_text("200")
+        assert len({headers["webhook-id"] for headers, _ in receiver.wait_for(3)[1:]}) == 1, "the same event, again"
+        page.get_by_role("button", name="Delete").click()
+        page.get_by_role("dialog").get_by_role("button", name="Delete webhook").click()
+        expect(page.get_by_text("No webhook yet.")).to_be_visible()
+
+
 def test_a_chat_writes_answers_and_says_why_one_is_refused(page: Page) -> None:
     page.goto("/dashboard/chat")
     page.get_by_label("Max tokens").fill("40")
@@ -327,22 +413,34 @@ def test_a_chat_writes_answers_and_says_why_one_is_refused(page: Page) -> None:
     expect(page.get_by_role("button", name="Send")).to_be_visible()
 
 
+PAGES = ("/", "/chat", "/keys", "/stats", "/workers", "/webhooks", "/login")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious(chrome: Browser, service: LocalService, scheme: Literal["light", "dark"]) -> None:
     with Client(service.api_url) as client:
         job = client.submit(["abc"], max_tokens=4, metadata={"name": "a job", "team": "search"})
+        hook = {"url": "http://127.0.0.1:9/hook", "name": "a hook", "event_types": list(EVENT_TYPES)}
+        made = client.run(lambda api: api.call("POST", "/v1/webhook_endpoints", json=hook))
         job.wait()
+        verified = client.run(lambda api: api.verify(job.id, 1)).id
     context = chrome.new_context(base_url=service.api_url, color_scheme=scheme)
     context.set_default_timeout(PATIENCE_MS)
     page = context.new_page()
-    for path in ("/", f"/jobs/{job.id}", "/chat", "/keys", "/stats", "/workers", "/login"):
+    job_page = f"/jobs/{job.id}"
+    for path, tab in [(job_page, "Requests"), (job_page, "Verification"), *((path, None) for path in PAGES)]:
         page.goto(f"/dashboard{path}")
         expect(page.get_by_role("heading", level=1)).to_be_visible()
+        if tab is not None:
+            open_tab(page, tab)
+            expect(page.get_by_text(verified if tab == "Verification" else "1 of 1 requests")).to_be_visible()
         page.wait_for_load_state("networkidle")
         found = Axe().run(page).response["violations"]
         serious = [rule for rule in found if rule["impact"] in ("serious", "critical")]
         assert serious == [], path
     context.close()
+    with Client(service.api_url) as client:
+        client.run(lambda api: api.call("DELETE", f"/v1/webhook_endpoints/{made['id']}"))
 
 
 def keys_command(settings: JobsSettings, *arguments: str) -> str:

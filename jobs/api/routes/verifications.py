@@ -61,14 +61,15 @@ async def verify(
         return await run_write(accept, body)
 
 
-def _existing(verification_id: str, services: CurrentServices, caller: CurrentCaller) -> JobView:
+def find_verification(verification_id: str, services: CurrentServices, caller: CurrentCaller) -> JobView:
+    """Return a verification; raise NotFound for the id of anything else."""
     found = find_job(services, verification_id, caller)
     if found.verification_of is None:
         raise NotFound(f"There is no verification {verification_id[:80]!r}.", param="id")
     return found
 
 
-Existing = Annotated[JobView, Depends(_existing)]
+Existing = Annotated[JobView, Depends(find_verification)]
 
 
 @router.get("/v1/verifications/signing-key", response_model=None, responses=SIGNING_KEY)

@@ -15,9 +15,11 @@ from jobs.api.auth.caller import Caller
 from jobs.dashboard import charts, html
 from jobs.dashboard.job_header import JobHeader
 from jobs.dashboard.layout import box, frame, heading, legend, link
+from jobs.dashboard.pages.verification_tab import VerificationTab
 from jobs.dashboard.session import BASE, PageContext
 from jobs.dashboard.stats_view import StatsView, table
 from jobs.dashboard.status import show_status
+from jobs.keys import Scope
 from jobs.messages import JobStatus
 from storage import job_details, queries, statistics
 from storage.job_details import ChoiceDetails, ErrorCount, RequestDetails, TreeDetails, TreeKey
@@ -25,11 +27,17 @@ from storage.queries import JobView
 from storage.statuses import ERROR_REQUEST_STATUSES
 
 _REFRESH_S: Final = 1.0
-_TICKS: Final = {"Requests": 2, "Trees": 5, "Statistics": 4}  # seconds between updates of a tab while the job runs
+_TICKS: Final = {
+    "Requests": 2,
+    "Trees": 5,
+    "Statistics": 4,
+    "Verification": 1,
+}  # seconds between updates of a tab while the job runs
 _TICKS_ENDED: Final = 10  # seconds after its end, when speed-up checks may still change it
 _STREAMS: Final = 6  # running requests to show
 _PAGE: Final = 20
 _MESSAGE_CHARS: Final = 200
+_DELETED: Final = "This job has been deleted."
 _GRAMMARS: Final = {  # kinds of grammars, by their name in a stored request
     "json_schema": "a JSON schema",
     "json_object": "JSON: one object",
@@ -55,24 +63,36 @@ async def build(context: PageContext, caller: Caller, job_id: str) -> None:
             with link(f"{BASE}/"):
                 ui.label("All jobs")
             return
-        page = JobDetailPage(context, caller, job)
+        page = JobDetailPage(context, caller, job, may_submit=await context.may(Scope.SUBMIT))
         ui.timer(_REFRESH_S, page.refresh)  # show the page before its tabs are filled
 
 
 class JobDetailPage:
     """Header and tabs of one job."""
 
-    def __init__(self, context: PageContext, caller: Caller, job: JobView) -> None:
+    def __init__(self, context: PageContext, caller: Caller, job: JobView, *, may_submit: bool) -> None:
         self._context = context
         self._caller = caller
         self._job = job
-        self._head = JobHeader(context, job, self.refresh)
+        self._gone = ui.label(_DELETED).props('role="alert"')
+        self._gone.set_visibility(False)
+        with ui.element("div").classes("stack").style("gap:1rem") as self._content:
+            self._lay_out(job, may_submit=may_submit)
+        self._numbers: StatsView | None = None  # created when its tab is first opened
+        self._head.show(job)
+        self._ticks = 0  # seconds until the open tab is updated
+
+    def _lay_out(self, job: JobView, *, may_submit: bool) -> None:
+        context = self._context
+        self._head = JobHeader(context, job, self.refresh, may_submit=may_submit)
         self._live = LiveTab()
         self._requests = RequestsTab(context, job.id)
         self._trees = TreesTab(context, job.id)
+        self._verifications = VerificationTab(context, self._caller, may_submit=may_submit)
         with ui.tabs().props('align="left" no-caps inline-label outside-arrows mobile-arrows') as tabs:
             live, asked = ui.tab("Live"), ui.tab("Requests")
             drawn, counted = ui.tab("Trees"), ui.tab("Statistics")
+            verified = None if job.verification_of is not None else ui.tab("Verification")
         first = live if not JobStatus(job.status).final else asked
         with (
             ui.tab_panels(tabs, value=first, animated=False)
@@ -87,15 +107,17 @@ class JobDetailPage:
                 self._trees.lay_out()
             with ui.tab_panel(counted):
                 self._stats_panel = ui.element("div").classes("stack")
-        self._numbers: StatsView | None = None  # created when its tab is first opened
-        self._head.show(job)
+            if verified is not None:
+                with ui.tab_panel(verified):
+                    self._verifications.lay_out(job)
         self._tabs = tabs
         tabs.on_value_change(self._fill_open_tab)
-        self._ticks = 0  # seconds until the open tab is updated
 
     async def refresh(self) -> None:
         """Update the header and the open tab."""
         job = await self._context.read(lambda session: queries.job(session, self._job.id, self._caller.sees))
+        self._gone.set_visibility(job is None)
+        self._content.set_visibility(job is not None)
         if job is None:
             return
         ended_now = JobStatus(job.status).final and not JobStatus(self._job.status).final
@@ -129,6 +151,9 @@ class JobDetailPage:
                 with self._stats_panel:
                     self._numbers = StatsView()
             self._numbers.show(numbers)
+        elif name == "Verification":
+            self._ticks = _TICKS[name]  # it runs after the job has ended
+            await self._verifications.show(self._job)
 
 
 class LiveTab:

@@ -47,6 +47,10 @@ def test_a_list_holds_the_jobs_that_meet_all_of_its_conditions(database: Databas
     assert found(database, name="Nightly summary", owner="k1") == {"a"}
     assert found(database, name="Nightly") == set()
     assert found(database, model="large") == {"c"}
+    record(database, "again", verification_of="a", api_key_id="k1")
+    assert "again" not in found(database), "a verification is in the list of its job alone"
+    assert found(database, verification_of="a", owner="k1") == {"again"}
+    assert found(database, verification_of="a", owner="k2") == found(database, verification_of="b") == set()
 
 
 def test_a_search_reads_names_and_labels_in_any_case_and_the_start_of_ids(database: Database) -> None:

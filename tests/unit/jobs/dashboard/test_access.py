@@ -74,6 +74,23 @@ def test_a_revoked_key_saves_no_outputs(api: TestClient, database: Database) -> 
     assert api.get(place).status_code == 303
 
 
+def test_the_signed_report_of_a_verification_is_its_owner_s(api: TestClient, database: Database) -> None:
+    mine, theirs = a_key(database), a_key(database)
+    job_id = submit(api, database, mine)
+    verified = api.post(f"/v1/jobs/{job_id}/verifications", json={"sample": 1}, headers=mine).json()["id"]
+    place = f"/dashboard/verifications/{verified}/report"
+    assert (api.get(place).status_code, api.get(place).headers["location"]) == (303, "/dashboard/login")
+    log_in(api, mine)
+    assert api.get(place).status_code == 409, "it has not ended"
+    answer_all(database)
+    saved = api.get(place)
+    assert saved.headers["content-disposition"] == f'attachment; filename="{verified}.json"'
+    assert saved.json() == api.get(f"/v1/verifications/{verified}/report", headers=mine).json()
+    assert api.get(f"/dashboard/verifications/{job_id}/report").status_code == 404, "it is no verification"
+    log_in(api, theirs)
+    assert api.get(place).status_code == 404
+
+
 def test_a_download_counts_as_a_stream(settings: JobsSettings, api: TestClient, database: Database) -> None:
     place = f"/dashboard/jobs/{submit(api, database)}/outputs"
     app = api.app
