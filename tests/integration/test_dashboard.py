@@ -342,7 +342,7 @@ def test_a_job_is_verified_and_its_signed_report_saved(page: Page, service: Loca
 
 def test_a_deleted_job_is_gone_after_a_question_that_names_what_is_erased(page: Page, service: LocalService) -> None:
     with Client(service.api_url) as client:
-        job = client.submit(["abc"] * 400, ignore_eos=True, temperature=0)
+        job = client.submit(["abc"] * 400, ignore_eos=True, temperature=0, max_concurrent=1)
         page.goto(f"/dashboard/jobs/{job.id}")
         copy, title = page.get_by_role("button", name="Copy id"), page.get_by_role("heading", level=1)
         expect(copy).to_have_count(1)
