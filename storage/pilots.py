@@ -22,6 +22,7 @@ from storage.steps.columns import MS_UNITS
 from storage.steps.packing import unpack, unpack_optional
 
 BY_PILOT: Final = "pilot"  # the reason of a pause after a pilot
+_ROWS_AT_ONCE: Final = 1_000
 MIN_REQUESTS, MAX_REQUESTS, MIN_SHARE, MAX_SHARE = 16, 300, 0.01, 0.25  # of a pilot whose size is not given
 
 
@@ -35,6 +36,7 @@ class PilotOutput:
     completion_tokens: int
     finish_reason: str
     first_of_prompt: bool
+    repeats: bool  # its prompt is that of an earlier request of the pilot
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class WaitingRequest:
     size: int
     texts: int
     max_tokens: int | None
+    repeats: bool  # its prompt is that of a request of the pilot, or of one that waits before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +139,13 @@ def read_pilot(session: Session, job_id: str) -> PilotRecord | None:
     statuses = session.scalars(select(Request.status).where(of_pilot)).all()
     if not statuses:
         return None
+    prompts = _Prompts()
     return PilotRecord(
         requests=len(statuses),
         open=sum(status in OPEN_REQUEST_STATUSES for status in statuses),
-        outputs=_outputs(session, job_id),
+        outputs=_outputs(session, job_id, prompts),
         steps=_steps(session, job_id),
-        waiting=_waiting(session, job_id),
+        waiting=_waiting(session, job_id, prompts),
         serving=bool(session.scalar(select(JobRow.pilot_only).where(JobRow.id == job_id))),
     )
 
@@ -154,22 +158,47 @@ def _in_pilot() -> ColumnElement[bool]:
 _SIZE: Final = func.length(cast(Request.body, Text))
 
 
-def _outputs(session: Session, job_id: str) -> list[PilotOutput]:
+_PROMPT: Final = tuple(cast(Request.body[name], Text) for name in ("messages", "prompt", "prompts"))
+
+
+class _Prompts:
+    """The prompts of a job that have been read, as hashes."""
+
+    def __init__(self) -> None:
+        self._first: dict[int, int] = {}  # hash -> request that was read first
+
+    def repeats(self, request_index: int, prompt: Sequence[str | None]) -> bool:
+        """Return whether an earlier request has this prompt; else remember it."""
+        return self._first.setdefault(hash(tuple(prompt)), request_index) != request_index
+
+
+def _outputs(session: Session, job_id: str, prompts: _Prompts) -> list[PilotOutput]:
     of_request = and_(ChoiceOutput.job_id == Request.job_id, ChoiceOutput.request_index == Request.request_index)
     columns = (ChoiceOutput.prompt_tokens, ChoiceOutput.completion_tokens, ChoiceOutput.finish_reason)
-    query = select(Request.request_index, _SIZE, *columns, ChoiceOutput.first_of_prompt).join(ChoiceOutput, of_request)
-    found = query.where(Request.job_id == job_id, _in_pilot(), Request.status == "completed")
+    query = select(Request.request_index, _SIZE, *columns, ChoiceOutput.first_of_prompt, *_PROMPT)
+    found = query.join(ChoiceOutput, of_request).where(
+        Request.job_id == job_id, _in_pilot(), Request.status == "completed"
+    )
     order = (ChoiceOutput.request_index, ChoiceOutput.choice_index)
-    return [PilotOutput(*row) for row in session.execute(found.order_by(*order))]
+    texts = []
+    for row in session.execute(found.order_by(*order)):
+        values: list[Any] = list(row)
+        prompt = [values.pop() for _ in _PROMPT][::-1]
+        values.append(prompts.repeats(row.request_index, prompt))
+        texts.append(PilotOutput(*values))
+    return texts
 
 
-def _waiting(session: Session, job_id: str) -> list[WaitingRequest]:
+def _waiting(session: Session, job_id: str, prompts: _Prompts) -> list[WaitingRequest]:
     sampling = Request.body["sampling"]
     limit, n = sampling["max_tokens"].as_integer(), sampling["n"].as_integer()
-    prompts = Request.body["prompts"]
     rest = and_(Request.job_id == job_id, Request.body.is_not(None), ~_in_pilot(), Request.status != "failed")
-    rows = session.execute(select(_SIZE, n, limit, cast(prompts, Text)).where(rest).order_by(Request.request_index))
-    return [WaitingRequest(size, (n or 1) * _number_of(given), limit) for size, n, limit, given in rows]
+    query = select(Request.request_index, _SIZE, n, limit, *_PROMPT).where(rest).order_by(Request.request_index)
+    rows = session.execute(query.execution_options(yield_per=_ROWS_AT_ONCE))
+    return [
+        WaitingRequest(size, (n or 1) * _number_of(prompt[-1]), limit, prompts.repeats(index, prompt))
+        for index, size, n, limit, *prompt in rows
+    ]
 
 
 def _number_of(prompts: str | None) -> int:

@@ -38,6 +38,10 @@ from jobs.control_characters import safe
 from jobs.messages import TOOLS_TEMPERATURE
 
 _SHOWN = 10  # refused requests that are printed
+_NO_POWER = (
+    "  energy             not measurable here: no NVML and no RAPL that the worker can read, or under 5 s of load; "
+    "BASIC_POWER_W of the worker says its watts"
+)
 
 
 def estimate(
@@ -120,6 +124,8 @@ def _estimate_lines(predicted: JobEstimate, running: bool) -> list[str]:
     if rest.joules is not None:
         power = f"at {predicted.power_w:.0f} W a worker, {predicted.power_source}"
         lines.append(f"  energy             {_number(rest.joules, 3600, ' Wh')}  ({power})")
+    elif predicted.power_w is None:
+        lines.append(_NO_POWER)
     if running:
         return [*lines, f"The rest is running. Follow it: basic follow {predicted.job_id}"]
     job = predicted.job_id

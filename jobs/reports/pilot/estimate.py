@@ -1,18 +1,29 @@
-"""Predict a job from its pilot: tokens from lengths, time from steps, energy from power; intervals by bootstrap."""
+"""Predict a job from its pilot: tokens from lengths, time from steps, energy from power; intervals by bootstrap.
+
+An interval holds what the pilot shows (its draw, the spread of lengths, the pace of blocks of steps) and what it can't
+show: texts unlike any of it, the growth of a step beyond its largest batch, and a load that changes.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import exp, sqrt
 from typing import Final
 
-from jobs.reports.pilot.lengths import JobLengths, OpenRequest, PilotRequest, size_bounds, texts_by_group
-from jobs.reports.pilot.step_times import MeasuredStep, StepCurve, decode_ms, pace_blocks
+from jobs.reports.pilot.lengths import JobLengths, OpenRequest, PilotRequest, size_bounds, texts_by_group, unseen
+from jobs.reports.pilot.step_times import MeasuredStep, StepCurve, decode_ms, pace
 
-LEVEL: Final = 0.9  # probability that an interval holds the truth, if the machine stays as it is
+LEVEL: Final = 0.9  # probability that an interval holds the truth
 _ROUNDS: Final = 200  # of the bootstrap
 _MAX_SIMULATED: Final = 5_000  # texts; the time of a longer job is in proportion to it
+# What a pilot can't show, from the eleven jobs of docs/measurements/2026-11-30-estimates.md:
+_GROWTH: Final = (
+    1.25  # power of the calibrated growth of a step beyond the pilot's largest batch: one standard deviation
+)
+_LOAD: Final = 0.08  # standard deviation of the pace of the machine between the pilot and the rest, at least
+_LEAST_FOUND: Final = 0.5  # of the prompts that repeat: in memory when they come again, and not computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +67,19 @@ def estimate(pilot: Pilot, seed: int = 0) -> Estimate | None:
     bounds = size_bounds(pilot.requests)
     fitted = JobLengths(pilot.requests, bounds)
     counts, size = texts_by_group(pilot.rest, fitted), sum(request.size for request in pilot.rest)
+    limits = sorted({limit for _, limit in counts}, key=lambda limit: limit or 0) or [None]
 
     def totals(lengths: JobLengths) -> tuple[float, float]:
         return lengths.totals(counts, len(pilot.rest), size)
 
     prompt, completion = totals(fitted)
-    rounds = [totals(JobLengths(_resampled(pilot.requests, draws), bounds)) for _ in range(_ROUNDS)]
+    spread = fitted.spread(texts_by_group(pilot.rest, fitted, power=2))
+    most = sum(texts * limit for (_, limit), texts in counts.items() if limit) if None not in limits else float("inf")
+    rounds = []
+    for _ in range(_ROUNDS):
+        seen = draws.choices(pilot.requests, k=len(pilot.requests))
+        prompts, tokens = totals(JobLengths([*seen, *unseen(pilot.requests, limits, draws)], bounds))
+        rounds.append((prompts, min(max(0.0, tokens + spread * draws.gauss(0.0, 1.0)), most)))
     seconds = _seconds(pilot, fitted, prompt, completion, [tokens for _, tokens in rounds], draws)
     joules = None
     if seconds is not None and pilot.power_w is not None:
@@ -83,20 +101,40 @@ def _seconds(
     rounds: Sequence[float],
     draws: random.Random,
 ) -> Interval | None:
+    """Return the time of the rest; `rounds` are totals of completion tokens that may come."""
     if not any(step.emitted for step in pilot.steps):
         return None
-    curve = StepCurve(pilot.steps, pilot.rows_ms or {}, pilot.rows_per_sequence)
-    blocks = pace_blocks(pilot.steps, curve)
-    pace = sum(measured for measured, _ in blocks) / sum(predicted for _, predicted in blocks)
     texts = _texts(pilot, lengths, draws)
-    scale = _scale(completion / pilot.workers, texts)
-    seconds = pace * scale * decode_ms(texts, prompt / pilot.workers / scale, pilot.slots, curve) / 1e3
+    scale = completion / pilot.workers / sum(texts) if texts else 1.0  # how much more than the drawn texts there is
+    curve, less, more = (
+        StepCurve(pilot.steps, pilot.rows_ms or {}, pilot.rows_per_sequence, growth)
+        for growth in (1.0, 1 / _GROWTH, _GROWTH)
+    )
+    ratio, error = pace(pilot.steps, curve)
+    decode, slow_growth, fast_growth = (scale * decode_ms(texts, pilot.slots, one) / 1e3 for one in (curve, less, more))
+    prefill = prompt / pilot.workers * curve.prefill_ms / 1e3
+    repeated = _repeated(pilot.rest)
+    seconds = ratio * (decode + prefill * (1 - repeated))
+    ran = sum(step.ms for step in pilot.steps) / 1e3
+    of_load = (
+        sqrt((_LOAD**2 + error**2) * (1 + ran / seconds)) if seconds else 0.0
+    )  # of the pilot's pace, and of the rest's
     tried = []
     for tokens in rounds:
-        chosen = draws.choices(blocks, k=len(blocks))
-        factor = sum(measured for measured, _ in chosen) / sum(predicted for _, predicted in chosen) / pace
-        tried.append(seconds * factor * (tokens / completion if completion else 1.0))
+        growth = draws.gauss(0.0, 1.0)
+        other = fast_growth if growth > 0 else slow_growth
+        grown = (other / decode) ** abs(growth) if decode else 1.0
+        price = max(0.0, 1 + curve.prefill_error * draws.gauss(0.0, 1.0))
+        computed = 1 - repeated * draws.uniform(_LEAST_FOUND, 1.0)
+        work = decode * grown * (tokens / completion if completion else 1.0) + prefill * price * computed
+        tried.append(ratio * work * exp(of_load * draws.gauss(0.0, 1.0)))
     return _interval(seconds, tried)
+
+
+def _repeated(rest: Sequence[OpenRequest]) -> float:
+    """Return the share of the prompts, by size, that an earlier request of the job has."""
+    size = sum(request.size for request in rest)
+    return sum(request.size for request in rest if request.repeats) / size if size else 0.0
 
 
 def _texts(pilot: Pilot, lengths: JobLengths, draws: random.Random) -> list[int]:
@@ -108,16 +146,6 @@ def _texts(pilot: Pilot, lengths: JobLengths, draws: random.Random) -> list[int]
         if len(found) >= _MAX_SIMULATED:
             break
     return found
-
-
-def _scale(completion: float, texts: Sequence[int]) -> float:
-    """Return how much more than the drawn texts there is to decode."""
-    drawn = sum(texts)
-    return completion / drawn if drawn else 1.0
-
-
-def _resampled(requests: Sequence[PilotRequest], draws: random.Random) -> list[PilotRequest]:
-    return draws.choices(requests, k=len(requests))
 
 
 def _interval(estimate: float, tried: Sequence[float]) -> Interval:

@@ -12,10 +12,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import sqrt
+from random import Random
 from typing import Final
 
 _GROUP_REQUESTS: Final = 24  # pilot requests that make one more group by size
 _MAX_GROUPS: Final = 4
+_POISSON: Final = (0.368, 0.368, 0.184, 0.061, 0.019)  # how often a case with a mean of one occurs 0 to 4 times
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,7 @@ class PilotRequest:
     size: int  # characters of the stored request: known of all requests, before they are tokenized
     prompt_tokens: int
     texts: tuple[PilotText, ...]
+    repeats: bool = False  # its prompt is that of an earlier request of the pilot
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,7 @@ class OpenRequest:
     size: int
     texts: int
     max_tokens: int | None  # None: only the context bounds it
+    repeats: bool = False  # its prompt is that of a request of the pilot, or of an earlier open one
 
 
 class LengthCurve:
@@ -62,16 +67,29 @@ class LengthCurve:
         self._longest = max((tokens for tokens, _ in counts), default=0)
         widths = [b - a for a, b in zip([0, *self._tokens], self._tokens, strict=False)]
         self._areas = list(accumulate(w * s for w, s in zip(widths, [1.0, *self._alive], strict=False)))
+        squares = [b * b - a * a for a, b in zip([0, *self._tokens], self._tokens, strict=False)]
+        self._moments = list(accumulate(w * s for w, s in zip(squares, [1.0, *self._alive], strict=False)))
 
     def mean(self, max_tokens: int | None) -> float:
         """Return the mean length of texts with this limit: the area below the curve up to it.
 
         Beyond the longest text that was seen, the curve is 0 without a limit, and stays as it is with one.
         """
-        end = self._longest if max_tokens is None else max_tokens
-        at = bisect_left(self._tokens, end)
+        end, at = self._end(max_tokens)
         area = self._areas[at - 1] if at else 0.0
         return area + (end - (self._tokens[at - 1] if at else 0)) * (self._alive[at - 1] if at else 1.0)
+
+    def variance(self, max_tokens: int | None) -> float:
+        """Return the variance of the length: twice the area of length times survival, less the mean squared."""
+        end, at = self._end(max_tokens)
+        moment = self._moments[at - 1] if at else 0.0
+        moment += (end**2 - (self._tokens[at - 1] ** 2 if at else 0)) * (self._alive[at - 1] if at else 1.0)
+        return max(0.0, moment - self.mean(max_tokens) ** 2)
+
+    def _end(self, max_tokens: int | None) -> tuple[int, int]:
+        """Return the length up to which the curve counts, and how many of its falls lie before."""
+        end = self._longest if max_tokens is None else max_tokens
+        return end, bisect_left(self._tokens, end)
 
     def quantile(self, share: float, max_tokens: int | None) -> int:
         """Return the length that this share of texts does not exceed."""
@@ -110,6 +128,13 @@ class JobLengths:
         completion = sum(n * self._curves[group].mean(limit) for (group, limit), n in counts.items())
         return (requests * self.prompt_tokens(size / requests) if requests else 0.0), completion
 
+    def spread(self, squares: Mapping[tuple[int, int | None], int]) -> float:
+        """Return the standard deviation of the completion tokens around their mean, as texts of a request go together.
+
+        `squares`: the squares of the number of texts of each request, summed by group and limit.
+        """
+        return sqrt(sum(n * self._curves[group].variance(limit) for (group, limit), n in squares.items()))
+
 
 def size_bounds(pilot: Sequence[PilotRequest]) -> list[int]:
     """Return the sizes that divide the pilot into groups of equal numbers."""
@@ -118,12 +143,30 @@ def size_bounds(pilot: Sequence[PilotRequest]) -> list[int]:
     return sorted({sizes[len(sizes) * group // groups] for group in range(1, groups)} - {sizes[-1]}) if sizes else []
 
 
-def texts_by_group(requests: Iterable[OpenRequest], lengths: JobLengths) -> Counter[tuple[int, int | None]]:
-    """Return the number of texts by group and limit."""
+def texts_by_group(
+    requests: Iterable[OpenRequest], lengths: JobLengths, power: int = 1
+) -> Counter[tuple[int, int | None]]:
+    """Return the number of texts by group and limit; with `power`, of that power for each request."""
     counts: Counter[tuple[int, int | None]] = Counter()
     for request in requests:
-        counts[lengths.group(request.size), request.max_tokens] += request.texts
+        counts[lengths.group(request.size), request.max_tokens] += request.texts**power
     return counts
+
+
+def unseen(pilot: Sequence[PilotRequest], limits: Sequence[int | None], draws: Random) -> list[PilotRequest]:
+    """Return a few requests that a pilot may have missed: one on average, of any length up to the limit of an open one.
+
+    A pilot whose texts were all cut would else be sure that all others are. As a prior of one observation (Rubin,
+    The Bayesian bootstrap, 1981).
+    """
+    longest = max((text.tokens for request in pilot for text in request.texts), default=1)
+    found = []
+    for _ in range(draws.choices(range(5), _POISSON)[0]):
+        like = draws.choice(pilot)
+        limit = draws.choice(limits) or 2 * longest
+        text = PilotText(draws.randint(1, limit), cut=False)
+        found.append(PilotRequest(like.size, like.prompt_tokens, (text,) * len(like.texts)))
+    return found
 
 
 def _line(points: Sequence[tuple[int, int]]) -> tuple[float, float]:

@@ -19,10 +19,10 @@ _SLOTS: Final = 64  # of a worker that has not reported its own
 def pilot_of(record: PilotRecord, workers: Sequence[WorkerView]) -> Pilot:
     """Return the pilot as it is predicted from; `workers` are those that serve the model."""
     requests = _requests(record.outputs)
-    prompt_tokens = {request_index: request.prompt_tokens for request_index, request in requests.items()}
+    prompt_tokens = {index: 0 if request.repeats else request.prompt_tokens for index, request in requests.items()}
     by_worker = groupby(record.steps, lambda step: step.worker_id)
     steps = [step for _, own in by_worker for step in _measured(own, prompt_tokens)]
-    waiting = [OpenRequest(request.size, request.texts, request.max_tokens) for request in record.waiting]
+    waiting = [OpenRequest(one.size, one.texts, one.max_tokens, one.repeats) for one in record.waiting]
     rows = sum(step.rows for step in record.steps)
     nodes = sum(step.tree_nodes for step in record.steps)
     power, _ = power_of(workers)
@@ -56,6 +56,7 @@ def _requests(outputs: Sequence[PilotOutput]) -> dict[int, PilotRequest]:
             size=own[0].size,
             prompt_tokens=sum(text.prompt_tokens for text in own if text.first_of_prompt),
             texts=tuple(PilotText(text.completion_tokens, text.finish_reason == "length") for text in own),
+            repeats=own[0].repeats,
         )
     return found
 

@@ -15,7 +15,15 @@ from storage.queries import JobView
 from storage.records import Claim, RequestFailure, RequestProgress
 from storage.session import Database
 from storage.transitions import end_finished_jobs, fail_requests
-from tests.factories import a_checkpoint, a_finished_choice, a_job, a_worker_card, some_requests, some_steps
+from tests.factories import (
+    a_checkpoint,
+    a_finished_choice,
+    a_job,
+    a_request,
+    a_worker_card,
+    some_requests,
+    some_steps,
+)
 
 
 def store(database: Database, requests: int, pilot: int | None = None, **fields: Any) -> None:
@@ -118,6 +126,23 @@ def test_a_pilot_is_a_hundredth_or_a_batch_of_the_workers(database: Database, re
         writes.update_load(session, "w", {"max_sequences": at_once + 2, "reserved_sequences": 2})
         writes.insert_job(session, a_job(), some_requests(requests))
         assert draw_pilot(session, "job-1", None, seed=0) == drawn
+
+
+def test_a_request_whose_prompt_came_before_repeats_it_whatever_else_differs(database: Database) -> None:
+    prompts = ["a", "a", "b", "c", "b", "c", "d"]
+    bodies = [{"prompt": prompt, "sampling": {"seed": seed}} for seed, prompt in enumerate(prompts)]
+    chats = [{"messages": [{"role": "user", "content": "a"}], "sampling": {}}] * 2
+    with database.write() as session:
+        requests = [a_request(f"request-{n}", body=body) for n, body in enumerate([*bodies, *chats])]
+        writes.insert_job(session, a_job(), requests)
+        draw_pilot(session, "job-1", 9, seed=0)
+        session.execute(text("DELETE FROM pilot_requests WHERE request_index > 2"))
+    flushed(database, claimed(database))
+    with database.read() as session:
+        record = read_pilot(session, "job-1")
+    assert record is not None
+    assert [output.repeats for output in record.outputs] == [False, True, False]
+    assert [request.repeats for request in record.waiting] == [False, True, True, False, False, True]
 
 
 def test_a_job_whose_pilot_runs_takes_no_turn_of_another_job(database: Database) -> None:

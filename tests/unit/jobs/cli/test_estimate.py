@@ -38,7 +38,8 @@ def test_a_pilot_is_answered_first_and_predicts_the_rest_which_then_waits(run: R
     assert predicted["rest"]["joules"] is None
     told = run("estimate", "--job", job)
     assert f"basic resume {job}" in told
-    assert "energy" not in told
+    assert "not measurable here" in told
+    assert "BASIC_POWER_W" in told
 
 
 def test_an_estimate_that_may_run_on_ends_with_every_request_answered_once(run: Run, database: Database) -> None:
