@@ -130,7 +130,7 @@ class DraftSlots:
         source, length = _source(self._fed, sequence)
         if source is None:
             source, length = _source(self._known, sequence)
-        self._known.insert(slot, sequence.ids, len(sequence.ids))
+        self._known.insert(slot, sequence.packed_ids(len(sequence.ids)), len(sequence.ids))
         if source is not None:
             self._feed(source, length, feed)
             copy_prefix(source.number, slot.number, self._entries(length))
@@ -166,7 +166,7 @@ class DraftSlots:
         """Record the committed tokens that a slot has now."""
         self._num_fed += not slot.cached
         slot.cached = cached
-        self._fed.insert(slot, slot.sequence.ids, cached)
+        self._fed.insert(slot, slot.sequence.packed_ids(cached), cached)
 
 
 def _source(tree: PrefixTree[DraftSlot], sequence: Sequence) -> tuple[DraftSlot | None, int]:
@@ -174,7 +174,8 @@ def _source(tree: PrefixTree[DraftSlot], sequence: Sequence) -> tuple[DraftSlot 
 
     Each sequence keeps one token to feed.
     """
-    found = tree.longest(sequence.ids, len(sequence.ids) - 1)
+    wanted = len(sequence.ids) - 1
+    found = tree.longest(sequence.packed_ids(wanted), wanted)
     if found.length < _MIN_SHARED_PREFIX:
         return None, 0
     sources = (slot for slot in found.holders if slot.sequence is not sequence and not slot.nodes)

@@ -58,17 +58,27 @@ class Admission:
 
     def _pages(self, sequences: Sequence[EngineSequence]) -> tuple[IntArray, IntArray]:
         """Return the pages that each sequence takes now, and those that it is expected to take when it ends."""
-        groups: defaultdict[Hashable, list[int]] = defaultdict(list)
-        for index, sequence in enumerate(sequences):
-            groups[sequence.group].append(index)
-        counts = [(len(s.ids), s.num_prompt, s.max_tokens, is_reserved(s)) for s in sequences]
-        length, prompt, max_tokens, reserved = np.array(counts, np.int64).reshape(-1, 4).T
-        expected = np.empty_like(length)
-        for group, members in groups.items():
-            expected[members] = self.lengths.expected(group, (length - prompt)[members].tolist())
+        length = np.array([len(s.ids) for s in sequences], np.int64)
+        prompt = np.array([s.num_prompt for s in sequences], np.int64)
+        max_tokens = np.array([s.max_tokens for s in sequences], np.int64)
+        reserved = np.array([s.preemptions for s in sequences], np.int64) >= MAX_PREEMPTIONS
+        expected = self._expected(sequences, length - prompt)
         page = self._slots.page_tokens
         now = -(-np.where(reserved, prompt + max_tokens, length) // page)
         return now, np.maximum(-(-(prompt + np.minimum(expected, max_tokens)) // page), now)
+
+    def _expected(self, sequences: Sequence[EngineSequence], decoded: IntArray) -> IntArray:
+        """Return the expected lengths of the answers of `sequences`, of which `decoded` tokens are there."""
+        groups = {sequence.group for sequence in sequences}
+        if len(groups) == 1:  # the usual one: of one job
+            return self.lengths.expected(groups.pop(), decoded.tolist())
+        members: defaultdict[Hashable, list[int]] = defaultdict(list)
+        for index, sequence in enumerate(sequences):
+            members[sequence.group].append(index)
+        expected = np.empty_like(decoded)
+        for group, some in members.items():
+            expected[some] = self.lengths.expected(group, decoded[some].tolist())
+        return expected
 
 
 def is_reserved(sequence: EngineSequence) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from worker.engine.speculation.draft_tree import Forest
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A part of a prompt to prefill in this step."""
 
     sequence: Sequence
@@ -31,7 +30,7 @@ class Chunk:
     def segment(self) -> Segment:
         """Return the chunk's rows."""
         s, scored = self.sequence, self.scored
-        rows = chain(s.slot, s.cached, s.ids[s.cached : self.end], keep_last=self.completes)
+        rows = chain(s.slot, s.cached, s.packed_ids(self.end)[s.cached : self.end], keep_last=self.completes)
         if not scored:
             return rows
         return replace(rows, keep=np.append(np.arange(scored.start, scored.stop) - s.cached, rows.keep))

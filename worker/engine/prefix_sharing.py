@@ -34,6 +34,7 @@ class PrefixSharing:
         self._leaders: dict[Sequence, _Awaited] = {}  # whose prefill a sequence waits for
         self._followers: defaultdict[Sequence, dict[Sequence, None]] = defaultdict(dict)
         self._copies: list[PrefixCopy] = []  # to make before the step, in this order
+        self._started: list[Sequence] = []  # of these copies
 
     def admit(self, sequence: Sequence) -> None:
         """Take a sequence that has got a slot."""
@@ -50,7 +51,7 @@ class PrefixSharing:
 
     def prefilled(self, sequence: Sequence) -> None:
         """Record that a step has prefilled `ids[:cached]` of a sequence."""
-        self._slots.hold(sequence.slot, sequence.ids, sequence.cached)
+        self._slots.hold(sequence.slot, sequence.packed_ids(sequence.cached), sequence.cached)
         if not sequence.prefilling:
             self._upcoming.remove(sequence)
 
@@ -59,7 +60,7 @@ class PrefixSharing:
 
         That is the sequence itself, or the one whose prefill it waits for. With `selected`, only one of these.
         """
-        if not self._upcoming.length(sequence):
+        if sequence not in self._upcoming:
             self._start(sequence, selected)
         reader, end = sequence, len(sequence.ids)
         while (awaited := self._leaders.get(reader)) is not None:
@@ -78,17 +79,19 @@ class PrefixSharing:
         self._copies.clear()
         return copies
 
+    def pop_started(self) -> list[Sequence]:
+        """Return the sequences that have got a prefix since the last call."""
+        started, self._started = self._started, []
+        return started
+
     def _start(self, sequence: Sequence, selected: Container[Sequence] | None) -> None:
         """Copy the longest cached prefix, or wait for a longer one that is about to be prefilled."""
-        upcoming = self._upcoming.longest(sequence.ids, _wanted(sequence))
-        length = upcoming.length
-        if length:
-            self._upcoming.copy(next(iter(upcoming.holders)), sequence, length)
-        self._upcoming.insert(sequence, sequence.ids, len(sequence.ids))
+        end = len(sequence.ids)
+        leader, length = self._upcoming.join(sequence, sequence.packed_ids(end), end, wanted_prefix(sequence))
         cached = self._longest_cached(sequence)
         useful = max(cached[1] + 1, sequence.cached + 1, MIN_SHARED_PREFIX)
-        if length >= useful:
-            leader, common = next(iter(upcoming.holders)), length  # it is the first, not the sequence itself
+        if leader is not None and length >= useful:
+            common = length
             # Do not wait for one that waits itself if its leader has almost as much.
             useful = max(useful, length - MIN_SHARED_PREFIX)
             while (above := self._leaders.get(leader)) is not None and above.length >= useful:
@@ -103,6 +106,7 @@ class PrefixSharing:
         """Start a sequence from a cached prefix that is long enough."""
         if length >= max(MIN_SHARED_PREFIX, sequence.cached + 1):
             self._copies.append(PrefixCopy(source, sequence.slot, length))
+            self._started.append(sequence)
             self._slots.copy_prefix(source, sequence.slot, length)
             sequence.cached = length
 
@@ -111,15 +115,16 @@ class PrefixSharing:
 
         `like` has a slot whose sequence starts with the same tokens, and their number.
         """
-        wanted = _wanted(sequence)
-        found = self._slots.longest_prefix(sequence.ids, wanted, like)
+        wanted = wanted_prefix(sequence)
+        ids = sequence.packed_ids(wanted)
+        found = self._slots.longest_prefix(ids, wanted, like)
         if found.ends and found.length < wanted:
             ends = [self._running[slot] for slot in found.ends if slot in self._running]
             grown = [other for other in ends if other.cached > found.length]
             for other in grown:  # its output may continue like the prompt of the sequence
-                self._slots.hold(other.slot, other.ids, other.cached)
+                self._slots.hold(other.slot, other.packed_ids(other.cached), other.cached)
             if grown:
-                found = self._slots.longest_prefix(sequence.ids, wanted)
+                found = self._slots.longest_prefix(ids, wanted)
         return next(iter(found.holders), sequence.slot), found.length
 
     def _stop_waiting(self, sequence: Sequence) -> None:
@@ -136,7 +141,7 @@ class PrefixSharing:
             self._look_again(follower)
 
 
-def _wanted(sequence: Sequence) -> int:
+def wanted_prefix(sequence: Sequence) -> int:
     """Return how many tokens of a sequence a prefix can have: the last one's row computes the logits of the next."""
     if sequence.prompt_top is None:  # the usual one
         return len(sequence.ids) - 1

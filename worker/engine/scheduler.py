@@ -9,19 +9,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Iterator
-from itertools import count
+from functools import partial
+from itertools import chain, count
+from operator import is_not
 
 from worker.engine.admission import Admission, is_reserved
 from worker.engine.batch import Batch, Chunk
 from worker.engine.errors import SequenceTooLong
 from worker.engine.kv.slot_allocator import SlotAllocator, Truncation
 from worker.engine.options import MAX_STEP_NODES, EngineOptions
-from worker.engine.prefix_sharing import PrefixSharing
+from worker.engine.prefix_sharing import PrefixSharing, wanted_prefix
 from worker.engine.priority_queue import PriorityQueue
 from worker.engine.sequence import Sequence
 
 _OLDEST_SHARE = 4  # the oldest prompt gets at least one in this many of a step's prompt rows
-_FIRST_CANDIDATES = 16  # waiting sequences whose admission is decided together; if all fit, four times as many next
+_FIRST_CANDIDATES = 64  # waiting sequences whose admission is decided together; if all fit, four times as many next
 _RECHECK_STEPS = 16  # steps after which what fits is computed again although no sequence has ended
 
 
@@ -39,9 +41,9 @@ class Scheduler:
         self._arrivals = count()
         self._arrived: dict[Sequence, int] = {}
         self._by_key: defaultdict[Hashable, list[Sequence]] = defaultdict(list)
-        self._waiting: PriorityQueue[Sequence] = PriorityQueue()  # the oldest first, as are the next two
-        self._running: PriorityQueue[Sequence] = PriorityQueue()
-        self._prefilling: PriorityQueue[Sequence] = PriorityQueue()  # running ones
+        self._waiting: PriorityQueue[Sequence] = PriorityQueue()  # the oldest first
+        self._running: dict[Sequence, None] = {}  # in the order of their admission, as are the next
+        self._prefilling: dict[Sequence, None] = {}  # running ones
         self._by_unread: PriorityQueue[Sequence] = PriorityQueue()  # the same, the shortest first
         self._decoding: dict[Sequence, int] = {}  # the other running ones; tokens that their pages hold, or fewer
         self._chunks: list[Chunk] = []  # of the last step
@@ -165,13 +167,12 @@ class Scheduler:
         length = sequence.max_length if is_reserved(sequence) else len(sequence.ids)
         if self.slots.pages_for(length) > self.slots.available_pages:
             return False
-        shared = sequence.ids if sequence.prompt_top is None else sequence.ids[: sequence.shareable + 1]
-        sequence.slot, sequence.cached = self.slots.allocate(shared)
+        end = wanted_prefix(sequence)
+        sequence.slot, sequence.cached = self.slots.allocate(sequence.packed_ids(end), end)
         self.slots.grow(sequence.slot, length)
         self._sharing.admit(sequence)
-        arrived = self._arrived[sequence]
-        self._running.push(sequence, arrived)
-        self._prefilling.push(sequence, arrived)
+        self._running[sequence] = None
+        self._prefilling[sequence] = None
         self._by_unread.push(sequence, _unread(sequence))
         self._capacity = None
         return True
@@ -216,24 +217,24 @@ class Scheduler:
     def _free(self, sequence: Sequence) -> None:
         """Free the slot of a running sequence."""
         self._decoding.pop(sequence, None)
-        for queue in (self._running, self._prefilling, self._by_unread):
-            queue.discard(sequence)
+        del self._running[sequence]
+        self._prefilling.pop(sequence, None)
+        self._by_unread.discard(sequence)
         self._sharing.drop(sequence)
-        self.slots.free(sequence.slot, sequence.ids, sequence.cached)
+        self.slots.free(sequence.slot, sequence.packed_ids(sequence.cached), sequence.cached)
 
     def _update_prefilling(self) -> None:
         """Record what the last step has prefilled."""
-        for chunk in self._chunks:
-            sequence = chunk.sequence
+        for sequence, _, _ in self._chunks:
             if sequence not in self._prefilling:  # it was finished or cancelled
                 continue
             self._sharing.prefilled(sequence)
             if sequence.prefilling:
                 self._by_unread.push(sequence, _unread(sequence))
             else:
-                self._prefilling.discard(sequence)
+                del self._prefilling[sequence]
                 self._by_unread.discard(sequence)
-                self._decoding[sequence] = 0
+                self._decoding[sequence] = self.slots.pages_of(sequence.slot) * self.slots.page_tokens
         self._chunks = []
 
     def _next_chunks(self, selected: set[Sequence] | None) -> list[Chunk]:
@@ -243,47 +244,41 @@ class Scheduler:
         logits of MAX_STEP_NODES rows beside those of the sequences, of prompt tokens or of draft nodes: that bounds
         its memory.
         """
-        if not len(self._prefilling):
+        if not self._prefilling:
             return []
         rows, scores = self._options.prefill_rows, MAX_STEP_NODES
         given: dict[Sequence, int] = {}  # ends of chunks
+        reader_of = self._sharing.reader
         for sequence in self._in_order(selected):
-            reader, end = self._sharing.reader(sequence, selected)
+            reader, end = reader_of(sequence, selected)
             start = given.get(reader, reader.cached)
-            end = min(end, start + (rows if given else max(1, rows // _OLDEST_SHARE)))
-            end = _scorable(reader, start, end, scores)
+            limit = start + (rows if given else max(1, rows // _OLDEST_SHARE))
+            if end > limit:
+                end = limit
+            if reader.prompt_top is not None:
+                end = _scorable(reader, start, end, scores)
             if end > start:
                 given[reader] = end
                 rows -= end - start
                 if reader.prompt_top is not None:
                     scores -= len(reader.scored(start, end))
-            if rows <= 0:
-                break
+                if rows <= 0:
+                    break
+        for sequence in self._sharing.pop_started():
+            if sequence not in given:  # the others are pushed when their chunks have been prefilled
+                self._by_unread.push(sequence, _unread(sequence))
         for sequence in [*given][:1]:
             start = given[sequence]
             given[sequence] = _scorable(sequence, start, min(len(sequence.ids), start + rows), scores)
-        return [Chunk(sequence, end, completes=end == len(sequence.ids)) for sequence, end in given.items()]
+        return [Chunk(sequence, end, end == len(sequence.ids)) for sequence, end in given.items()]
 
     def _in_order(self, selected: set[Sequence] | None) -> Iterator[Sequence]:
-        """Yield the oldest, which must not starve, then the others, shortest first: a long prompt delays no other."""
+        """Return the first admitted, which must not starve, then the others, shortest first: a long one delays none."""
         if selected is not None:
-            some = sorted((s for s in self._prefilling if s in selected), key=self._arrived.__getitem__)
-            yield from some[:1]
-            yield from sorted(some[1:], key=_unread)
-            return
-        oldest = self._prefilling.first()
-        if oldest is None:
-            return
-        seen = [oldest]
-        self._by_unread.discard(oldest)
-        try:
-            yield oldest
-            for shortest in self._by_unread.drain():
-                seen.append(shortest)
-                yield shortest
-        finally:
-            for sequence in seen:
-                self._by_unread.push(sequence, _unread(sequence))
+            some = [s for s in self._prefilling if s in selected]
+            return iter([*some[:1], *sorted(some[1:], key=_unread)])
+        oldest = next(iter(self._prefilling))
+        return chain((oldest,), filter(partial(is_not, oldest), self._by_unread))
 
 
 def _scorable(sequence: Sequence, start: int, end: int, limit: int) -> int:

@@ -8,15 +8,17 @@ the KV cache without rotating its keys again.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import TypeVar, overload
+from typing import NamedTuple, TypeAlias, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
+TokenIds: TypeAlias = "array[int]"  # 32-bit numbers: cheap to cut, to compare and to send
 _Number = TypeVar("_Number", np.int64, np.bool_)
 
 
@@ -38,7 +40,7 @@ class Segment:
         return self.start + len(self.ids)
 
 
-def chain(slot: int, cached: int, ids: list[int], *, keep_last: bool, position: int | None = None) -> Segment:
+def chain(slot: int, cached: int, ids: Sequence[int], *, keep_last: bool, position: int | None = None) -> Segment:
     """Return a segment of consecutive tokens after `cached` committed ones; only the last one's logits may be kept.
 
     `position` is that of the first token, by default `cached`.
@@ -48,7 +50,7 @@ def chain(slot: int, cached: int, ids: list[int], *, keep_last: bool, position: 
         slot=slot,
         prefix=cached,
         start=cached,
-        ids=np.asarray(ids, np.int64),
+        ids=np.array(ids, np.int64),
         positions=np.arange(first, first + n),
         visible=None,
         keep=np.array([n - 1] if keep_last else [], np.int64),
@@ -274,8 +276,7 @@ class KvMoves(Sequence[KvMove]):
         return list(self)[index]
 
 
-@dataclass(frozen=True, slots=True)
-class PrefixCopy:
+class PrefixCopy(NamedTuple):
     """Copy the first `length` KV entries of one slot to another: two sequences share a prefix."""
 
     source: int

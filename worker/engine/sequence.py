@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from array import array
+from collections.abc import Hashable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from itertools import count
+from typing import Any
 
 from worker.engine.grammar.grammar import Grammar
 from worker.engine.sampling.parameters import Bias, Sampling, bias_of
 from worker.engine.sampling.penalties import TokenCounts
-from worker.engine.segments import IntArray
+from worker.engine.segments import IntArray, TokenIds
 from worker.engine.token_logprobs import TokenLogprobs
 
 
@@ -54,6 +56,7 @@ class Sequence:
     computed: int = 0  # leading ids that had KV entries when it was last preempted
     new_preemptions: int = 0  # since the last emitted token, as is the next
     recomputed_tokens: int = 0  # ids whose KV entries were computed again after a preemption
+    packed: TokenIds | None = None  # `ids`, or the first of them; `packed_ids` adds the others
     open_bias: Bias | None = None  # cached by `bias`
     history: TokenCounts = field(default_factory=TokenCounts)  # token counts for penalties
     number: int = field(default_factory=count().__next__)  # in results; no other sequence of this process has it
@@ -84,6 +87,27 @@ class Sequence:
         if self.prompt_top is None or len(self.prompt_logprobs) >= self.num_prompt - 1:
             return len(self.ids)
         return len(self.prompt_logprobs)
+
+    def packed_ids(self, end: int) -> TokenIds:
+        """Return `ids[:end]`, which more may follow, as an array. The caller does not change it."""
+        packed = self.packed
+        if packed is None:
+            packed = self.packed = array("i", self.ids)
+        elif len(packed) < end:
+            packed.fromlist(self.ids[len(packed) :])
+        return packed
+
+    def cut(self, length: int) -> None:
+        """Forget all ids but the first `length`, and what was counted of them."""
+        del self.ids[length:]
+        self.packed = None
+        self.history = TokenCounts()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the ids as one piece, and of the other fields those that differ from their defaults."""
+        values = ((name, getattr(self, name)) for name in _DEFAULTS)
+        others = {name: value for name, value in values if value != _DEFAULTS[name]}
+        return _received, (self.packed_ids(len(self.ids)).tobytes(), others, self.prompt_logprobs, self.number)
 
     def scored(self, start: int, end: int) -> range:
         """Return the positions from `start` to `end` whose logits are read for log-probabilities of the prompt."""
@@ -131,3 +155,14 @@ class Sequence:
         if self.finish_reason is None and self.remaining <= 0:
             self.finish_reason = FinishReason.LENGTH
         return kept
+
+
+# Fields that are pickled by name, and their defaults; the token counts and the cached bias are computed anew.
+_APART = ("ids", "packed", "open_bias", "prompt_logprobs", "history", "number")
+_DEFAULTS = {field.name: field.default for field in fields(Sequence) if field.name not in _APART}
+
+
+def _received(packed: bytes, others: Mapping[str, Any], prompt_logprobs: list[TokenLogprobs], number: int) -> Sequence:
+    """Return the sequence that was pickled."""
+    ids = array("i", packed)
+    return Sequence(ids=ids.tolist(), packed=ids, prompt_logprobs=prompt_logprobs, number=number, **others)

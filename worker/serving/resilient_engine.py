@@ -16,7 +16,6 @@ import torch
 
 from worker.engine.engine import Engine
 from worker.engine.errors import NanLogits, RankLost
-from worker.engine.sampling.penalties import TokenCounts
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepBatch
 
@@ -125,10 +124,9 @@ class ResilientEngine:
         isolated = self._limit == 1 or bool(named)
         given_up = list(named or self._held) if isolated else []
         for sequence, length, step in zip(self._held, lengths, steps, strict=True):
-            del sequence.ids[length:]
+            sequence.cut(length)
             sequence.steps, sequence.finish_reason = step, None
             sequence.slot, sequence.cached = -1, 0
-            sequence.history = TokenCounts()  # it may have counted tokens that are dropped
         # Sequences that have not emitted come first: halving then isolates the failing one. The sort is stable.
         suspects = [s for s in sorted(self._held, key=lambda s: s not in self._silent) if s not in given_up]
         self._waiting.extendleft(reversed(suspects))

@@ -10,6 +10,7 @@ from heapq import heapify, heappop, heappush
 
 from worker.engine.errors import OutOfSlots
 from worker.engine.kv.prefix_tree import Match, PrefixTree
+from worker.engine.segments import TokenIds
 
 MIN_SHARED_PREFIX = 16  # tokens: prefilling a shorter prefix is cheaper than sharing it
 _MIN_EVICTED_TOKENS = 64  # evicting less at a time costs more calls than it keeps
@@ -56,7 +57,7 @@ class SlotAllocator:
     @property
     def available_pages(self) -> int:
         """Pages that no running sequence takes: they are free, or hold cached prefixes."""
-        return self.free_pages + self._cached_pages
+        return self.pages - self._used_pages + self._cached_pages
 
     def pages_for(self, entries: int) -> int:
         """Return the pages that this many KV entries of one slot take."""
@@ -66,7 +67,7 @@ class SlotAllocator:
         """Return the pages that a slot takes."""
         return self._pages_of[slot]
 
-    def longest_prefix(self, ids: list[int], end: int, like: tuple[int, int] | None = None) -> Match[int]:
+    def longest_prefix(self, ids: TokenIds, end: int, like: tuple[int, int] | None = None) -> Match[int]:
         """Return the longest prefix of `ids[:end]` that slots hold.
 
         With `like`, a slot and a length, its sequence starts with the same tokens, which are not compared again.
@@ -77,8 +78,8 @@ class SlotAllocator:
         """Return how many of the first entries of a slot another one holds, too."""
         return self._held.shared_length(slot)
 
-    def allocate(self, ids: list[int]) -> tuple[int, int]:
-        """Take a slot for the sequence `ids`; return it, and the length of the sequence's prefix that is in it already.
+    def allocate(self, ids: TokenIds, end: int) -> tuple[int, int]:
+        """Take a slot for a sequence; return it, and the length of its prefix `ids[:end]` that is in it already.
 
         Take a slot whose cached prefix is of use as a whole, else the lowest empty one, else the one with the longest
         prefix of the sequence, else the least recently used. Raises OutOfSlots.
@@ -89,7 +90,7 @@ class SlotAllocator:
             slot = heappop(self._empty)
             self._in_use.add(slot)
             return slot, 0
-        found = self._held.longest(ids, len(ids) - 1)
+        found = self._held.longest(ids, end)
         length = found.length if found.length >= MIN_SHARED_PREFIX else 0
         cached = next((slot for slot in found.ends if slot in self._cached), None) if length else None
         if cached is None and self._empty:
@@ -133,7 +134,7 @@ class SlotAllocator:
             self._take(slot, -surplus)
             self._truncations.append((slot, entries))
 
-    def hold(self, slot: int, ids: list[int], end: int) -> None:
+    def hold(self, slot: int, ids: TokenIds, end: int) -> None:
         """Record that a slot in use has the KV entries of `ids[:end]`."""
         self._held.insert(slot, ids, end)
 
@@ -142,7 +143,7 @@ class SlotAllocator:
         self._held.remove(slot)
         self._held.copy(source, slot, length)
 
-    def free(self, slot: int, ids: list[int], end: int) -> None:
+    def free(self, slot: int, ids: TokenIds, end: int) -> None:
         """Free a slot; its KV entries are those of `ids[:end]`, which become a cached prefix."""
         assert slot in self._in_use, f"slot {slot} was freed twice"
         self._in_use.remove(slot)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,10 @@ class Sampling:
         object.__setattr__(self, "record", np.array([row], PARAMETERS))
         object.__setattr__(self, "bias", bias_of(dict(self.logit_bias)))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the arguments and the bytes of the record, which is not computed again."""
+        return _received, (tuple(getattr(self, name) for name in _ARGUMENTS), self.record.tobytes())
+
     @property
     def greedy(self) -> bool:
         """True for argmax decoding: no noise is drawn."""
@@ -84,6 +88,20 @@ class Sampling:
     def penalized(self) -> bool:
         """True if penalties change the logits."""
         return any((self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1.0))
+
+
+_ARGUMENTS = tuple(field.name for field in fields(Sampling) if field.init)
+_STORES = [getattr(Sampling, field.name).__set__ for field in fields(Sampling)]  # the arguments first
+
+
+def _received(arguments: tuple[Any, ...], record: bytes) -> Sampling:
+    """Return the parameters that were pickled."""
+    sampling = Sampling.__new__(Sampling)
+    biases = dict(arguments[_ARGUMENTS.index("logit_bias")])
+    arrays = np.frombuffer(record, PARAMETERS), bias_of(biases) if biases else _NO_BIAS
+    for store, value in zip(_STORES, (*arguments, *arrays), strict=True):
+        store(sampling, value)
+    return sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +123,9 @@ class Adjustments:
 def bias_of(biases: Mapping[int, float]) -> Bias:
     """Return biases by token as arrays."""
     return np.array(list(biases), np.int64), np.array(list(biases.values()), np.float32)
+
+
+_NO_BIAS = bias_of({})
 
 
 def noise_keys(parameters: ParameterArray, positions: IntArray) -> NDArray[np.uint64]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from array import array
+from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from functools import cache
 
@@ -17,6 +18,7 @@ from worker.engine.errors import NanLogits
 from worker.engine.kv.prefix_tree import Match, PrefixTree, common_prefix_length
 from worker.engine.options import Mode
 from worker.engine.sampling.parameters import Sampling
+from worker.engine.segments import TokenIds
 
 SYSTEM = [2 + i % 37 for i in range(40)]
 PROMPTS = [[*SYSTEM, 7, 8], [*SYSTEM, 9], [*SYSTEM[:25], 11, 12, 13], [*SYSTEM, 7, 8], [20, 21], SYSTEM]
@@ -137,23 +139,28 @@ def test_a_sequence_cancelled_before_it_read_anything_leaves_the_others_alone() 
     assert outputs(some)[1] == outputs(some)[2] == [9, 10, 11, 12]
 
 
-def test_a_prompt_is_looked_up_as_often_among_many_that_wait_as_among_few(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("prompt_of", [lambda i: [*SYSTEM, 5 + i % 3, *[9 + i] * 40], lambda i: [*SYSTEM, 9 + i, 3]])
+def test_a_prompt_is_looked_up_as_often_among_many_that_wait_as_among_few(
+    monkeypatch: pytest.MonkeyPatch, prompt_of: Callable[[int], list[int]]
+) -> None:
     lookups: list[int] = []
     longest = PrefixTree.longest
 
     def counted(
-        tree: PrefixTree[Hashable], ids: list[int], end: int, like: tuple[Hashable, int] | None = None
+        tree: PrefixTree[Hashable], ids: TokenIds, end: int, like: tuple[Hashable, int] | None = None
     ) -> Match[Hashable]:
-        lookups.append(end)
-        return longest(tree, ids, end, like)
+        found = longest(tree, ids, end, like)
+        lookups.append(len(found.ends))
+        return found
 
     monkeypatch.setattr(PrefixTree, "longest", counted)
     for count in (4, 40):
         lookups.clear()
-        prompts = [[*SYSTEM, 5 + i % 3, *[9 + i] * 40] for i in range(count)]
+        prompts = [prompt_of(i) for i in range(count)]
         running = engine(TableModel(last_token), None, options(Mode.PLAIN, max_sequences=count, prefill_rows=50))
         decode(running, sequences(prompts, max_tokens=2))
         assert len(lookups) <= 4 * count, "when it gets its first rows, and when the prefix is there"
+        assert sum(lookups) <= count, "a prompt compares itself with none of those that wait for the same prefix"
 
 
 def test_a_prompt_that_goes_on_as_a_running_output_does_shares_it() -> None:
@@ -186,7 +193,8 @@ def test_a_short_prompt_gets_a_long_ones_prefix_read_before_the_rest_of_it() -> 
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "length"), [([], [1], 0), ([1, 2, 3], [1, 2, 4], 2), ([1, 2], [1, 2, 3], 2), ([1], [2], 0)]
+    ("ids", "others", "length"), [([], [1], 0), ([1, 2, 3], [1, 2, 4], 2), ([1, 2], [1, 2, 3], 2), ([1], [2], 0)]
 )
-def test_common_prefixes_are_measured(a: list[int], b: list[int], length: int) -> None:
+def test_common_prefixes_are_measured(ids: list[int], others: list[int], length: int) -> None:
+    a, b = array("i", ids), array("i", others)
     assert common_prefix_length(a, b) == common_prefix_length(b, a) == length

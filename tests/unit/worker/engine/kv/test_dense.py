@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+from array import array
 from pathlib import Path
 from typing import Any, cast
 
@@ -149,12 +150,12 @@ def test_slots_add_up_under_random_arrivals_and_cancellations(seed: int) -> None
 
 
 def test_the_lowest_slot_is_allocated_first_and_no_more_than_there_are() -> None:
-    slots = SlotAllocator(2, 10)
-    assert [slots.allocate([5]), slots.allocate([5])] == [(0, 0), (1, 0)]
+    slots, ids = SlotAllocator(2, 10), array("i", [5])
+    assert [slots.allocate(ids, 0), slots.allocate(ids, 0)] == [(0, 0), (1, 0)]
     with pytest.raises(OutOfSlots):
-        slots.allocate([5])
-    slots.free(0, [], 0)
-    assert slots.allocate([5]) == (0, 0)
+        slots.allocate(ids, 0)
+    slots.free(0, ids, 0)
+    assert slots.allocate(ids, 0) == (0, 0)
 
 
 def test_prompts_longer_than_a_chunk_are_read_in_chunks() -> None:

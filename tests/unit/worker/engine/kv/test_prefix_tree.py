@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+from array import array
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worker.engine.kv.prefix_tree import PrefixTree, common_prefix_length
+from worker.engine.segments import TokenIds
 
-TEXTS = st.lists(st.integers(0, 1), max_size=8)
+TEXTS = st.lists(st.integers(0, 1), max_size=8).map(lambda ids: array("i", ids))
 ACTIONS = st.tuples(
-    st.sampled_from(["insert", "copy", "shrink", "remove"]), st.integers(0, 3), st.integers(0, 3), TEXTS
+    st.sampled_from(["insert", "join", "copy", "shrink", "remove"]), st.integers(0, 3), st.integers(0, 3), TEXTS
 )
 
 
 @settings(deadline=None, max_examples=150)
 @given(st.lists(ACTIONS, max_size=20), TEXTS)
 def test_a_lookup_finds_what_a_comparison_with_every_text_finds(
-    actions: list[tuple[str, int, int, list[int]]], wanted: list[int]
+    actions: list[tuple[str, int, int, TokenIds]], wanted: TokenIds
 ) -> None:
     tree: PrefixTree[int] = PrefixTree()
-    held: dict[int, list[int]] = {}
+    held: dict[int, TokenIds] = {}
     for action, holder, other, ids in actions:
         if action == "insert":
-            held[holder] = held.get(holder, []) + ids
+            held[holder] = held.get(holder, array("i")) + ids
             tree.insert(holder, held[holder], len(held[holder]))
+        elif action == "join" and ids and not held.get(holder):
+            before = tree.longest(ids, other)
+            first, length = tree.join(holder, ids, len(ids), other)
+            assert length == before.length
+            assert first == next(iter(before.holders), None) or not length
+            held[holder] = ids
         elif action == "remove":
             held.pop(holder, None)
             tree.remove(holder)
