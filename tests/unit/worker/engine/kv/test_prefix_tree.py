@@ -28,8 +28,9 @@ def test_a_lookup_finds_what_a_comparison_with_every_text_finds(
             held[holder] = held.get(holder, array("i")) + ids
             tree.insert(holder, held[holder], len(held[holder]))
         elif action == "join" and ids and not held.get(holder):
-            before = tree.longest(ids, other)
-            first, length = tree.join(holder, ids, len(ids), other)
+            limit = min(other, len(ids))
+            before = tree.longest(ids, limit)
+            first, length = tree.join(holder, ids, len(ids), limit)
             assert length == before.length
             assert first == next(iter(before.holders), None) or not length
             held[holder] = ids
