@@ -9,10 +9,11 @@ import json
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Text, and_, cast, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Text, Update, and_, bindparam, cast, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from storage.dialect import database_now, has_open_requests, has_queued_requests
@@ -122,14 +123,20 @@ def has_claimable() -> ColumnElement[bool]:
 
 def pause_after_pilot(session: Session, job_ids: Collection[str]) -> None:
     """Pause those of the jobs whose pilot has ended; the caller has ended requests of them."""
+    parameters = {"jobs": sorted(job_ids), "now": database_now(session)}
+    session.connection().execute(_pause_after_pilot(), parameters)
+
+
+@cache
+def _pause_after_pilot() -> Update:
     member = and_(PilotRow.job_id == Request.job_id, PilotRow.request_index == Request.request_index)
     running = and_(Request.job_id == JobRow.id, Request.status.in_(OPEN_REQUEST_STATUSES))
     open_in_pilot = select(Request.job_id).join(PilotRow, member).where(running).correlate(JobRow).exists()
     ended = and_(JobRow.status == "in_progress", JobRow.paused_at.is_(None), ~open_in_pilot, has_open_requests())
-    session.execute(
+    return (
         update(JobRow)
-        .where(JobRow.id.in_(job_ids), JobRow.pilot_only, ended)
-        .values(paused_at=database_now(session), pause_reason=BY_PILOT)
+        .where(JobRow.id.in_(bindparam("jobs", expanding=True)), JobRow.pilot_only, ended)
+        .values(paused_at=bindparam("now"), pause_reason=BY_PILOT)
     )
 
 

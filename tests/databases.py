@@ -62,7 +62,7 @@ class _SharedEngine:
         self.path: Path | None = None
         self.database = Database.open(f"sqlite:///{self._folder.name}/basic.sqlite3")
         event.listen(self.database.engine, "do_connect", self._redirect, insert=True)
-        event.listen(self.database.engine, "connect", _never_sync)
+        event.listen(self.database.engine, "connect", never_sync)
 
     def _redirect(self, _dialect: Any, _record: Any, arguments: list[Any], _options: Any) -> None:
         """Connect to the file of the running test."""
@@ -70,7 +70,7 @@ class _SharedEngine:
         arguments[0] = str(self.path)
 
 
-def _never_sync(connection: Any, _record: object) -> None:
+def never_sync(connection: Any, _record: object) -> None:
     """Leave it to the kernel when the file reaches the disk: no test pulls the plug."""
     connection.execute("PRAGMA synchronous = OFF")
 

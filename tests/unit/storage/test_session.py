@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 from storage import queries
@@ -14,6 +14,7 @@ from storage.dialect import database_now
 from storage.models import Base
 from storage.session import Database, is_read_only
 from storage.settings import sqlite_file, sqlite_url
+from tests.databases import never_sync
 from tests.unit.storage.acts import record
 
 
@@ -33,6 +34,7 @@ def test_a_sqlite_file_may_have_any_name_and_only_its_owner_reads_it(tmp_path: P
             url = sqlite_url(file)
             assert sqlite_file(url) == file
             database = Database.open(url)
+            event.listen(database.engine, "connect", never_sync)
             with database.write() as session:
                 session.connection().exec_driver_sql("CREATE TABLE one (id INTEGER)")
             named = sorted(file.parent.iterdir())

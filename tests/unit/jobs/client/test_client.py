@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from jobs import AsyncClient, Client
+from jobs.client import retries
 from jobs.client.results import Output
 from jobs.errors import (
     BodyTooLarge,
@@ -56,6 +57,11 @@ class Service:
         if isinstance(answer, Exception):
             raise answer
         return answer if isinstance(answer, httpx.Response) else answer(request)
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "_FIRST_PAUSE_S", 0.005)
 
 
 def some_client(service: Service, patience_s: float = 5.0) -> Client:
