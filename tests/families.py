@@ -238,8 +238,13 @@ name and with the reason. None loads and differs.
 
 - **exact**: greedy text equals that of transformers' `generate`; text with draft trees equals plain text; the logits of
   a row have the same bits alone, in a batch with others, in a draft tree and in any chunk of a prompt. The rows of an
-  expert are multiplied in the compiled kernels, and a row's experts are summed in the order of its router. Softcap,
-  sinks and the heads of latent attention are parts of every attention path.
+  expert are multiplied in the compiled kernels, and a row's experts are summed in the order of its router. Softcap
+  and sinks are parts of every attention path.
+- **latent attention** (DeepSeek-V2 and V3, MiniCPM3, GLM-4.7-Flash, Youtu): the KV cache holds each token's latent and
+  the rotated part of its key once, for all heads and for keys and values alike. A token of DeepSeek-V3 takes 69 KiB
+  in bfloat16, where keys and values of all heads took 5.7 MiB; of DeepSeek-V2-Lite 30 and 324 KiB, of MiniCPM3-4B 35
+  and 930. Queries are multiplied by the weights of their keys, and what they mix by those of their values, in prompts
+  as in every step: so a row's bits are the same alone, in a batch, in a tree and in any chunk.
 - **fused**: all layers run in one C call on a CPU, and in nine kernels a layer on a GPU. Other families run through
   transformers' layers, on a CPU with the compiled attention, products and activations. Without a C compiler, bits
   there may depend on the batch; the worker says so at start.

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 
 from worker.engine.errors import ModelRefused
+from worker.engine.model.latent import holds_latents
 from worker.engine.quantization.checkpoints import is_fp8
 from worker.engine.quantization.weights import QuantizationMethod, quantizable
 from worker.engine.shards.shard import tp_sizes_of
@@ -42,6 +43,7 @@ class ModelShape:
     fp8_parameters: int = 0  # of the above: those that BASIC_QUANTIZATION=fp8 rounds
     fp8_columns: int = 0  # of their layers; each has a scale
     has_fp8_weights: bool = False  # the checkpoint has FP8 weights
+    latent_entry: int = 0  # numbers of a token's latent and rotated key in a layer, stored once; 0: keys and values
 
     @property
     def parameters(self) -> int:
@@ -58,6 +60,8 @@ class ModelShape:
 
     def kv_entries(self, ranks: int) -> int:
         """Return how many numbers the keys and values of one token have on each of `ranks` ranks."""
+        if self.latent_entry and ranks == 1:
+            return self.layers * self.latent_entry
         return 2 * self.layers * self.head_dim * (self.kv_heads // ranks)
 
     def splits(self, ranks: int) -> bool:
@@ -117,6 +121,7 @@ def shape_from_config(name: str, config: PretrainedConfig) -> ModelShape:
         fp8_parameters=sum(layer.weight.numel() for layer in rounded),
         fp8_columns=sum(layer.out_features for layer in rounded),
         has_fp8_weights=is_fp8(getattr(config, "quantization_config", None) or {}),
+        latent_entry=text.kv_lora_rank + text.qk_rope_head_dim if holds_latents(model) else 0,
     )
 
 

@@ -81,6 +81,7 @@ class CpuAttentionPlan:
             dim=self.kv.head_dim,
             capacity=self.kv.capacity,
             fp8=self.kv.fp8,
+            latent=self.kv.latent_dim,
             slot=address(self._slot),
             index=address(self._index),
             scale=scaling,

@@ -718,6 +718,17 @@ void multiply(const product_t *p, const scalar *x, scalar *out, int64_t rows, in
     multiply_all(&team, p, x, out, rows, (finish_t)finish, rounded);
 }
 
+/* Each of `count` products with weights that are scalars: its rows of `x` [count, rows, inputs] to its rows of `out`
+ * [count, rows, columns]. */
+void multiply_each(const product_t *products, int64_t count, const scalar *x, scalar *out, int64_t rows) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < count; i++) {
+        const product_t *p = products + i;
+        multiply_panels(p, x + i * rows * p->inputs, out + i * rows * p->columns, rows, 0,
+                        (p->columns + PANEL - 1) / PANEL, STORE);
+    }
+}
+
 /* ---- products that are split over ranks -------------------------------------------------------------------------------- */
 
 /* How the ranks of a replica add up a product whose inputs they share. */
@@ -848,9 +859,10 @@ typedef struct {
 
 /* The rows of a step and their KV slots. Per slot and KV head, keys are a packed weight of `capacity` columns and `dim`
  * inputs, values one of `dim` columns and `capacity` inputs. `capacity` and `dim` are multiples of PANEL. With `fp8`,
- * both are FP8, and behind each panel of entries are the exponents of their scales. */
+ * both are FP8, and behind each panel of entries are the exponents of their scales. With `latent`, the values of an
+ * entry are its first `latent` keys, and only keys are stored. */
 typedef struct {
-    int64_t rows, heads, kv_heads, dim, capacity, fp8;
+    int64_t rows, heads, kv_heads, dim, capacity, fp8, latent;
     const int64_t *slot, *index; /* [rows] */
     float scale;
     float softcap;      /* scores become softcap * tanh(score / softcap); 0: none */
@@ -881,9 +893,9 @@ typedef struct {
     scalar *weights;  /* [BLOCK, length] */
     scalar *gathered; /* [length, dim] */
     floats (*mixed)[BLOCK][2]; /* [dim / PANEL] */
-    /* with FP8 only */
-    decoded_t keys, values; /* [length, dim] */
-    float *scales;          /* [length] of values */
+    decoded_t keys;   /* [length, dim], with FP8 only */
+    decoded_t values; /* [length, dim], with FP8 or latents */
+    float *scales;    /* [length] of values */
 } workspace_t;
 
 static inline int64_t key_at(int64_t position, int64_t i, int64_t dim) {
@@ -916,11 +928,20 @@ static inline int64_t exponent_at(const plan_t *plan, int64_t position) {
     return fp8_panel_at(plan, position) + PANEL * plan->dim + position % PANEL;
 }
 
-static scalar *make_panels(int64_t fp8, int64_t count) {
-    return fp8 ? aligned_alloc(LINE, sizeof(scalar) * (size_t)count) : NULL;
+static scalar *make_panels(int64_t needed, int64_t count) {
+    return needed ? aligned_alloc(LINE, sizeof(scalar) * (size_t)count) : NULL;
 }
 
-static workspace_t make_workspace(int64_t end, int64_t dim, int64_t fp8) {
+/* Whether the values of entries are decoded, or taken from their keys, before they are mixed. */
+static inline int decodes_values(const plan_t *plan) { return plan->fp8 || plan->latent; }
+
+/* Columns of the values, in whole panels. */
+static inline int64_t value_columns(const plan_t *plan) {
+    return plan->latent ? (plan->latent + PANEL - 1) / PANEL * PANEL : plan->dim;
+}
+
+static workspace_t make_workspace(int64_t end, const plan_t *plan) {
+    const int64_t dim = plan->dim;
     int64_t length = (end + 2 * PANEL - 1) / PANEL * PANEL;
     return (workspace_t){length,
                          malloc(sizeof(scalar) * (size_t)(BLOCK * dim)),
@@ -928,8 +949,8 @@ static workspace_t make_workspace(int64_t end, int64_t dim, int64_t fp8) {
                          malloc(sizeof(scalar) * (size_t)(BLOCK * length)),
                          malloc(sizeof(scalar) * (size_t)(length * dim)),
                          aligned_alloc(sizeof(floats), sizeof(floats[BLOCK][2]) * (size_t)(dim / PANEL)),
-                         {make_panels(fp8, length * dim), NULL, 0, 0},
-                         {make_panels(fp8, length * dim), NULL, 0, 0},
+                         {make_panels(plan->fp8, length * dim), NULL, 0, 0},
+                         {make_panels(decodes_values(plan), length * dim), NULL, 0, 0},
                          malloc(sizeof(float) * (size_t)length)};
 }
 
@@ -998,12 +1019,16 @@ static void gather(const plan_t *plan, const workspace_t *workspace, const seen_
     for (int64_t j = seen->whole; j < seen->count || j % STEP; j++) {
         scalar *to = workspace->gathered + value_at(j - seen->whole, 0, dim);
         int64_t entry = j < seen->count ? entry_of(seen, j) : 0;
-        const scalar *from = (const scalar *)values + value_at(entry, 0, dim);
+        const scalar *from = (const scalar *)values + value_at(entry, 0, dim), *keys = values;
         const uint8_t *bytes = values;
         if (j >= seen->count)
             for (int64_t i = 0; i < dim; i++) to[i * STEP] = 0;
+        else if (plan->fp8 && plan->latent)
+            for (int64_t i = 0; i < dim; i++) to[i * STEP] = fp8_as_scalar(bytes[fp8_key_at(plan, entry, i)]);
         else if (plan->fp8)
             for (int64_t i = 0; i < dim; i++) to[i * STEP] = fp8_as_scalar(bytes[fp8_value_at(plan, entry, i)]);
+        else if (plan->latent)
+            for (int64_t i = 0; i < dim; i++) to[i * STEP] = keys[key_at(entry, i, dim)];
         else
             for (int64_t i = 0; i < dim; i++) to[i * STEP] = from[i * STEP];
     }
@@ -1011,26 +1036,51 @@ static void gather(const plan_t *plan, const workspace_t *workspace, const seen_
 
 /* The entries of one slot and KV head that a group sees. */
 typedef struct {
-    const void *keys, *values; /* scalars, or FP8 */
+    const void *keys, *values; /* scalars, or FP8; the same with latents */
     int64_t end;               /* one past the last */
     int shared;                /* other groups see them, too */
 } entries_t;
 
-/* Return a panel of keys or values, decoded; prefetch the panel `ahead` meanwhile. With `kept`, panels stay decoded for
- * the next group of the slot. */
-static const scalar *decode_panel(const plan_t *plan, decoded_t *decoded, const void *entries, int64_t panel,
-                                  const void *ahead, int kept) {
-    scalar *to = decoded->numbers + (kept ? panel * PANEL * plan->dim : 0);
+/* Where a decoded panel lies; with `kept`, panels stay decoded for the next group of the slot. */
+static inline scalar *panel_of(const plan_t *plan, const decoded_t *decoded, int64_t panel, int kept) {
+    return decoded->numbers + (kept ? panel * PANEL * plan->dim : 0);
+}
+
+/* Return whether a panel of these entries must be decoded; it counts as decoded then. */
+static inline int must_decode(decoded_t *decoded, const void *entries, int64_t panel, int kept) {
     if (!kept || decoded->of != entries || panel < decoded->first || panel > decoded->end)
         decoded->of = kept ? entries : NULL, decoded->first = decoded->end = panel;
-    if (panel < decoded->end) return to;
+    if (panel < decoded->end) return 0;
     decoded->end = panel + 1;
+    return 1;
+}
+
+/* Return a panel of keys or values in FP8, decoded; prefetch the panel `ahead` meanwhile. */
+static const scalar *decode_panel(const plan_t *plan, decoded_t *decoded, const void *entries, int64_t panel,
+                                  const void *ahead, int kept) {
+    scalar *to = panel_of(plan, decoded, panel, kept);
+    if (!must_decode(decoded, entries, panel, kept)) return to;
     const uint8_t *from = (const uint8_t *)entries + entry_elements(plan, panel * PANEL);
     const char *next = (const char *)ahead + entry_elements(plan, panel * PANEL);
     for (int64_t at = 0; at < PANEL * plan->dim; at += PANEL * STEP) {
         __builtin_prefetch(next + at, 0, 2);
         decode_fp8(from + at, to + at);
     }
+    return to;
+}
+
+/* Return a panel of values that are the first columns of keys: the same numbers in the layout of values. */
+static const scalar *latent_panel(const plan_t *plan, workspace_t *workspace, entries_t now, int64_t panel) {
+    const int64_t dim = plan->dim, columns = value_columns(plan);
+    scalar *to = panel_of(plan, &workspace->values, panel, now.shared);
+    if (!must_decode(&workspace->values, now.values, panel, now.shared)) return to;
+    const scalar *keys = plan->fp8 ? decode_panel(plan, &workspace->keys, now.keys, panel, now.keys, now.shared)
+                                   : (const scalar *)now.keys + panel * PANEL * dim;
+    for (int64_t first = 0; first < columns; first += STEP)
+        for (int64_t position = 0; position < PANEL; position += STEP)
+            for (int64_t i = 0; i < STEP; i++)
+                for (int64_t j = 0; j < STEP; j++)
+                    to[value_at(position + j, first + i, dim)] = keys[key_at(position + j, first + i, dim)];
     return to;
 }
 
@@ -1047,15 +1097,18 @@ static void score_fp8(const plan_t *plan, workspace_t *workspace, floats scores[
         for (int64_t i = 0; i < PANEL; i++) ((float *)scores[r])[i] *= scales[i];
 }
 
-/* Add the values from..end-1, in FP8, to what `rows` rows from `first` on mix. Their weights have the scales. */
-static void mix_fp8(const plan_t *plan, workspace_t *workspace, entries_t now, entries_t next, int64_t from, int64_t end,
+/* Add the values from..end-1, in FP8 or of latents, to what `rows` rows from `first` on mix. In FP8 their weights have
+ * the scales. */
+static void mix_decoded(const plan_t *plan, workspace_t *workspace, entries_t now, entries_t next, int64_t from, int64_t end,
                     int64_t first, int64_t rows) {
     const int64_t dim = plan->dim, length = workspace->length;
     while (from < end) {
         const int64_t panel = from / PANEL, stop = (panel + 1) * PANEL < end ? (panel + 1) * PANEL : end;
-        const scalar *decoded = decode_panel(plan, &workspace->values, now.values, panel, next.values, now.shared);
+        const scalar *decoded =
+            plan->latent ? latent_panel(plan, workspace, now, panel)
+                         : decode_panel(plan, &workspace->values, now.values, panel, next.values, now.shared);
         decoded += from % PANEL * dim;
-        for (int64_t part = 0; part < dim / PANEL; part++)
+        for (int64_t part = 0; part < value_columns(plan) / PANEL; part++)
             multiply_tile(workspace->mixed[part] + first, decoded + part * PANEL * STEP, dim * STEP,
                           workspace->weights + first * length + from, length, stop - from, NULL, rows);
         from = stop;
@@ -1084,7 +1137,7 @@ static void scale_weights(const seen_t *seen, const float *scales, scalar *weigh
  * the heads, or NULL. Head h of row r goes to out[(r * plan->heads + h) * dim]. */
 static void attend_block(const plan_t *plan, const view_t *view, workspace_t *workspace, entries_t now,
                          entries_t next, int64_t row, int64_t rows, int64_t heads, const float *sinks, scalar *out) {
-    const int64_t dim = plan->dim, length = workspace->length, first = view->first[row];
+    const int64_t dim = plan->dim, length = workspace->length, first = view->first[row], parts = value_columns(plan) / PANEL;
     const int64_t from = first / STEP * STEP;
     int64_t common = now.end; /* values from..common-1 are read in place by all rows */
     float sums[BLOCK];
@@ -1119,25 +1172,25 @@ static void attend_block(const plan_t *plan, const view_t *view, workspace_t *wo
         }
     }
     common = common > from ? common : from;
-    for (int64_t part = 0; part < dim / PANEL; part++) {
+    for (int64_t part = 0; part < parts; part++) {
         memset(workspace->mixed[part], 0, sizeof workspace->mixed[part]);
-        if (plan->fp8) continue;
+        if (decodes_values(plan)) continue;
         const scalar *value = (const scalar *)now.values + (from * dim + part * PANEL * STEP);
         /* the parts of the next values lie beside each other: each call prefetches its share of the entries */
         const scalar *ahead = (const scalar *)next.values + (from + (next.end - from) * part * PANEL / dim) * dim;
         multiply_tile(workspace->mixed[part], value, dim * STEP, workspace->weights + from, length, common - from,
                       ahead, rows * heads);
     }
-    if (plan->fp8) mix_fp8(plan, workspace, now, next, from, common, 0, rows * heads);
+    if (decodes_values(plan)) mix_decoded(plan, workspace, now, next, from, common, 0, rows * heads);
     for (int64_t r = 0; r < rows; r++) {
         seen_t seen = seen_by(view, row + r);
         const scalar *weights = workspace->weights + r * heads * length;
         if (seen.count > seen.whole) gather(plan, workspace, &seen, now.values);
-        if (plan->fp8) mix_fp8(plan, workspace, now, now, common, seen.whole, r * heads, heads);
-        for (int64_t part = 0; part < dim / PANEL; part++) {
+        if (decodes_values(plan)) mix_decoded(plan, workspace, now, now, common, seen.whole, r * heads, heads);
+        for (int64_t part = 0; part < parts; part++) {
             floats(*mixed)[2] = workspace->mixed[part] + r * heads;
             const scalar *value = (const scalar *)now.values + (common * dim + part * PANEL * STEP);
-            if (seen.whole > common && !plan->fp8)
+            if (seen.whole > common && !decodes_values(plan))
                 multiply_tile(mixed, value, dim * STEP, weights + common, length, seen.whole - common, NULL, heads);
             if (seen.count > seen.whole)
                 multiply_tile(mixed, workspace->gathered + part * PANEL * STEP, dim * STEP, weights + seen.whole,
@@ -1215,12 +1268,14 @@ static inline void store_row(const plan_t *plan, const heads_t *of, void *keys, 
         uint8_t bytes[dim];
         ((uint8_t *)keys)[exponent_at(plan, position)] = encode_fp8(key, bytes, dim);
         for (int64_t i = 0; i < dim; i++) ((uint8_t *)keys)[fp8_key_at(plan, position, i)] = bytes[i];
+        if (plan->latent) return;
         ((uint8_t *)values)[exponent_at(plan, position)] = encode_fp8(value, bytes, dim);
         for (int64_t i = 0; i < dim; i++) ((uint8_t *)values)[fp8_value_at(plan, position, i)] = bytes[i];
         return;
     }
     for (int64_t i = 0; i < dim; i += STEP)
         memcpy((scalar *)keys + key_at(position, i, dim), key + i, STEP * sizeof(scalar));
+    if (plan->latent) return;
     for (int64_t i = 0; i < dim; i++) ((scalar *)values)[value_at(position, i, dim)] = value[i];
 }
 
@@ -1230,6 +1285,7 @@ static inline void prefetch_row(const plan_t *plan, const void *keys_of, const v
     const scalar *keys = keys_of, *values = values_of;
     if (plan->fp8) return;
     for (int64_t i = 0; i < dim; i += STEP) __builtin_prefetch(keys + key_at(position, i, dim), 1, 2);
+    if (plan->latent) return;
     for (int64_t i = 0; i < dim; i += LINE / (STEP * (int64_t)sizeof(scalar)))
         __builtin_prefetch(values + value_at(position, i, dim), 1, 2);
 }
@@ -1298,7 +1354,7 @@ void attend(const plan_t *plan, const view_t *view, const heads_t *of, char *key
     team_t team = {0};
 #pragma omp parallel
     {
-        workspace_t workspace = make_workspace(view->end, plan->dim, plan->fp8);
+        workspace_t workspace = make_workspace(view->end, plan);
         attend_all(&team, plan, view, of, keys, values, &workspace, out);
         free_workspace(workspace);
     }
@@ -1319,14 +1375,17 @@ void move_entries(char *keys, char *values, const plan_t *plan, int64_t layers, 
             const int64_t to = destination + j, from = sources[j];
             for (int64_t i = 0; i < dim && !plan->fp8; i++) {
                 wide_key[key_at(to, i, dim)] = wide_key[key_at(from, i, dim)];
+                if (plan->latent) continue;
                 wide_value[value_at(to, i, dim)] = wide_value[value_at(from, i, dim)];
             }
             if (!plan->fp8) continue;
             for (int64_t i = 0; i < dim; i++) {
                 key[fp8_key_at(plan, to, i)] = key[fp8_key_at(plan, from, i)];
+                if (plan->latent) continue;
                 value[fp8_value_at(plan, to, i)] = value[fp8_value_at(plan, from, i)];
             }
             key[exponent_at(plan, to)] = key[exponent_at(plan, from)];
+            if (plan->latent) continue;
             value[exponent_at(plan, to)] = value[exponent_at(plan, from)];
         }
     }
@@ -1368,7 +1427,7 @@ static void layers_all(team_t *team, const layer_t *layers, int64_t count, const
                        char *values, int64_t layer_size, int64_t width, float eps, scalar *tapped, int64_t taps,
                        int64_t by_entry, const int64_t *kept, int64_t keep, const split_t *split) {
     int64_t rows = plan->rows, dim = plan->dim, row = (plan->heads + 2 * plan->kv_heads) * dim;
-    workspace_t workspace = make_workspace(views[0].end, dim, plan->fp8); /* all views have the same end */
+    workspace_t workspace = make_workspace(views[0].end, plan); /* all views have the same end */
     for (int64_t i = 0; i < count; i++) {
         const layer_t *layer = layers + i;
         heads_t heads = {scratch->stacked, scratch->stacked + plan->heads * dim,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
@@ -40,6 +40,11 @@ class Product(ctypes.Structure):
     )
 
 
+def product_array(products: Sequence[Product]) -> ctypes.Array[Product]:
+    """Return products as an array; it points to the same weights."""
+    return (Product * len(products))(*products)
+
+
 EXCHANGE = ctypes.CFUNCTYPE(None, _SIZE)
 
 
@@ -59,7 +64,7 @@ class Plan(ctypes.Structure):
     """`plan_t`: the rows of a step and the KV slots they go to."""
 
     _fields_ = (
-        members("rows heads kv_heads dim capacity fp8", _SIZE)
+        members("rows heads kv_heads dim capacity fp8 latent", _SIZE)
         + members("slot index", _ADDRESS)
         + members("scale softcap", ctypes.c_float)
         + members("sinks", _ADDRESS)
@@ -166,6 +171,7 @@ class Kernels:
         self.rounded_row_bytes = bound(library.rounded_row_bytes, ctypes.POINTER(Product), result=size)
         self._rms_norm = bound(library.rms_norm, address, address, address, size, size, real)
         self.multiply = bound(library.multiply, ctypes.POINTER(Product), address, address, size, size, address)
+        self.multiply_each = bound(library.multiply_each, ctypes.POINTER(Product), size, address, address, size)
         self.attend = bound(
             library.attend, ctypes.POINTER(Plan), ctypes.POINTER(View), ctypes.POINTER(Heads), address, address, address
         )

@@ -28,6 +28,8 @@ _MIN_TILE = 16  # minimum rows, columns or inputs of a tensor core instruction
 _PROGRAMS = 1024  # of an attention kernel: about as many keep a GPU busy, and each takes items until none is left
 _INPUTS = 128  # of a tile with FP8 rows
 _SMALL = {"num_warps": 2, "num_stages": 2}  # launch options of the attention kernels
+_WIDE = 256  # numbers of a head; wider ones, which are latents, are attended a few entries and query heads at a time
+_LARGE = {"num_warps": 8, "num_stages": 2}
 _LOG2_E = 1.4426950408889634
 # Arguments that change from step to step: Triton must not specialise, and so recompile, kernels for their values.
 _STEP = (
@@ -397,18 +399,18 @@ def _attend_rows(
     tables, slots, sequence, seen, own, own_count, positions, first_part, items, bounds,
     tops, weights, totals, scale, softcap, window, width, listed,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, LISTS: tl.constexpr,
-    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, KV_FP8: tl.constexpr,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, KV_FP8: tl.constexpr, SPLIT: tl.constexpr,
     QUERIES: tl.constexpr, PADDED_DIM: tl.constexpr, CHUNK: tl.constexpr, SHIFT: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Attend the query heads of one row and one KV head over one chunk of what the row sees; item by item.
+    """Attend the query heads of one row and one KV head, or one of SPLIT parts of them, over one chunk; item by item.
 
     Listed entries count as if they were stored behind the stretch, where they move once they are accepted.
     """
-    kv_head = tl.program_id(1)
-    group: tl.constexpr = HEADS // KV_HEADS
+    kv_head = tl.program_id(1) // SPLIT
+    group: tl.constexpr = HEADS // KV_HEADS // SPLIT
     m, d = tl.arange(0, QUERIES), tl.arange(0, PADDED_DIM)
     in_group, in_dim = m < group, d < DIM
-    head = kv_head * group + m
+    head = tl.program_id(1) * group + m
     first, last, base = tl.load(bounds + 2), tl.load(bounds + 3), tl.load(bounds + 4)
     for i in range(first + tl.program_id(0), last, tl.num_programs(0)):
         row, chunk = _item(items, i, SHIFT)
@@ -458,19 +460,19 @@ def _attend_tiles(
     tables, slots, sequence, starts, seen, own_count, positions, first_part, items, bounds,
     tops, weights, totals, scale, softcap, window, width,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, LISTS: tl.constexpr,
-    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, KV_FP8: tl.constexpr,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, KV_FP8: tl.constexpr, SPLIT: tl.constexpr,
     TILE: tl.constexpr, ROWS: tl.constexpr, PADDED_DIM: tl.constexpr, CHUNK: tl.constexpr, SHIFT: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Attend up to ROWS rows of a run over one of their common chunks; item by item.
+    """Attend up to ROWS rows of a run over one of their common chunks; item by item. SPLIT is as in `_attend_rows`.
 
     For rows that list entries, these are the full chunks of their stretch; for others, all chunks.
     """
-    kv_head = tl.program_id(1)
-    group: tl.constexpr = HEADS // KV_HEADS
+    kv_head = tl.program_id(1) // SPLIT
+    group: tl.constexpr = HEADS // KV_HEADS // SPLIT
     m, d = tl.arange(0, TILE), tl.arange(0, PADDED_DIM)
     in_dim = d < DIM
-    head = kv_head * group + m % group
+    head = tl.program_id(1) * group + m % group
     first, last, base = tl.load(bounds), tl.load(bounds + 1), tl.load(bounds + 4)
     for i in range(first + tl.program_id(0), last, tl.num_programs(0)):
         lead, chunk = _item(items, i, SHIFT)
@@ -709,25 +711,34 @@ def _attend_slice(
 ) -> None:
     """Write the partial results of one slice of the rows."""
     shape, kv_heads, heads = rows.shape, kv.keys.shape[3], query.shape[1]
-    group = heads // kv_heads
+    group, wide = heads // kv_heads, query.shape[2] > _WIDE
+    split = _split(group) if wide else 1
     stores = (query, *kv.layer(layer), kv.device_tables, rows.slots, rows.sequence)
     listed, items = rows.own_count, (rows.positions, rows.first_part, rows.items, bounds)
     scale, softcap, window = options.scaling * _LOG2_E, (options.softcap or 0.0) * _LOG2_E, options.window
     numbers = (*partial, scale, softcap, window or 0, kv.device_tables.shape[1])
     sizes = _sizes(query, shape, window) | {"CAPPED": options.softcap is not None, "KV_FP8": kv.in_fp8}
-    sizes |= {"KV_HEADS": kv_heads, "BLOCK": kv.block_size, "SHIFT": ROW_SHIFT, "ENTRIES": _ENTRIES}
-    grid = (max(1, min(shape.parts, _PROGRAMS // kv_heads)), kv_heads)
+    sizes |= {"KV_HEADS": kv_heads, "SPLIT": split, "BLOCK": kv.block_size, "SHIFT": ROW_SHIFT}
+    sizes |= {"ENTRIES": _MIN_TILE if wide else _ENTRIES} | (_LARGE if wide else _SMALL)
+    grid = (max(1, min(shape.parts, _PROGRAMS // (kv_heads * split))), kv_heads * split)
     shares = shape.queries > 1
     if shares:
-        tile, together = max(_MIN_TILE, triton.next_power_of_2(max(TILE_QUERIES, group))), tile_rows(kv)
+        together = tile_rows(kv)
+        queries = together * group // split if wide else max(TILE_QUERIES, group)
+        tile = max(_MIN_TILE, triton.next_power_of_2(queries))
         _attend_tiles[grid](
-            *stores, rows.starts, rows.seen, listed, *items, *numbers, TILE=tile, ROWS=together, **sizes, **_SMALL
+            *stores, rows.starts, rows.seen, listed, *items, *numbers, TILE=tile, ROWS=together, **sizes
         )
     if not shares or shape.listed:
-        queries = max(_MIN_TILE, triton.next_power_of_2(group))
+        queries = max(_MIN_TILE, triton.next_power_of_2(group // split))
         _attend_rows[grid](
-            *stores, rows.seen, rows.own, listed, *items, *numbers, shape.listed, QUERIES=queries, **sizes, **_SMALL
+            *stores, rows.seen, rows.own, listed, *items, *numbers, shape.listed, QUERIES=queries, **sizes
         )
+
+
+def _split(group: int) -> int:
+    """Return into how many parts of at most _MIN_TILE query heads those of a KV head are split."""
+    return next(parts for parts in range(-(-group // _MIN_TILE), group + 1) if group % parts == 0)
 
 
 def _sizes(query: Tensor, shape: Shape, window: int | None) -> dict[str, int]:

@@ -47,10 +47,15 @@ class DenseKv:
         device: torch.device,
         *,
         in_fp8: bool = False,
+        latent_dim: int = 0,
     ) -> None:
-        """Allocate `slots` slots of `capacity` entries, tree rows included; a forward's rows have `dtype`."""
+        """Allocate `slots` slots of `capacity` entries, tree rows included; a forward's rows have `dtype`.
+
+        With `latent_dim`, an entry's values are the first numbers of its keys, which are stored once.
+        """
         self.capacity = capacity
-        self._pair = KvPair((layers, slots, capacity, kv_heads, head_dim), dtype, device, in_fp8=in_fp8)
+        shape = (layers, slots, capacity, kv_heads, head_dim)
+        self._pair = KvPair(shape, dtype, device, in_fp8=in_fp8, in_one=latent_dim > 0)
         self.keys, self.values = self._pair.keys, self._pair.values
 
     def write(self, layer: int, slot: Tensor, index: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -92,23 +97,27 @@ class DenseKv:
 class KvPair:
     """Keys and values of one shape [..., kv_heads, head_dim] in `dtype`, or in FP8 with exponents [..., kv_heads].
 
-    Methods take functions that select a part of a store, which is the same part of all of them.
+    Methods take functions that select a part of a store, which is the same part of all of them. If the pair is
+    `in_one`, its values are its keys.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, in_fp8: bool) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, in_fp8: bool, in_one: bool = False
+    ) -> None:
         """Allocate zeros."""
         self.dtype = dtype  # of the rows of a forward
-        stored = torch.uint8 if in_fp8 else dtype
-        self.keys, self.values = (lazy_zeros(shape, stored, device) for _ in range(2))
-        self.exponents = tuple(lazy_zeros(shape[:-1], stored, device) for _ in range(2)) if in_fp8 else ()
-        self.stores = (self.keys, self.values, *self.exponents)
+        stored, count = torch.uint8 if in_fp8 else dtype, 1 if in_one else 2
+        numbers = tuple(lazy_zeros(shape, stored, device) for _ in range(count))
+        self.keys, self.values = numbers[0], numbers[-1]
+        self.exponents = tuple(lazy_zeros(shape[:-1], stored, device) for _ in range(count)) if in_fp8 else ()
+        self.stores = (*numbers, *self.exponents)
 
     def write(self, keys: Tensor, values: Tensor, of: Select, index: Any) -> None:
         """Store `keys` and `values` [n, kv_heads, head_dim] at an index of the selected parts."""
-        rows: tuple[Tensor, ...] = (keys, values)
+        rows: tuple[Tensor, ...] = (keys,) if self.keys is self.values else (keys, values)
         if self.exponents:
-            (keys, of_keys), (values, of_values) = fp8.encoded(keys), fp8.encoded(values)
-            rows = (keys, values, of_keys, of_values)
+            numbers, exponents = zip(*map(fp8.encoded, rows), strict=True)
+            rows = (*numbers, *exponents)
         for store, given in zip(self.stores, rows, strict=True):
             of(store)[index] = given
 
@@ -116,8 +125,10 @@ class KvPair:
         """Return the selected keys and values [..., kv_heads, head_dim] in `dtype`."""
         if not self.exponents:
             return of(self.keys), of(self.values)
-        keys, values, *exponents = (of(store) for store in self.stores)
-        return fp8.decoded(keys, exponents[0], self.dtype), fp8.decoded(values, exponents[1], self.dtype)
+        found = [of(store) for store in self.stores]
+        half = len(found) // 2
+        read = [fp8.decoded(*pair, self.dtype) for pair in zip(found[:half], found[half:], strict=True)]
+        return read[0], read[-1]
 
     def poison(self, index: Any) -> None:
         """Overwrite a part with a value that shows in any output that reads it (tests only)."""

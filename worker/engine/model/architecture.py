@@ -30,6 +30,7 @@ class AttentionShape:
     heads: int
     kv_heads: int
     head_dim: int
+    latent_dim: int = 0  # first numbers of a key that are its value, too; 0: keys and values are stored apart
 
 
 def refuse_unsupported(config: PretrainedConfig) -> None:
@@ -131,7 +132,8 @@ def kv_bytes_per_token(model: PreTrainedModel) -> int:
     config = model.config.get_text_config()
     head_dim = getattr(model, STORED_HEAD_DIM, None) or head_dim_of(model)
     head_bytes = head_dim + 1 if has_fp8_kv(model) else head_dim * model.dtype.itemsize  # FP8 has an exponent
-    return int(2 * layers_of(config) * kv_heads_of(model) * head_bytes)
+    stores = 1 if latent_dim_of(model) else 2  # keys, and values
+    return int(stores * layers_of(config) * kv_heads_of(model) * head_bytes)
 
 
 def ranks_of(model: PreTrainedModel) -> int:
@@ -163,6 +165,12 @@ def head_dim_of(model: PreTrainedModel) -> int:
         return known.head_dim
     config = model.config.get_text_config()
     return int(_size(config, "head_dim") or config.hidden_size // config.num_attention_heads)
+
+
+def latent_dim_of(model: PreTrainedModel) -> int:
+    """Return how many numbers of a stored latent are values; 0 for models that store keys and values apart."""
+    known: AttentionShape | None = getattr(model, ATTENTION_SHAPE, None)
+    return known.latent_dim if known else 0
 
 
 def _heads(config: PretrainedConfig) -> tuple[int, int]:

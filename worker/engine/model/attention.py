@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 from worker.engine.attention_options import AttentionOptions
 from worker.engine.errors import ModelRefused
 from worker.engine.kv.dense import DenseKv
+from worker.engine.model.latent import LATENT, LatentHeads
 from worker.engine.segments import BoolArray, IntArray, Segment
 
 ATTENTION_NAME = "basic_packed"
@@ -249,8 +250,9 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attend the packed rows [1, heads, n, head_dim] of one layer; the signature is transformers', `s_aux` are sinks.
 
-    Where keys and values differ in size, as in multi-head latent attention, or from layer to layer, the smaller are
-    padded with zeros, which changes no sum; where the number of KV heads differs, they are repeated.
+    Layers with latents attend over these, with absorbed products. Where keys and values differ in size, or from layer
+    to layer, the smaller are padded with zeros, which changes no sum; where the number of KV heads differs, they are
+    repeated.
 
     Raises ModelRefused for an argument that would change the result and is not implemented.
     """
@@ -267,13 +269,16 @@ def packed_attention(
     if sliding_window is None and getattr(module, WINDOW_OF_CONFIG, False):
         sliding_window = module.config.sliding_window  # type: ignore[assignment, union-attr]
     options = AttentionOptions(scale, sliding_window, softcap, s_aux)
+    latent: LatentHeads | None = getattr(module, LATENT, None)
+    if latent is not None:
+        query = latent.absorbed(query[0]).unsqueeze(0)
     size = value.shape[-1]
     kv_heads, width = getattr(module, KV_SHAPE, None) or (key.shape[1], max(size, key.shape[-1]))
     query, key, value = (x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
     if key.shape[1] != kv_heads:
         key, value = (x.repeat_interleave(kv_heads // x.shape[1], 1) for x in (key, value))
     out = plan.attend(int(module.layer_idx), query[0], key[0], value[0], options)  # type: ignore[arg-type]
-    return out[..., :size].unsqueeze(0), None
+    return (out[..., :size] if latent is None else latent.values(out)).unsqueeze(0), None
 
 
 AttentionInterface.register(ATTENTION_NAME, packed_attention)

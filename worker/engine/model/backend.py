@@ -26,10 +26,12 @@ from worker.engine.model.architecture import (
     heads_of,
     is_dealt_by_transformers,
     kv_heads_of,
+    latent_dim_of,
     layers_of,
     shard_of,
 )
 from worker.engine.model.attention import AttentionPlan, DenseAttentionPlan
+from worker.engine.model.latent import LatentHeads, pack_latents
 from worker.engine.model.offload import MultiDeviceAttentionPlan, MultiDeviceKv, is_offloaded, layer_devices
 from worker.engine.paged.attention import GPU_BLOCK, gpu_kernels_for, paged_plan
 from worker.engine.paged.cuda_graphs import no_capture
@@ -38,7 +40,7 @@ from worker.engine.paged.shape_buckets import BucketedForward, Run
 from worker.engine.segments import Segment
 from worker.engine.shards.output_layer import deal_output
 
-_FUSED = (PackedLinear, FusedLayers, GpuLayers, GpuLinear)
+_FUSED = (PackedLinear, FusedLayers, GpuLayers, GpuLinear, LatentHeads)
 _CPU_BLOCK = 16  # KV entries of a block on a CPU: small enough that the short texts of tests fill several
 
 
@@ -67,7 +69,7 @@ def make_backend(
     The parameters are those of `PackedModel`; `dtype` is that of keys and values, by default the model's, or FP8 if it
     stores them so.
     """
-    in_fp8 = dtype is None and has_fp8_kv(model)
+    stored: Any = {"in_fp8": dtype is None and has_fp8_kv(model), "latent_dim": latent_dim_of(model)}
     config, dtype = model.config.get_text_config(), dtype or model.dtype
     heads, kv_heads = heads_of(model), kv_heads_of(model)
     layers, head_dim = layers_of(config), head_dim_of(model)
@@ -78,7 +80,7 @@ def make_backend(
         size = GPU_BLOCK if model.device.type == "cuda" else _CPU_BLOCK
         group = heads // kv_heads
         shape = (layers, slots, kv_heads, capacity, head_dim)
-        pages = PagedKv(*shape, dtype, model.device, block_size=size, tokens=kv_tokens, group=group, in_fp8=in_fp8)
+        pages = PagedKv(*shape, dtype, model.device, block_size=size, tokens=kv_tokens, group=group, **stored)
         capture = no_capture if is_dealt_by_transformers(model) else None  # its sums are no part of a CUDA graph
         return Backend(
             pages,
@@ -87,9 +89,9 @@ def make_backend(
         )
     compiled = kernels_for(model) if cpu_kernels else None
     if compiled is None:
-        dense = DenseKv(layers, slots, kv_heads, capacity, head_dim, dtype, model.device, in_fp8=in_fp8)
+        dense = DenseKv(layers, slots, kv_heads, capacity, head_dim, dtype, model.device, **stored)
         return Backend(dense, lambda segments: DenseAttentionPlan(segments, dense, heads // kv_heads))
-    packed = CpuKv(layers, slots, kv_heads, capacity, _stored_head_dim(model, compiled), dtype, compiled, in_fp8=in_fp8)
+    packed = CpuKv(layers, slots, kv_heads, capacity, _stored_head_dim(model, compiled), dtype, compiled, **stored)
     return Backend(packed, lambda segments: CpuAttentionPlan(segments, packed, heads, compiled), compiled)
 
 
@@ -126,6 +128,7 @@ def fuse_layers(model: PreTrainedModel) -> None:
                 body: Any = model
                 body.lm_head = deal_output(body.lm_head, shard)
         setattr(model, STORED_HEAD_DIM, stored)
+        pack_latents(model, compiled)
         pack(model)
 
 

@@ -43,6 +43,7 @@ from worker.engine.model.equivalence_check import (
     build_check,
     sliding_layers,
 )
+from worker.engine.model.latent import LATENT, hold_latents
 from worker.engine.model.offload import OffloadOptions, is_offloaded
 from worker.engine.model.packed_model import run_layers
 from worker.engine.model.quantized_checkpoint import refuse_quantized
@@ -117,6 +118,8 @@ def load(
             model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to as its types don't say
         model.eval()  # type: ignore[no-untyped-call]
         if not is_dealt_by_transformers(model):
+            if not is_offloaded(model):
+                hold_latents(model)
             _note_attention(model)
         setattr(model, ATTRIBUTE, _equivalence_check(model))
         return model
@@ -253,7 +256,8 @@ def _note_attention(model: PreTrainedModel) -> None:
             f"{type(model).__name__} has heads whose number differs from layer to layer; packed decoding needs numbers "
             "that divide each other, choose another model"
         )
-    setattr(model, ATTENTION_SHAPE, AttentionShape(heads, kv_heads, head_dim))
+    latents = {latent.latent_dim for module in model.modules() if (latent := getattr(module, LATENT, None)) is not None}
+    setattr(model, ATTENTION_SHAPE, AttentionShape(heads, kv_heads, head_dim, max(latents, default=0)))
     windowed = sliding_layers(config, max_positions(config) or CHECK_ENTRIES)
     for module in model.modules():
         shape, window = shown.layers.get(getattr(module, "layer_idx", None), ((0, 0, 0), 0))

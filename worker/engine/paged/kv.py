@@ -88,11 +88,12 @@ class PagedKv:
         tokens: int | None = None,
         group: int = 1,
         in_fp8: bool = False,
+        latent_dim: int = 0,
     ) -> None:
         """Allocate a pool for `slots` slots of up to `capacity` entries, tree rows included.
 
         `tokens` limits the entries of all blocks together; None: every slot in full. `group` is the number of query
-        heads per KV head.
+        heads per KV head. With `latent_dim`, an entry's values are the first numbers of its keys: they are stored once.
         """
         self.group = group
         self.block_size = block_size
@@ -101,7 +102,7 @@ class PagedKv:
         full = slots * width
         self.pool = BlockPool(full if tokens is None else min(full, tokens // block_size))
         shape = (layers, self.pool.count + 1, block_size, kv_heads, head_dim)
-        self._pair = KvPair(shape, dtype, device, in_fp8=in_fp8)
+        self._pair = KvPair(shape, dtype, device, in_fp8=in_fp8, in_one=latent_dim > 0)
         self.keys, self.values = self._pair.keys, self._pair.values
         self.in_fp8 = in_fp8  # with exponents [layers, blocks, block size, kv_heads]
         self.dtype = dtype  # of the rows of a forward
@@ -218,8 +219,9 @@ class PagedKv:
 
     def layer(self, layer: int) -> tuple[Tensor | None, ...]:
         """Return the keys and values of a layer [blocks, block size, kv_heads, head_dim], and exponents or None."""
-        stores = tuple(store[layer] for store in self._pair.stores)
-        return stores if self.in_fp8 else (*stores, None, None)
+        exponents = self._pair.exponents or (None,)
+        stores = (self.keys, self.values, exponents[0], exponents[-1])
+        return tuple(None if store is None else store[layer] for store in stores)
 
     def read(self, layer: int, entries: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values [..., kv_heads, head_dim] at `entries` int64 [...], indices from `entries()`."""

@@ -19,7 +19,7 @@ from triton.runtime.interpreter import GridExecutor
 
 from tests.heads import paged_answers
 from tests.models import ARCHITECTURES
-from tests.unit.worker.engine.model.test_attention import OPTIONS, check
+from tests.unit.worker.engine.model.test_attention import LATENTS, OPTIONS, check
 from tests.unit.worker.engine.model.test_attention import paged as paged_kv
 from tests.unit.worker.engine.paged.test_attention import deeper, pages, tree
 from worker.engine.gpu import kernels
@@ -183,3 +183,16 @@ def test_a_layer_launches_as_many_kernels_as_the_forecast_assumes(monkeypatch: p
 
 def test_softcap_and_sinks_are_as_the_formula_says() -> None:
     check(paged_kv(in_fp8=False), OPTIONS["both, in a window"], in_fp8=False)
+
+
+@pytest.mark.parametrize("in_fp8", [False, True])
+def test_latents_are_attended_by_parts_of_the_query_heads_as_the_formula_says(
+    in_fp8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_WIDE", 16)
+    monkeypatch.setattr(kernels, "_split", lambda _: 2)
+    check(paged_kv(in_fp8, LATENTS), OPTIONS["both, in a window"], in_fp8, LATENTS)
+
+
+def test_query_heads_of_latents_are_split_into_equal_parts_that_fill_a_tile() -> None:
+    assert [kernels._split(heads) for heads in (128, 40, 16, 12, 20)] == [8, 4, 1, 1, 2]

@@ -1,8 +1,12 @@
-"""Every attention path computes softcap, sinks, windows and heads of any size as the formula says, with FP8 KV too."""
+"""Every attention path computes softcap, sinks, windows, latents and heads of any size as the formula says.
+
+With FP8 KV too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -21,7 +25,7 @@ from worker.engine.paged.attention import paged_plan
 from worker.engine.paged.kv import PagedKv
 from worker.engine.segments import Segment, chain
 
-HEADS, KV_HEADS, DIM, LENGTH = 4, 2, 8, 20
+HEADS, LENGTH = 4, 20
 CPU = torch.device("cpu")
 Plan = Callable[[Sequence[Segment]], AttentionPlan]
 OPTIONS = {
@@ -31,22 +35,36 @@ OPTIONS = {
 }
 
 
-def dense(in_fp8: bool) -> Plan:
-    kv = DenseKv(1, 2, KV_HEADS, 40, DIM, torch.float32, CPU, in_fp8=in_fp8)
-    return lambda segments: DenseAttentionPlan(segments, kv, HEADS // KV_HEADS)
+@dataclass(frozen=True, slots=True)
+class KvLayout:
+    """Sizes of stored keys; the first `latent_dim` numbers of each are its value, unless that is 0."""
+
+    kv_heads: int
+    dim: int
+    latent_dim: int
 
 
-def paged(in_fp8: bool) -> Plan:
-    group = HEADS // KV_HEADS
-    kv = PagedKv(1, 2, KV_HEADS, 40, DIM, torch.float32, CPU, block_size=16, group=group, in_fp8=in_fp8)
+APART, LATENTS = KvLayout(2, 8, 0), KvLayout(1, 48, 30)
+
+
+def dense(in_fp8: bool, of: KvLayout = APART) -> Plan:
+    kv = DenseKv(1, 2, of.kv_heads, 40, of.dim, torch.float32, CPU, in_fp8=in_fp8, latent_dim=of.latent_dim)
+    return lambda segments: DenseAttentionPlan(segments, kv, HEADS // of.kv_heads)
+
+
+def paged(in_fp8: bool, of: KvLayout = APART) -> Plan:
+    shape = (1, 2, of.kv_heads, 40, of.dim, torch.float32, CPU)
+    group = HEADS // of.kv_heads
+    kv = PagedKv(*shape, block_size=16, group=group, in_fp8=in_fp8, latent_dim=of.latent_dim)
     return lambda segments: paged_plan(segments, kv)
 
 
-def compiled(in_fp8: bool) -> Plan:
+def compiled(in_fp8: bool, of: KvLayout = APART) -> Plan:
     ours = kernels(torch.float32)
     if ours is None:
         pytest.skip("no C compiler here")
-    kv = CpuKv(1, 2, KV_HEADS, 40, ours.panel, torch.float32, ours, in_fp8=in_fp8)  # heads are padded to a panel
+    stored = -(-of.dim // ours.panel) * ours.panel  # heads are padded to panels
+    kv = CpuKv(1, 2, of.kv_heads, 40, stored, torch.float32, ours, in_fp8=in_fp8, latent_dim=of.latent_dim)
     return lambda segments: CpuAttentionPlan(segments, kv, HEADS, ours)
 
 
@@ -59,7 +77,7 @@ def tree() -> Segment:
 
 def by_formula(query: Tensor, keys: Tensor, values: Tensor, options: AttentionOptions) -> Tensor:
     """Return the attention [heads, dim] of one row over the entries [kv_heads, n, dim] that it sees, itself last."""
-    group, first = HEADS // KV_HEADS, 0 if options.window is None else max(0, keys.shape[1] - options.window)
+    group, first = HEADS // len(keys), 0 if options.window is None else max(0, keys.shape[1] - options.window)
     keys, values = (x[:, first:].repeat_interleave(group, 0) for x in (keys, values))
     scores = torch.einsum("hd,hnd->hn", query, keys) * options.scaling
     if options.softcap is not None:
@@ -76,16 +94,16 @@ def stored(rows: tuple[Tensor, Tensor, Tensor], in_fp8: bool) -> tuple[Tensor, T
     return query, key, value
 
 
-def check(plan: Plan, options: AttentionOptions, in_fp8: bool) -> None:
+def check(plan: Plan, options: AttentionOptions, in_fp8: bool, of: KvLayout = APART) -> None:
     """Attend a prompt beside another sequence, then a tree, and compare each row with the formula.
 
     With FP8 the formula has the rounded keys and values, those of the same forward too.
     """
-    random = torch.Generator().manual_seed(0)
+    random, mixed = torch.Generator().manual_seed(0), of.latent_dim or of.dim
 
     def rows(count: int) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = (torch.randn(n, count, DIM, generator=random) for n in (HEADS, KV_HEADS, KV_HEADS))
-        return query, key, value
+        query, key, value = (torch.randn(n, count, of.dim, generator=random) for n in (HEADS, of.kv_heads, of.kv_heads))
+        return query, key, key if of.latent_dim else value
 
     prompt, below = rows(LENGTH + 3), rows(4)
     beside = [chain(0, 0, TEXT[:LENGTH], keep_last=True), chain(1, 0, TEXT[:3], keep_last=True)]
@@ -93,7 +111,7 @@ def check(plan: Plan, options: AttentionOptions, in_fp8: bool) -> None:
     prompt = stored(prompt, in_fp8)
     for row in range(LENGTH):
         exact = by_formula(prompt[0][:, row], prompt[1][:, : row + 1], prompt[2][:, : row + 1], options)
-        torch.testing.assert_close(ours[row], exact, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours[row, :, :mixed], exact[:, :mixed], rtol=1e-4, atol=1e-5)
     shown = tree()
     ours = plan([shown]).attend(0, *below, options)
     below = stored(below, in_fp8)
@@ -101,13 +119,14 @@ def check(plan: Plan, options: AttentionOptions, in_fp8: bool) -> None:
     for row, seen in enumerate(torch.from_numpy(shown.visible)):
         keys, values = (torch.cat([prompt[i][:, :LENGTH], below[i][:, seen]], 1) for i in (1, 2))
         exact = by_formula(below[0][:, row], keys, values, options)
-        torch.testing.assert_close(ours[row], exact, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours[row, :, :mixed], exact[:, :mixed], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("of", [APART, LATENTS], ids=["", "latents"])
 @pytest.mark.parametrize("in_fp8", [False, True], ids=["", "fp8"])
 @pytest.mark.parametrize("path", [dense, paged, compiled])
 def test_a_path_attends_as_the_formula_says(
-    path: Callable[[bool], Plan], options: AttentionOptions, in_fp8: bool
+    path: Callable[[bool, KvLayout], Plan], options: AttentionOptions, in_fp8: bool, of: KvLayout
 ) -> None:
-    check(path(in_fp8), options, in_fp8)
+    check(path(in_fp8, of), options, in_fp8, of)
