@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,10 +17,12 @@ from tests.unit.worker.engine.harness import decode, engine, options, outputs, r
 from tests.unit.worker.engine.paged.test_attention import SAMPLED, STEPS, buckets, model, tree
 from worker.drafters.model import ModelDrafter
 from worker.drafters.suffix.drafter import SuffixDrafter
+from worker.engine.kv.fp8 import store_kv_in_fp8
 from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.backend import fuse_layers
 from worker.engine.model.packed_model import PackedModel
 from worker.engine.options import Mode
+from worker.engine.quantization.weights import QuantizationMethod, quantize
 from worker.engine.sampling.parameters import Sampling
 from worker.engine.segments import KvMove, chain
 
@@ -42,7 +45,15 @@ def on_gpu(architecture: str, dtype: torch.dtype, seed: int = 0) -> PackedModel:
     return packed(tiny(architecture, seed), dtype)
 
 
-def real_sizes(slots: int = 8, capacity: int = 1024) -> PackedModel:
+Change = Callable[[PreTrainedModel], None]
+STORED: dict[str, Change] = {
+    "FP8 KV": store_kv_in_fp8,
+    "FP8 weights": partial(quantize, kind=QuantizationMethod.FP8),
+    "FP8 weights and activations": partial(quantize, kind=QuantizationMethod.FP8_DYNAMIC),
+}
+
+
+def real_sizes(slots: int = 8, capacity: int = 1024, change: Change = lambda _: None) -> PackedModel:
     """Return two random layers with the widths of a 1.5B model: products in more than one tile and step."""
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -51,6 +62,7 @@ def real_sizes(slots: int = 8, capacity: int = 1024) -> PackedModel:
     )  # fmt: skip
     network = Qwen2ForCausalLM(config)
     network.train(False)
+    change(network)
     return packed(network, torch.bfloat16, slots, capacity)
 
 
@@ -68,6 +80,38 @@ def test_half_precision_logits_are_near_those_of_the_cpu(architecture: str) -> N
     for name, step in STEPS.items():
         expected = cpu.forward(step)
         assert (gpu.forward(step).cpu().float() - expected).abs().max() <= 0.1 * expected.abs().max(), name
+
+
+@pytest.mark.parametrize("change", STORED.values(), ids=STORED)
+def test_logits_of_a_model_in_fp8_are_near_those_of_the_cpu(change: Change) -> None:
+    models = [tiny("qwen3") for _ in range(2)]
+    for network in models:
+        change(network)
+        network.set_attn_implementation(ATTENTION_NAME)
+    fuse_layers(models[0])
+    cpu, gpu = PackedModel(models[0], slots=8, capacity=1024), packed(models[1], torch.float32)
+    for name, step in STEPS.items():
+        expected = cpu.forward(step)
+        # Sums in another order may round a number to the next one of FP8.
+        assert (gpu.forward(step).cpu() - expected).abs().max() <= 0.1 * expected.abs().max(), name
+
+
+@pytest.mark.parametrize("change", STORED.values(), ids=STORED)
+def test_a_row_of_a_model_in_fp8_has_the_same_bits_in_any_batch_in_any_pieces_and_in_a_tree(change: Change) -> None:
+    gpu, path = real_sizes(change=change), [0, 1, 3, 4]
+    whole = last_logits(gpu, LONG[:700], ())
+    for pieces in ((699,), (300, 300), (17, 600)):
+        assert torch.equal(last_logits(gpu, LONG[:700], pieces), whole), pieces
+    nodes = tree(0, 700)
+    alone = [
+        gpu.forward([chain(0, 700 + depth, [int(nodes.ids[node])], keep_last=True)])[0].clone()
+        for depth, node in enumerate(path)
+    ]
+    for others in (0, 4):
+        rest = [chain(slot, 0, LONG[: 90 * slot], keep_last=True) for slot in range(1, others + 1)]
+        logits = gpu.forward([nodes, *rest])
+        for row, node in enumerate(path):
+            assert torch.equal(logits[node], alone[row]), (others, row)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
