@@ -85,9 +85,9 @@ def test_half_precision_logits_are_near_those_of_the_cpu(architecture: str) -> N
 @pytest.mark.parametrize("change", STORED.values(), ids=STORED)
 def test_logits_of_a_model_in_fp8_are_near_those_of_the_cpu(change: Change) -> None:
     models = [tiny("qwen3") for _ in range(2)]
-    for network in models:
-        change(network)
-        network.set_attn_implementation(ATTENTION_NAME)
+    for made in models:
+        change(made)
+        made.set_attn_implementation(ATTENTION_NAME)
     fuse_layers(models[0])
     cpu, gpu = PackedModel(models[0], slots=8, capacity=1024), packed(models[1], torch.float32)
     for name, step in STEPS.items():
