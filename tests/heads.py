@@ -39,12 +39,12 @@ def packed_head(target: PreTrainedModel, net: HeadNetwork, *, slots: int = 4, **
     return PackedHead(net, embeddings(target), rows, TOKENS, slots=slots, capacity=1024, **given)
 
 
-def paged_answers(*, spoilt: bool) -> list[Tensor]:
+def paged_answers(*, spoilt: bool, **shape: int) -> list[Tensor]:
     """Return logits and states of a prompt and of three siblings below it, from a head with paged KV.
 
-    If `spoilt`, the states of padding rows and all that was never written are POISON.
+    If `spoilt`, the states of padding rows and all that was never written are POISON. `shape` is the target's.
     """
-    target = tiny("llama")
+    target = tiny("llama", **shape)
     head = packed_head(target, network(target), cpu_kernels=False, paged=True)
     siblings = Segment(0, 6, 6, np.array([3, 9, 2]), np.full(3, 6), np.eye(3, dtype=np.bool_), np.arange(3))
     answers: list[Tensor] = []

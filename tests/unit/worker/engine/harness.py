@@ -13,7 +13,8 @@ from worker.drafters.suffix.drafter import SuffixDrafter
 from worker.engine.engine import Engine
 from worker.engine.model.packed_model import LanguageModel
 from worker.engine.options import EngineOptions, Mode
-from worker.engine.sampling.parameters import Sampling, noise_key
+from worker.engine.sampling import parameters
+from worker.engine.sampling.parameters import Sampling
 from worker.engine.segments import IntArray
 from worker.engine.sequence import Sequence as EngineSequence
 from worker.engine.speculation.cost_model import CostModel
@@ -25,6 +26,8 @@ OPTIONS = EngineOptions(max_sequences=4, max_context=256, prefill_rows=7, nodes=
 FLAT_COSTS = CostModel({1: 10.0, 64: 11.0})  # trees are nearly free: they are always worth growing
 MAX_TOKENS = 9  # enough to accept paths of three tokens, and to continue a resumed text
 PROMPTS = [[2, 3, 4, 5, 6], [7, 8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [18], [2, 3, 4, 5, 6, 7]]
+
+noise_key = cache(parameters.noise_key)  # every test has sequences of the same keys
 
 
 class Unverified:

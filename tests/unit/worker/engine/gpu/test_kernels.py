@@ -108,7 +108,8 @@ def test_logits_of_every_step_equal_those_of_dense_attention(
 
 def test_no_bit_of_a_head_depends_on_memory_that_was_never_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.drafters.head.gpu_kernels_for", lambda _: kernels)
-    for spoilt, clean in zip(paged_answers(spoilt=True), paged_answers(spoilt=False), strict=True):
+    small = {name: size for name, size in SHAPE.items() if name not in ("vocab_size", "num_hidden_layers")}
+    for spoilt, clean in zip(paged_answers(spoilt=True, **small), paged_answers(spoilt=False, **small), strict=True):
         assert torch.equal(spoilt, clean)
 
 
