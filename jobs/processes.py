@@ -54,6 +54,7 @@ class Child:
         self.command = command
         self.restarts = 0
         self._restart_at: float | None = None
+        self._terminated = False
         self._launch()
 
     @property
@@ -77,8 +78,9 @@ class Child:
             self._launch()
 
     def terminate(self) -> None:
-        """Send SIGTERM without waiting."""
-        if self.status() is None:
+        """Send SIGTERM without waiting; once, because a second one would end a worker in the middle of its drain."""
+        if self.status() is None and not self._terminated:
+            self._terminated = True
             self._process.terminate()
 
     def stop(self, at_once: threading.Event) -> None:
@@ -98,6 +100,7 @@ class Child:
 
     def _launch(self) -> None:
         self._restart_at = None
+        self._terminated = False
         self._started_at = time.monotonic()
         self._process = launch(self.command)
 

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings
 
 from jobs.errors import SetupError, UnknownSetting
+from jobs.messages import model_name
 from storage.settings import Directory, StorageSettings
 
 Settings = TypeVar("Settings", bound=BaseSettings)
@@ -39,7 +40,9 @@ class JobsSettings(StorageSettings):
         "*.NAME: all subdomains, *: any.",
     )
     target: str = Field(
-        DEFAULT_TARGET, description="Target model: a known name, a hub id, a local directory or a GGUF file."
+        DEFAULT_TARGET,
+        description="Target model: a known name, a hub id, a local directory or a GGUF file. Several, with commas "
+        "between them, share the device of one worker; the first is the model of requests that name none.",
     )
     model_aliases: str = Field(
         "",
@@ -83,6 +86,16 @@ class JobsSettings(StorageSettings):
     )
 
     @property
+    def targets(self) -> tuple[str, ...]:
+        """`target` as a tuple: one worker serves all of them."""
+        return targets_of(self.target)
+
+    @property
+    def default_model(self) -> str:
+        """Public name of the model of requests that name none."""
+        return model_name(self.targets[0])
+
+    @property
     def resolved_signing_key(self) -> Path | str:
         """The signing key as PEM, or its file, with the default applied."""
         if self.signing_key.startswith("-----BEGIN"):
@@ -99,6 +112,17 @@ class JobsSettings(StorageSettings):
         """`model_aliases` as a dict from name to model."""
         pairs = (pair.partition("=") for pair in self.model_aliases.split(",") if pair.strip())
         return {name.strip(): model.strip() for name, _, model in pairs}
+
+    @field_validator("target")
+    @classmethod
+    def _targets_have_names_of_their_own(cls, target: str) -> str:
+        names = [model_name(name) for name in targets_of(target)]
+        if len(names) > 1 and not all(names):
+            raise ValueError("there is an empty name between commas")
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two models have the name {twice!r}; rename the directory of one")
+        return target
 
     @field_validator("webhook_networks")
     @classmethod
@@ -127,6 +151,12 @@ class JobsSettings(StorageSettings):
                     "basic.example.com:8443, comma-separated and without http://"
                 )
         return names
+
+
+def targets_of(target: str) -> tuple[str, ...]:
+    """Split a list at its commas; the path of a file or directory may have some itself."""
+    one = "," not in target or Path(target).expanduser().exists()
+    return (target,) if one else tuple(name.strip() for name in target.split(","))
 
 
 def read_settings(kind: type[Settings]) -> Settings:
@@ -166,4 +196,5 @@ __all__ = [
     "refuse_unknown_settings",
     "settings_classes",
     "settings_sentence",
+    "targets_of",
 ]

@@ -370,12 +370,6 @@ def _models_query(dialect: str) -> Select[Any]:
     )
 
 
-def live_workers(session: Session, hostname: str, within_s: float) -> int:
-    """Return how many workers of a host are running and sent a heartbeat in the last `within_s` seconds."""
-    here = select(func.count()).where(Worker.hostname == hostname, _is_alive(dialect_of(session), within_s))
-    return int(session.scalar(here) or 0)
-
-
 def _is_alive(dialect: str, within_s: float) -> ColumnElement[bool]:
     workers = Worker.__table__.c
     seen = workers.last_seen_at > clock(dialect) - within_s

@@ -34,7 +34,7 @@ class Cluster:
 
     database_url: str
     redis_url: str
-    target: Path
+    target: Path | str  # a path, or several with commas between them
     data_dir: Path
 
     def environment(self, **settings: object) -> dict[str, str]:
@@ -57,14 +57,14 @@ class Cluster:
             process.send_signal(signal.SIGKILL)
             process.wait()
 
-    def submit(self, count: int, **parameters: Any) -> str:
+    def submit(self, count: int, model: str | None = None, **parameters: Any) -> str:
         """Store a job of `count` requests, as the API server does, and notify the workers."""
         settings = JobsSettings(target=str(self.target), redis_url=self.redis_url)
         items = [Item(number, {"prompt": f"Request {number}"}) for number in range(count)]
         notify = WorkerNotifier(self.redis_url).notify
         database = Database.open(self.database_url)
         try:
-            submission = Submission(items, parameters={"temperature": 0, "ignore_eos": True} | parameters)
+            submission = Submission(items, model, parameters={"temperature": 0, "ignore_eos": True} | parameters)
             return create_job(submission, database=database, notify=notify, settings=settings)
         finally:
             database.dispose()

@@ -21,9 +21,9 @@ from worker.settings import WorkerSettings
 
 
 def checks(_: JobsSettings) -> Iterator[Finding]:
-    """Check the target model of the worker's settings, and the device."""
-    settings = WorkerSettings()
-    yield _model(settings)
+    """Check the target models of the worker's settings, and the device."""
+    for settings in WorkerSettings().for_each_target():
+        yield _model(settings)
     yield _device()
 
 

@@ -39,6 +39,13 @@ commands.command()(plan)
 Target = Annotated[
     str | None, typer.Option(help="Target model: a packaged name, a hub id, a directory or a GGUF file.")
 ]
+Targets = Annotated[
+    str | None,
+    typer.Option(
+        help="Target model: a packaged name, a hub id, a directory (also of a LoRA adapter) or a GGUF file; several, "
+        "with commas, share a device."
+    ),
+]
 Draft = Annotated[
     str | None,
     typer.Option(help="Draft: a directory, a hub id, or suffix; default: the one shipped with the target."),
@@ -50,7 +57,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @commands.command()
 def worker(
-    target: Target = None,
+    target: Targets = None,
     draft: Draft = None,
     dtype: Dtype = None,
     replicas: Annotated[
@@ -70,6 +77,8 @@ def worker(
     """Load the models and serve jobs until a signal: in this process, or in supervised replicas.
 
     Example: basic worker --target smollm2-135m-instruct --replicas 2
+
+    Example: basic worker --target smollm2-135m-instruct,./adapters/french
     """
     from worker.start import run
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import platformdirs
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from jobs.settings import Directory, JobsSettings
+from jobs.settings import Directory, JobsSettings, targets_of
 from storage.fair_share import AGEING_REQUESTS
 
 SUFFIX: Final = "suffix"  # the value of `draft` for drafting without a network
@@ -16,7 +16,7 @@ _NO_NETWORK: Final = (SUFFIX, "none")
 
 
 def _draft(named: str) -> str:
-    return SUFFIX if named in _NO_NETWORK else named
+    return SUFFIX if named.strip() in _NO_NETWORK else named
 
 
 class WorkerSettings(JobsSettings):
@@ -24,13 +24,14 @@ class WorkerSettings(JobsSettings):
 
     base_model: str = Field(
         "",
-        description="Base model of a target that is the directory of a LoRA adapter; empty: as its adapter_config.json "
+        description="Base model of targets that are directories of LoRA adapters; empty: as its adapter_config.json "
         "says.",
     )
     draft: Annotated[str, AfterValidator(_draft)] = Field(
         "",
         description="Draft: a directory, a hub id, or `suffix` (or `none`) to draft from repetitions of the text only; "
-        "empty: the draft shipped with the target, if there is one.",
+        "empty: the draft shipped with the target, if there is one. Several targets take one each, with commas between "
+        "them and in the same order.",
     )
     draft_learning_threads: int = Field(
         0,
@@ -151,6 +152,27 @@ class WorkerSettings(JobsSettings):
         description="Directory of converted models.",
         json_schema_extra={"default_rule": "the cache directory of the user"},
     )
+
+    @field_validator("draft")
+    @classmethod
+    def _each_target_has_a_draft(cls, draft: str, info: ValidationInfo) -> str:
+        targets, drafts = targets_of(info.data.get("target", "")), draft.split(",")
+        if len(targets) > 1 and draft not in ("", SUFFIX) and len(drafts) != len(targets):
+            raise ValueError(
+                f"it names {len(drafts)} drafts for {len(targets)} targets; name one for each, in the same order, with "
+                "commas between them; an empty name is the shipped draft"
+            )
+        return draft
+
+    def for_each_target(self) -> tuple[WorkerSettings, ...]:
+        """Return the settings of each target alone. A draft of several is split; `suffix` and none are those of all."""
+        if len(self.targets) == 1:
+            return (self,)
+        drafts = self.draft.split(",") if "," in self.draft else [self.draft] * len(self.targets)
+        return tuple(
+            self.model_copy(update={"target": target, "draft": _draft(draft.strip())})
+            for target, draft in zip(self.targets, drafts, strict=True)
+        )
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -16,35 +16,43 @@ from storage.session import DATABASE_UNAVAILABLE, unavailable_reason
 from worker.engine.errors import EngineError
 from worker.node import supervisor
 from worker.settings import WorkerSettings
+from worker.sharing.access import DeviceAccess, SharedAccess, SoleAccess
 
 
-def run(settings: WorkerSettings) -> int:
-    """Serve until a signal. Print setup errors as one sentence. The exit status tells whether a restart can help."""
+def run(settings: WorkerSettings, access: DeviceAccess | None = None) -> int:
+    """Serve until a signal. Print setup errors as one sentence. The exit status tells whether a restart can help.
+
+    `access` is that of one of several models to the device that they share.
+    """
     log_to_stderr(settings.log_format)
+    name = f"{settings.default_model}: " if access else ""
     try:
-        return supervisor.supervise(settings) if supervisor.is_needed(settings) else _serve(settings)
+        return supervisor.supervise(settings) if supervisor.is_needed(settings) else _serve(settings, access)
     except BasicError as error:
-        print(error, file=sys.stderr)
+        print(f"{name}{error}", file=sys.stderr)
         return exit_status(error)
     except EngineError as error:
-        print(error, file=sys.stderr)
+        print(f"{name}{error}", file=sys.stderr)
         return BAD_SETTINGS_STATUS
     except DATABASE_UNAVAILABLE as error:
         print(f"the database does not answer: {unavailable_reason(error)}", file=sys.stderr)
         return RESTART_STATUS
 
 
-def main() -> int:
-    """Run a worker with the settings of the environment."""
+def main(broker: str = "", index: str = "0") -> int:
+    """Run a worker with the settings of the environment.
+
+    The supervisor of several models on one device starts each with the address of the broker and the model's index.
+    """
     try:
         settings = read_settings(WorkerSettings)
     except SetupError as error:
         print(error, file=sys.stderr)
         return BAD_SETTINGS_STATUS
-    return run(settings)
+    return run(settings, SharedAccess(broker, int(index)) if broker else None)
 
 
-def _serve(settings: WorkerSettings) -> int:
+def _serve(settings: WorkerSettings, access: DeviceAccess | None) -> int:
     from worker.tasks import serve
 
-    return serve(settings)
+    return serve(settings, access or SoleAccess())

@@ -12,12 +12,14 @@ import signal
 import sys
 from types import FrameType
 
+import torch
 from celery import Celery
 from celery.signals import worker_ready, worker_shutting_down
 from redis import Redis
 from redis.exceptions import RedisError
 
 from jobs.celery_app import KEY_PREFIX, NOTIFY_TASK, PULSE_TASK, make_app, pulse_queue
+from jobs.errors import SetupError
 from jobs.logs import log_context
 from jobs.messages import model_queue
 from jobs.producer import make_producer_app, send_pulse
@@ -29,6 +31,7 @@ from worker.serving.garbage import exempt_loaded_objects
 from worker.serving.request_process import RequestProcess
 from worker.serving.service import EngineService, Pulse, new_worker_id
 from worker.settings import WorkerSettings
+from worker.sharing.access import DeviceAccess
 
 log = logging.getLogger(__name__)
 
@@ -69,18 +72,22 @@ def make_pulse(redis_url: str, worker_id: str) -> Pulse:
     return pulse
 
 
-def serve(settings: WorkerSettings) -> int:
+def serve(settings: WorkerSettings, access: DeviceAccess) -> int:
     """Load the models, start the engine service, and receive notifications until a signal."""
     require_schema(settings.resolved_database_url)
     start_tracing("basic-worker")
     requests = RequestProcess()  # it imports its modules while the models are loaded
     try:
-        loaded = load_engine(_with_interactive(settings), on_message=log.info)
+        loaded = load_engine(_with_interactive(settings), log.info, access)
+    except torch.OutOfMemoryError as error:
+        requests.kill()
+        reason = str(error).splitlines()[0]
+        raise SetupError(f"{settings.target} does not fit into the memory of the device: {reason}") from error
     except BaseException:
         requests.kill()
         raise
     service = EngineService(
-        settings, loaded, WorkerNotifier(settings.redis_url).notify, requests, worker_id=new_worker_id()
+        settings, loaded, WorkerNotifier(settings.redis_url).notify, requests, access, worker_id=new_worker_id()
     )
     app = make_worker_app(settings.redis_url, loaded.name, service)
 

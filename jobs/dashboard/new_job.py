@@ -16,7 +16,7 @@ from jobs.dashboard.layout import heading
 from jobs.dashboard.session import SUBMIT_PATH, PageContext
 from jobs.errors import BasicError
 from jobs.keys import Scope
-from jobs.messages import TOOLS_TEMPERATURE, model_name
+from jobs.messages import TOOLS_TEMPERATURE
 from jobs.submission.intake import Submission, create_job
 from jobs.submission.items import Item
 from jobs.submission.managed.fields import Managed
@@ -79,7 +79,7 @@ class _NewJob:
         )
         self._prompts.style("width:100%")
         self._lay_out_file()
-        target = model_name(context.services.settings.target)
+        target = context.services.settings.default_model
         self._model = ui.select(models, value=target, label="Model").props("outlined").style("width:100%")
         self._name = ui.input("Name (optional)").props("outlined dense maxlength=128").style("width:100%")
         with ui.element("div").classes("line"):

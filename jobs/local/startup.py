@@ -21,6 +21,7 @@ from jobs.errors import ChildRefused, SetupError
 from jobs.local.key import make_local_key
 from jobs.local.redis_server import is_ready, server_arguments, server_binary
 from jobs.local.state import LocalService
+from jobs.messages import model_name
 from jobs.processes import BAD_SETTINGS_STATUS, Child, Children, Command, launch, python_module, rotate_logs
 from jobs.schema_check import upgrade_schema
 from jobs.settings import JobsSettings
@@ -107,12 +108,17 @@ class Startup:
         return settings.model_copy(update={"redis_url": redis_url})
 
     def _start_worker(self, settings: JobsSettings) -> None:
-        """Start the worker and wait for its row in SQL, which it writes after loading its models."""
+        """Start the worker and wait for the row in SQL of each of its models, which it writes when they are loaded."""
         database = Database.open(settings.resolved_database_url)
         try:
-            earlier = _worker_ids(database)
+            earlier = _workers(database).keys()
+            targets = {model_name(target) for target in settings.targets}
             child = self._start_python("worker", "worker", settings, stop_s=_WORKER_STOP_S)
-            self._await(child, lambda: bool(_worker_ids(database) - earlier), f"the worker ({settings.target})", None)
+
+            def ready() -> bool:
+                return targets <= {model for worker, model in _workers(database).items() if worker not in earlier}
+
+            self._await(child, ready, f"the worker ({settings.target})", None)
         finally:
             database.dispose()
 
@@ -180,9 +186,10 @@ def free_port(host: str, port: int = 0) -> int:
         return int(listener.getsockname()[1])
 
 
-def _worker_ids(database: Database) -> set[str]:
+def _workers(database: Database) -> dict[str, str]:
+    """Return the models that workers serve, by the worker's id."""
     with database.read() as session:
-        return {worker.id for worker in queries.workers(session)}
+        return {worker.id: worker.target for worker in queries.workers(session)}
 
 
 def _ready(api_url: str) -> bool:

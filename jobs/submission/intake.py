@@ -42,7 +42,6 @@ from jobs.messages import (
     Endpoint,
     GenerationRequest,
     JobStatus,
-    model_name,
 )
 from jobs.openai.paths import endpoint_of_line
 from jobs.producer import Notify
@@ -235,7 +234,7 @@ def create_failed_job(
     job_id = submission.job_id or new_job_id()
     job = NewJob(
         id=job_id,
-        model=submission.model or model_name(settings.target),
+        model=submission.model or settings.default_model,
         endpoint=submission.endpoint or CHAT_ENDPOINT,
         window_s=settings.completion_window_s,
         api_key_id=submission.api_key_id,

@@ -84,8 +84,8 @@ def known_models(database: Database, settings: JobsSettings) -> ModelNames:
     """Return the models that a job may name: those that workers serve, and the target of this installation."""
     with database.connect() as session:
         served: dict[str, int | None] = {model.target: model.context_tokens for model in queries.models(session)}
-    own = model_name(settings.target)
-    return ModelNames({own: None, **served}, {settings.target: own} | settings.aliases, own)
+    own = {target: model_name(target) for target in settings.targets}
+    return ModelNames({**dict.fromkeys(own.values()), **served}, own | settings.aliases, settings.default_model)
 
 
 def _without_prefixes(name: str) -> Iterator[str]:

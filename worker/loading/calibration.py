@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from worker.engine.speculation.drafting import Drafter
 log = logging.getLogger(__name__)
 
 _Measured = TypeVar("_Measured")
+Turns = Callable[[], AbstractContextManager[None]]  # a block in which no other model uses the device
 
 _ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _SHORT_CONTEXT, _LONG_CONTEXT = 32, 1024  # tokens in the KV cache before the timed rows
@@ -50,12 +52,15 @@ def calibrate(
     key: Seq[object],
     folder: Path,
     clock: Callable[[], float] = perf_counter,
+    turn: Turns = nullcontext,
 ) -> CostModel:
     """Return the cost model of a target with `capacity` KV entries per slot.
 
-    Read it from the cache in `folder` if `key` matches; else measure and cache it. `clock` returns seconds.
+    Read it from the cache in `folder` if `key` matches; else measure and cache it. `clock` returns seconds. Each round
+    of measurements is one `turn` on the device.
     """
-    return _cached(folder, key, CostModel.from_json, lambda: measure(target, capacity, clock), CostModel.as_json)
+    run = partial(measure, target, capacity, clock, turn)
+    return _cached(folder, key, CostModel.from_json, run, CostModel.as_json)
 
 
 def calibrate_drafts(
@@ -65,9 +70,10 @@ def calibrate_drafts(
     key: Seq[object],
     folder: Path,
     clock: Callable[[], float] = perf_counter,
+    turn: Turns = nullcontext,
 ) -> DraftTimes:
     """Return the times of a drafter with `slots` KV slots of `capacity` entries, cached like the target's."""
-    run = partial(measure_drafts, drafter, slots, capacity, clock)
+    run = partial(measure_drafts, drafter, slots, capacity, clock, turn)
     return _cached(folder, key, DraftTimes.from_json, run, DraftTimes.as_json)
 
 
@@ -99,15 +105,22 @@ def _cached(
     return measured
 
 
-def _rounds(run: Callable[[], bool]) -> bool:
+def _rounds(run: Callable[[], bool], turn: Turns) -> bool:
     """Measure in rounds until one finds nothing clearly faster; return whether that came in `_MAX_ROUNDS`.
 
-    `run` measures each size once, and returns whether any was clearly faster than before.
+    `run` measures each size once, in a `turn` of its own, and returns whether any was clearly faster than before.
     """
-    return any(not run() and number >= _MIN_ROUNDS for number in range(1, _MAX_ROUNDS + 1))
+
+    def run_alone() -> bool:
+        with turn():
+            return run()
+
+    return any(not run_alone() and number >= _MIN_ROUNDS for number in range(1, _MAX_ROUNDS + 1))
 
 
-def measure(target: LanguageModel, capacity: int, clock: Callable[[], float] = perf_counter) -> tuple[CostModel, bool]:
+def measure(
+    target: LanguageModel, capacity: int, clock: Callable[[], float] = perf_counter, turn: Turns = nullcontext
+) -> tuple[CostModel, bool]:
     """Measure forwards, and return whether the times have settled.
 
     Take the fastest of several rounds, as slower ones are noise of the machine.
@@ -125,7 +138,7 @@ def measure(target: LanguageModel, capacity: int, clock: Callable[[], float] = p
             fastest[rows, context] = min(fastest[rows, context], (clock() - started) * 1e3)
         return _clearly_faster(before, fastest)
 
-    settled = _rounds(run)
+    settled = _rounds(run, turn)
     target.truncate(0, 0)
     more = fastest[_LONG_ROWS, long] - fastest[_LONG_ROWS, short]
     entry_ms = max(more, 0.0) / (_LONG_ROWS * max(long - short, 1))
@@ -144,7 +157,11 @@ def _tree_rows(rows: int, context: int) -> Segment:
 
 
 def measure_drafts(
-    drafter: Drafter, slots: int, capacity: int, clock: Callable[[], float] = perf_counter
+    drafter: Drafter,
+    slots: int,
+    capacity: int,
+    clock: Callable[[], float] = perf_counter,
+    turn: Turns = nullcontext,
 ) -> tuple[DraftTimes, bool]:
     """Measure the first draft layer and a further one per batch size, and the catch-up cost per uncached token.
 
@@ -169,7 +186,7 @@ def measure_drafts(
             row_ms = min(row_ms, max(catch_up_ms - usual_ms, 0.0) / (count * length))
         return _clearly_faster(before, first_ms | {-count: ms for count, ms in further_ms.items()})
 
-    settled = _rounds(run)
+    settled = _rounds(run, turn)
     return DraftTimes(first_ms, further_ms, row_ms), settled
 
 

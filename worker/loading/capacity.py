@@ -36,6 +36,7 @@ from worker.loading.memory import (
 from worker.loading.model_store import OnMessage
 from worker.loading.tensor_parallel import RankGroup
 from worker.settings import WorkerSettings
+from worker.sharing.access import DeviceAccess, SoleAccess
 
 _FORWARD_COPIES = 2  # the largest forward's memory is held twice: by the CUDA graphs, and by steps without a graph
 
@@ -46,9 +47,11 @@ def choose_capacity(
     draft: DrafterFactory,
     ranks: RankGroup | None,
     on_message: OnMessage,
+    access: DeviceAccess | None = None,
 ) -> EngineOptions:
     """Return the engine's options; `on_message` takes a sentence about what was chosen.
 
+    `access` divides the memory if other models share the device.
     Raises SetupError if not even one sequence fits.
     """
     # A head's hidden states are allocated per whole slot, so its target's KV memory can't be paged.
@@ -56,7 +59,7 @@ def choose_capacity(
     whole_slots = model.device.type != "cpu" and not paged
     options = _wanted(settings, model, whole_slots, on_message)
     memory = KvMemory(
-        free_bytes=0 if settings.kv_tokens else _free_bytes(settings, model, options, ranks),
+        free_bytes=0 if settings.kv_tokens else _free_bytes(settings, model, options, ranks, access),
         share=CPU_SHARE if model.device.type == "cpu" else GPU_SHARE,
         token_bytes=kv_bytes_per_token(model),
         draft_token_bytes=draft.token_bytes,
@@ -109,26 +112,31 @@ def _context(settings: WorkerSettings, config: PretrainedConfig, whole_slots: bo
 
 
 def _free_bytes(
-    settings: WorkerSettings, model: PreTrainedModel, options: EngineOptions, ranks: RankGroup | None
+    settings: WorkerSettings,
+    model: PreTrainedModel,
+    options: EngineOptions,
+    ranks: RankGroup | None,
+    access: DeviceAccess | None,
 ) -> int:
     """Return the bytes that weights and the largest forward leave free, on the rank with the least."""
 
     def own() -> int:
-        return bytes_left(model, options, settings.memory_share / settings.tp)
+        return bytes_left(model, options, settings.memory_share / settings.tp, access)
 
     return own() if ranks is None else ranks.min_free_bytes(options, own)
 
 
-def bytes_left(model: PreTrainedModel, options: EngineOptions, share: float) -> int:
+def bytes_left(model: PreTrainedModel, options: EngineOptions, share: float, access: DeviceAccess | None = None) -> int:
     """Return the bytes that weights and the largest forward leave free on this process's device.
 
     On a CPU they are a `share` of free main memory. On a GPU the forward runs, so all ranks of a model must call it.
+    `access` divides them if other models share the device.
     """
     forward_bytes = 0
     if model.device.type == "cuda":
         forward_bytes = peak_bytes(model.device, largest_forward(model, options))
         forward_bytes = _FORWARD_COPIES * forward_bytes + GRAPH_BYTES
-    return available_bytes(model.device, share) - forward_bytes
+    return (access or SoleAccess()).memory_budget(lambda: available_bytes(model.device, share)) - forward_bytes
 
 
 def largest_forward(model: PreTrainedModel, options: EngineOptions) -> Callable[[], Tensor]:

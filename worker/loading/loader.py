@@ -39,13 +39,15 @@ from worker.engine.speculation.drafting import Drafter
 from worker.engine.speculation.state import SpeculationState
 from worker.loading.calibration import calibrate, calibrate_drafts, measure_drafts
 from worker.loading.capacity import choose_capacity
-from worker.loading.drafts import load_draft, uses_head
+from worker.loading.drafts import draft_path, load_draft, uses_head
+from worker.loading.memory import available_bytes, least_weight_bytes
 from worker.loading.model_store import OnMessage, resolve
 from worker.loading.numerics import numerics_of
 from worker.loading.quantization import choose_kv_dtype, chosen_quantization, refuse_unpacked, weights_sentence
 from worker.loading.tensor_parallel import TARGET, RankGroup
 from worker.loading.weights_hash import weights_hash
 from worker.settings import WorkerSettings
+from worker.sharing.access import DeviceAccess, SoleAccess
 from worker.text.codec import Codec, eos_ids, load_tokenizer
 from worker.text.generation_config import sampling_defaults
 from worker.text.grammar_tokenizer import grammar_tokenizer
@@ -101,9 +103,12 @@ class LoadedModel:
         return Engine(target or self.target, drafter, chosen, self.costs, learned, vocabulary=self.grammars)
 
 
-def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None) -> LoadedModel:
+def load_engine(
+    settings: WorkerSettings, on_message: OnMessage = lambda _: None, access: DeviceAccess | None = None
+) -> LoadedModel:
     """Load the models of the settings and calibrate them; `on_message` takes sentences about the progress.
 
+    `access` is that to a device which other models share: its memory is divided, and calibration takes turns.
     Raises ModelRefused or SetupError for models that are missing, unsupported or don't fit together.
     """
     if not sys.stderr.isatty():
@@ -114,6 +119,11 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
     dtype = native_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     quantization = chosen_quantization(settings, device)
     path = resolve(settings.target, settings.cache_dir, on_message, base=settings.base_model)
+    access = access or SoleAccess()
+    access.admit(
+        lambda: least_weight_bytes([path, draft_path(settings)], dtype, quantization),
+        lambda: available_bytes(device, settings.memory_share),
+    )
     on_message(f"Loading {settings.target} in {str(dtype).removeprefix('torch.')} on {device.type}")
     ranks = RankGroup.start(settings, path, device) if settings.tp > 1 else None
     model = load(
@@ -143,7 +153,7 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
     cause = batch_dependence(model)
     if cause is not None:
         on_message(f"Warning: the bits of a text may depend on the others in its batch: {cause}")
-    options = choose_capacity(settings, model, draft, ranks, on_message)
+    options = choose_capacity(settings, model, draft, ranks, on_message, access)
     vocabulary = min(len(tokenizer), config.vocab_size)
     pack = PackedModel if ranks is None else partial(ranks.lead, index=TARGET)
     target = pack(
@@ -180,10 +190,12 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
     key = _cost_key(settings, options, target, device, draft.taps, quantized)
     make_drafter = draft.make(target.hidden, options.max_sequences, options.draft_slot_tokens, options.draft_kv_tokens)
     cached = settings.cache_dir / "costs"
-    costs = calibrate(target, min(options.slot_tokens, max_positions(config) or options.slot_tokens), key, cached)
+    longest = min(options.slot_tokens, max_positions(config) or options.slot_tokens)
+    costs = calibrate(target, longest, key, cached, turn=access.turn)
     draft_slots = (options.max_sequences, options.draft_slot_tokens)
     draft_times = _of_parts(
-        make_drafter(), lambda drafter: calibrate_drafts(drafter, *draft_slots, (*key, drafter.name), cached)
+        make_drafter(),
+        lambda drafter: calibrate_drafts(drafter, *draft_slots, (*key, drafter.name), cached, turn=access.turn),
     )
     name = model_name(settings.target)
     shown_device = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"

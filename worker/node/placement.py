@@ -28,7 +28,7 @@ class ReplicaResources:
     @property
     def environment(self) -> dict[str, str]:
         """Environment variables of the replica's process."""
-        environment = {"BASIC_REPLICAS": "1", "BASIC_MEMORY_SHARE": f"{self.memory_share:.6g}"}
+        environment = {"BASIC_REPLICAS": "1"}
         if self.gpus:
             # CUDA numbers the fastest GPU first by default; in bus order a number means the same GPU in every process.
             environment |= {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.errors import InvalidValue
+from worker.settings import WorkerSettings
 from worker.terminal import FAILED, print_message, readable_errors
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ _LOG_WIDTH = 120  # columns of a table that is not printed on a terminal
 
 def plan(
     target: Annotated[
-        str, typer.Option(help="Packaged name, directory with a config.json, or hub id; no weights are read.")
+        str,
+        typer.Option(help="Packaged name, directory of a model or LoRA adapter, or hub id; no weights are read."),
     ] = "DeepSeek-R1-Distill-Qwen-32B",
     draft: Annotated[str, typer.Option(help="Draft model, named like the target; none: plan without a draft.")] = (
         "DeepSeek-R1-Distill-Qwen-1.5B"
@@ -64,7 +66,7 @@ def plan(
     _one_of(kv_dtype, ["auto", "fp8"], "--kv-dtype")
     with readable_errors():
         request = PlanRequest(
-            target=shape_of(target),
+            target=shape_of(target, WorkerSettings().base_model),
             draft=None if draft == "none" else shape_of(draft),
             machine=Machine(
                 DEVICES[device].with_memory(memory_gib), dtype, fp8=quantization == "fp8", fp8_kv=kv_dtype == "fp8"
@@ -143,7 +145,8 @@ def _show(request: PlanRequest, choices: list[Placement], chosen: Placement | No
 
 def _table(request: PlanRequest, choices: list[Placement], chosen: Placement | None) -> Table:
     device = request.machine.device
-    names = request.target.name + (f" with {request.draft.name}" if request.draft else "")
+    merged = f" (merged into {request.target.base})" if request.target.base else ""
+    names = request.target.name + merged + (f" with {request.draft.name}" if request.draft else "")
     parts = [name for name, used in (("weights", _has_fp8(request)), ("KV", request.machine.fp8_kv)) if used]
     dtype = request.machine.dtype + (f" with FP8 {' and '.join(parts)}" if parts else "")
     table = Table(title=f"{names}, {dtype}, on {request.gpus} x {device.name}")

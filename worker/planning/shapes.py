@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from worker.engine.model.latent import holds_latents
 from worker.engine.quantization.checkpoints import is_fp8
 from worker.engine.quantization.weights import QuantizationMethod, quantizable
 from worker.engine.shards.shard import tp_sizes_of
+from worker.loading.adapters import base_of, is_adapter
 
 _PACKAGED = Path(__file__).with_name("configs")  # NAME.json: packaged configurations
 
@@ -44,6 +45,7 @@ class ModelShape:
     fp8_columns: int = 0  # of their layers; each has a scale
     has_fp8_weights: bool = False  # the checkpoint has FP8 weights
     latent_entry: int = 0  # numbers of a token's latent and rotated key in a layer, stored once; 0: keys and values
+    base: str = ""  # the model that a LoRA adapter is merged into; its sizes are those of the adapter
 
     @property
     def parameters(self) -> int:
@@ -74,12 +76,19 @@ class ModelShape:
         return tp_sizes_of(self.heads, self.kv_heads)
 
 
-def shape_of(name: str) -> ModelShape:
+def shape_of(name: str, base: str = "") -> ModelShape:
     """Return the shape of a packaged name, a directory with a config.json, or a hub id (its configuration only).
 
-    Raises ModelRefused if there is none.
+    A LoRA adapter has the shape of `base`, or of the base that it names. Raises ModelRefused if there is none, and
+    SetupError for an adapter that can't be merged.
     """
-    return shape_from_config(name, load_config(name))
+    folder = Path(name).expanduser()
+    if not is_adapter(folder):
+        return shape_from_config(name, load_config(name))
+    base = base or base_of(folder)
+    if not base:
+        raise ModelRefused(f"{name} is an adapter that names no base model; set BASIC_BASE_MODEL to it")
+    return replace(shape_of(base), name=name, base=base)
 
 
 def packaged_names() -> list[str]:

@@ -21,6 +21,7 @@ from worker.serving.messages import ActiveRequests, AddSequences, CancelSequence
 from worker.serving.resilient_engine import ResilientEngine
 from worker.serving.speedup_check import SpeedupCheck
 from worker.serving.worker_stats import WorkerStats
+from worker.sharing.access import DeviceAccess, SoleAccess
 from worker.text.codec import Codec
 
 log = logging.getLogger(__name__)
@@ -42,8 +43,13 @@ class EngineLoop:
         worker_id: str,
         model: str,
         lease_s: float,
+        access: DeviceAccess | None = None,
     ) -> None:
-        """Create an engine; `make_engine` is called again after a failed step. The first `run_once` sends a report."""
+        """Create an engine; `make_engine` is called again after a failed step. The first `run_once` sends a report.
+
+        Steps wait for turns of `access` if other models share the device.
+        """
+        self._access = access or SoleAccess()
         self._engine = ResilientEngine(make_engine)
         self._channel = channel
         self._lease_s = lease_s
@@ -90,16 +96,27 @@ class EngineLoop:
         for message in self._channel.receive():
             self._take(message)
         self._notified |= notified
+        if self.held_back or not self.busy:
+            self._access.end_turn(more=False)
+        elif not self._access.take_turn(_REPORT_S):
+            self._report()  # other models have the device: this engine does not hang
+            return
         if self.held_back:
             return
         if self._sequences:
             self._step()
-            return
-        self._report()
+            self._access.end_turn(more=bool(self._sequences))
+        else:
+            self._report()
+            self._check_speedup()
+
+    def _check_speedup(self) -> None:
         try:
             self._speedup_check.run_once()
         except DATABASE_UNAVAILABLE as error:
             raise DatabaseUnavailable(f"The database does not answer: {unavailable_reason(error)}") from error
+        finally:
+            self._access.end_turn(more=False)
 
     def connect(self, channel: Channel) -> None:
         """Drop all sequences, because the request process that held them has died, and serve another channel."""
@@ -111,8 +128,9 @@ class EngineLoop:
         self._reported = None
 
     def stop(self) -> None:
-        """Release a speed-up check that is running."""
+        """Release a speed-up check that is running, and the device."""
         self._speedup_check.preempt()
+        self._access.end_turn(more=False)
 
     def _take(self, message: ToEngine) -> None:
         match message:

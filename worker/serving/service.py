@@ -36,6 +36,7 @@ from worker.serving.request_process import RequestProcess
 from worker.serving.speculation_store import SpeculationStore
 from worker.serving.watchdog import Watchdog
 from worker.settings import WorkerSettings
+from worker.sharing.access import DeviceAccess, SoleAccess
 
 log = logging.getLogger(__name__)
 
@@ -61,13 +62,15 @@ class EngineService:
         loaded: LoadedModel,
         notify: Notify,
         requests: RequestProcess | None = None,
+        access: DeviceAccess | None = None,
         *,
         worker_id: str = "",
     ) -> None:
         """Prepare the service for the loaded models; `start` starts its threads.
 
-        `requests` is a request process that was started while the models were loaded.
+        `requests` is a request process that was started while the models were loaded, and `access` that to the device.
         """
+        self._access = access or SoleAccess()
         self.worker_id = worker_id or new_worker_id()
         self._settings = settings
         self._loaded = loaded
@@ -258,7 +261,8 @@ class EngineService:
 
     def _read_energy(self) -> float:
         """Return the joules since the last heartbeat."""
-        joules = self._meter.joules() if self._meter else 0.0
+        share = self._access.energy_share()  # the meter counts what the whole device draws
+        joules = share * self._meter.joules() if self._meter else 0.0
         now = time.monotonic()
         self._power.take(joules, now - self._metered_at, self._stats.get("step_ms", 0.0) / 1e3)
         self._metered_at = now
@@ -282,6 +286,7 @@ class EngineService:
             worker_id=self.worker_id,
             model=self._loaded.name,
             lease_s=self._settings.lease_s,
+            access=self._access,
         )
 
     def _setup(self) -> Setup:

@@ -20,7 +20,7 @@ from jobs.dashboard.layout import box, frame, heading, legend
 from jobs.dashboard.session import PageContext
 from jobs.errors import BasicError
 from jobs.keys import Scope
-from jobs.messages import CHAT_ENDPOINT, PartialEvent, model_name
+from jobs.messages import CHAT_ENDPOINT, PartialEvent
 from jobs.openai.answers import split_answer
 from jobs.openai.completions import answer_format
 from jobs.submission.intake import Submission, create_interactive_job, new_call_id
@@ -67,7 +67,7 @@ class ChatPage:
         self._show_state()
 
     def _lay_out_settings(self, models: list[str]) -> None:
-        target = model_name(self._context.services.settings.target)
+        target = self._context.services.settings.default_model
         with ui.element("div").classes("line"):
             self._model = ui.select(models, value=target, label="Model").props("outlined dense").classes("grow")
             self._tokens = ui.number("Max tokens", value=_TOKENS, min=1, precision=0)

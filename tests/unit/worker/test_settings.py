@@ -16,7 +16,7 @@ from jobs.settings import read_settings
 from tests.models import save_tiny
 from worker.loading import model_store
 from worker.loading.loader import load_engine
-from worker.node.supervisor import is_needed
+from worker.node.supervisor import is_needed, supervise
 from worker.settings import WorkerSettings
 
 FILES = {"basic.sqlite3"}  # a description names it, and it is no value
@@ -104,6 +104,56 @@ def test_suffix_and_none_are_not_downloaded_as_models(draft: str) -> None:
 def test_an_unused_draft_is_not_downloaded() -> None:
     assert WorkerSettings(target="tiny", draft="some/draft").models == ("tiny", "some/draft")
     assert WorkerSettings(target="tiny", draft="some/draft", mode="plain").models == ("tiny",)
+
+
+def test_each_of_several_targets_has_its_draft() -> None:
+    def drafts(draft: str) -> list[tuple[str, str]]:
+        return [(one.target, one.draft) for one in WorkerSettings(target="a, b", draft=draft).for_each_target()]
+
+    assert drafts("") == [("a", ""), ("b", "")]
+    assert drafts("none") == [("a", "suffix"), ("b", "suffix")]
+    assert drafts(",none") == [("a", ""), ("b", "suffix")]
+    assert drafts("some/draft, suffix") == [("a", "some/draft"), ("b", "suffix")]
+    assert WorkerSettings(target="a,b", draft=",c").for_each_target()[1].models == ("b", "c")
+
+
+def test_drafts_that_can_belong_to_more_than_one_target_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BASIC_TARGET", "a,b")
+    monkeypatch.setenv("BASIC_DRAFT", "some/draft")
+    with pytest.raises(
+        SetupError, match=r"BASIC_DRAFT: .*1 drafts for 2 targets; name one for each, in the same order"
+    ):
+        read_settings(WorkerSettings)
+
+
+@pytest.mark.parametrize(
+    ("target", "why"), [("x/a,/y/a,/z/a", "the name 'a'"), ("a,,b", "empty name"), ("a,", "empty name")]
+)
+def test_targets_without_a_name_of_their_own_are_refused(
+    target: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BASIC_TARGET", target)
+    with pytest.raises(SetupError, match=f"BASIC_TARGET: .*{why}"):
+        read_settings(WorkerSettings)
+
+
+def test_a_path_with_a_comma_is_one_target(tmp_path: Path) -> None:
+    folder = tmp_path / "a,b"
+    folder.mkdir()
+    assert WorkerSettings(target=str(folder)).targets == (str(folder),)
+
+
+def test_commands_that_load_one_model_refuse_several(tmp_path: Path) -> None:
+    with pytest.raises(
+        SetupError, match="a,b names several models, which only a worker serves; name one with --target"
+    ):
+        load_engine(WorkerSettings(target="a,b", cache_dir=tmp_path))
+
+
+@pytest.mark.parametrize(("name", "value"), [("tp", 2), ("device_map", "auto")])
+def test_several_models_are_not_spread_over_devices(name: str, value: Any) -> None:
+    with pytest.raises(SetupError, match=f"BASIC_{name.upper()} spreads one model over devices"):
+        supervise(WorkerSettings(target="a,b", **{name: value}))
 
 
 def test_a_value_that_is_none_of_the_documented_ones_is_one_sentence(

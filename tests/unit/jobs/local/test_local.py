@@ -130,6 +130,19 @@ def test_children_stop_in_the_reverse_order_of_their_start(tmp_path: Path) -> No
     assert order.read_text().split() == ["second", "first"]
 
 
+def test_a_child_is_told_to_stop_once(tmp_path: Path) -> None:
+    told, go = tmp_path / "told", tmp_path / "go"
+    script = f"n=0; trap 'n=$((n+1)); touch {told}' TERM; touch {tmp_path / 'ready'}; "
+    child = Child(a_shell(f"{script} while [ ! -e {go} ]; do sleep 0.02; done; exit $n", tmp_path))
+    _await_file(tmp_path / "ready")
+    child.terminate()
+    _await_file(told)
+    child.terminate()
+    go.touch()
+    child.stop(NEVER)
+    assert child.status() == 1, "a second signal ends a worker before it has released its requests"
+
+
 @pytest.mark.parametrize("at_once", [False, True])
 def test_a_child_that_does_not_stop_is_killed(tmp_path: Path, at_once: bool) -> None:
     stop_s = 60.0 if at_once else 0.2

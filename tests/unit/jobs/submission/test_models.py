@@ -6,7 +6,8 @@ import pytest
 
 from jobs.errors import SetupError, UnknownModel
 from jobs.settings import JobsSettings, read_settings
-from jobs.submission.models import ModelNames
+from jobs.submission.models import ModelNames, known_models
+from storage.session import Database
 
 SMOL = "smollm2-135m-instruct"
 
@@ -69,3 +70,9 @@ def test_aliases_are_pairs_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("BASIC_MODEL_ALIASES", "gpt-4o")
     with pytest.raises(SetupError, match=r"BASIC_MODEL_ALIASES: .*'gpt-4o' is not a pair; write NAME=MODEL"):
         read_settings(JobsSettings)
+
+
+def test_each_target_of_the_settings_is_a_model_and_the_first_is_the_default(database: Database) -> None:
+    known = known_models(database, JobsSettings(target="org/small, /models/french"))
+    assert (known.names, known.default) == (["french", "org/small"], "org/small")
+    assert known.resolve("/models/french") == "french"

@@ -191,5 +191,7 @@ def test_the_doctor_says_into_what_an_adapter_is_merged_or_why_it_is_not(
     monkeypatch.setenv("BASIC_TARGET", str(adapter))
     found = next(iter(checks(JobsSettings())))
     assert (found.status, found.message) == ("ok", f"{adapter} is merged into {base} at the first start")
+    monkeypatch.setenv("BASIC_TARGET", f"{base},{adapter}")
+    assert [finding.message for finding in checks(JobsSettings())][:2] == [f"{base} is in {base}", found.message]
     pickle_it(adapter)
-    assert next(iter(checks(JobsSettings()))).status == "problem"
+    assert [finding.status for finding in checks(JobsSettings())][:2] == ["ok", "problem"]

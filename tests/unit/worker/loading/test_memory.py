@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from jobs.errors import SetupError
-from tests.models import tiny
+from tests.models import TOKENIZER_VOCAB, save_tiny, tiny
 from worker.drafters.suffix.drafter import SuffixDrafter
 from worker.engine.model.architecture import kv_bytes_per_token
 from worker.engine.options import MAX_STEP_NODES, EngineOptions
+from worker.engine.quantization.weights import QuantizationMethod
 from worker.loading.capacity import choose_capacity, largest_forward
 from worker.loading.drafts import DrafterFactory
-from worker.loading.memory import KvMemory, fit
+from worker.loading.memory import KvMemory, fit, least_weight_bytes
 from worker.settings import WorkerSettings
 
 OPTIONS = EngineOptions(max_sequences=4, max_context=10_000, nodes=60, max_depth=10)
@@ -89,6 +92,16 @@ def test_the_rank_with_the_least_memory_decides_how_many_tokens_and_sequences_th
     trees = MAX_STEP_NODES * kv_bytes_per_token(model)
     assert [o.total_kv_tokens for o in (alone, split)] == [(n - trees) // 1024 for n in (10_000_000, 2_500_000)]
     assert all(o.max_sequences == o.total_kv_tokens // 256 for o in (alone, split))
+
+
+def test_the_least_bytes_of_weights_are_those_that_a_load_takes_and_a_damaged_file_has_none(tmp_path: Path) -> None:
+    target, model = str(save_tiny(tmp_path / "target")), tiny(vocab=TOKENIZER_VOCAB)
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    assert least_weight_bytes([target, None], torch.float32, None) == 4 * numbers
+    assert least_weight_bytes([target, target], torch.bfloat16, None) == 2 * 2 * numbers
+    assert numbers <= least_weight_bytes([target], torch.bfloat16, QuantizationMethod.FP8) < 1.1 * numbers
+    (tmp_path / "target" / "model.safetensors").write_bytes(b"half")
+    assert least_weight_bytes([target], torch.float32, None) == 0
 
 
 def test_too_little_memory_names_the_setting() -> None:

@@ -230,6 +230,20 @@ def test_the_command_reads_a_directory_and_prints_json(tmp_path: Path) -> None:
     assert str(tmp_path) in said["command"]
 
 
+def test_an_adapter_has_the_shape_of_its_base_which_is_named(tmp_path: Path) -> None:
+    named, other = "smollm2-135m-instruct", DRAFT
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": named}))
+    (tmp_path / "adapter_model.safetensors").touch()
+    assert shape_of(str(tmp_path)) == replace(shape_of(named), name=str(tmp_path), base=named)
+    assert shape_of(str(tmp_path), other).parameters == shape_of(other).parameters
+    arguments = ["plan", "--target", str(tmp_path), "--draft", "none", "--json"]
+    printed = CliRunner().invoke(commands, arguments)
+    assert json.loads(printed.stdout)["target"]["base"] == named
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(ModelRefused, match="names no base model; set BASIC_BASE_MODEL"):
+        shape_of(str(tmp_path))
+
+
 def test_a_model_without_a_configuration_is_refused_with_the_known_names(tmp_path: Path) -> None:
     with pytest.raises(ModelRefused, match=TARGET):
         shape_of(str(tmp_path))

@@ -35,6 +35,7 @@ from worker.engine.output_lengths import OutputLengths
 from worker.serving.engine_loop import EngineLoop
 from worker.serving.requests.request_loop import RequestLoop
 from worker.serving.requests.sink import Sink
+from worker.sharing.access import DeviceAccess
 from worker.text.codec import Codec
 
 MODEL = "table"
@@ -72,6 +73,7 @@ class Worker:
         kv_tokens: int | None = None,
         codec: Codec | None = None,
         numerics: str | None = None,
+        access: DeviceAccess | None = None,
     ) -> None:
         options = replace(OPTIONS, max_sequences=max_sequences, kv_tokens=kv_tokens)
         self.events: list[PartialEvent] = []
@@ -88,6 +90,7 @@ class Worker:
             worker_id=name,
             model=MODEL,
             lease_s=30.0,
+            access=access,
         )
         self.requests = RequestLoop(
             codec,

@@ -11,6 +11,7 @@ from storage.models import ChoiceOutput, DecodeStep, Request
 from storage.session import Database
 from tests.unit.worker.serving.test_runner import AT_END, Worker, lapse_leases, submit, texts
 from worker.serving import engine_loop
+from worker.sharing.access import SoleAccess
 
 PROMPTS = ("the cat and the dog the cat and the dog ", "two")
 
@@ -113,6 +114,47 @@ def test_leases_are_not_renewed_and_nothing_is_claimed_while_the_engine_does_not
     assert renewed > 1
     worker.run()
     assert len(outputs(database, "batch_1") + outputs(database, "later")) == 2
+
+
+class Denied(SoleAccess):
+    """A device that other models have for now."""
+
+    granted = False
+
+    def __init__(self) -> None:
+        self.ends: list[bool] = []
+
+    def take_turn(self, timeout_s: float) -> bool:
+        return self.granted
+
+    def end_turn(self, *, more: bool) -> None:
+        self.ends.append(more)
+
+
+def test_an_engine_that_waits_for_its_turn_runs_no_step_and_keeps_its_leases(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_loop, "_REPORT_S", 0.0)
+    submit(database, "one", max_tokens=30)
+    Worker(database, "alone", interval_s=AT_END).run()
+    expected = texts(database)
+    with database.write() as session:
+        session.execute(text("DELETE FROM outputs"))
+    submit(database, "one", job_id="again", max_tokens=30)
+    access = Denied()
+    worker = Worker(database, "a", access=access)
+    for _ in range(3):
+        worker.runner.run_once(notified=True)
+    with database.write() as session:
+        session.execute(text("UPDATE requests SET lease_expires_at = 1 WHERE status = 'running'"))
+    for _ in range(3):
+        worker.runner.run_once(notified=True)
+    assert worker.model.forwards == 0
+    assert [expiry for expiry in expiries(database) if expiry is None or expiry <= 1] == []
+    access.granted = True
+    worker.run()
+    assert texts(database) == expected
+    assert access.ends[-1] is False, "an idle engine leaves the device to the others"
 
 
 def test_results_of_a_lost_lease_are_not_those_of_the_next_claim(database: Database) -> None:
