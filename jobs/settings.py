@@ -198,3 +198,9 @@ __all__ = [
     "settings_sentence",
     "targets_of",
 ]
+
+
+def environment(settings: JobsSettings) -> dict[str, str]:
+    """Return the environment of a child: that of this process and every setting that is not a default."""
+    given = {f"BASIC_{name.upper()}": str(value) for name, value in settings.model_dump(exclude_unset=True).items()}
+    return {**os.environ, "PYTHONUNBUFFERED": "1", **given}

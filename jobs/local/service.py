@@ -17,11 +17,11 @@ from pathlib import Path
 
 from jobs.errors import BasicError, ChildRefused, SetupError
 from jobs.local.private_files import make_private, private_files, private_opener
-from jobs.local.startup import Startup, StartupStopped, environment, print_status
+from jobs.local.startup import Startup, StartupStopped, print_status
 from jobs.local.state import LocalService, data_dir_lock, lock_owner, running_service, write_service
 from jobs.logs import log_to_stderr
 from jobs.processes import BAD_SETTINGS_STATUS, Child, Children, python_module, rotate_logs, stop_signals, tail
-from jobs.settings import JobsSettings, read_settings
+from jobs.settings import JobsSettings, environment, read_settings
 
 _TICK_S = 0.1
 _STOP_TIMEOUT_S = 60.0  # then the service is killed; each child has a shorter timeout of its own

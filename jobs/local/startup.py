@@ -24,7 +24,7 @@ from jobs.local.state import LocalService
 from jobs.messages import model_name
 from jobs.processes import BAD_SETTINGS_STATUS, Child, Children, Command, launch, python_module, rotate_logs
 from jobs.schema_check import upgrade_schema
-from jobs.settings import JobsSettings
+from jobs.settings import JobsSettings, environment
 from storage import queries
 from storage.session import Database
 
@@ -147,12 +147,6 @@ class Startup:
                 status_at += _STATUS_EVERY_S
             if self.stop.wait(_TICK_S):
                 raise StartupStopped
-
-
-def environment(settings: JobsSettings) -> dict[str, str]:
-    """Return the environment of a child: that of this process and every setting that is not a default."""
-    given = {f"BASIC_{name.upper()}": str(value) for name, value in settings.model_dump(exclude_unset=True).items()}
-    return {**os.environ, "PYTHONUNBUFFERED": "1", **given}
 
 
 def print_status(sentence: str) -> None:

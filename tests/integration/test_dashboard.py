@@ -18,9 +18,8 @@ from playwright.sync_api import Browser, Page, Request, expect
 from jobs.client import Client
 from jobs.errors import InvalidKey
 from jobs.local.service import LocalService, down, start_detached
-from jobs.local.startup import environment
 from jobs.reports.report import make_report
-from jobs.settings import JobsSettings
+from jobs.settings import JobsSettings, environment
 from jobs.verification.signature import check_signature
 from storage.webhooks import EVENT_TYPES
 from tests.browser import browser, picture

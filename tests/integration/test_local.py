@@ -14,8 +14,7 @@ from sqlalchemy import make_url
 from jobs.errors import SetupError
 from jobs.local.redis_server import is_ready, server_arguments, server_binary
 from jobs.local.service import LocalService, down, running_service, start_detached
-from jobs.local.startup import environment
-from jobs.settings import JobsSettings
+from jobs.settings import JobsSettings, environment
 from tests.conftest import free_port
 from tests.processes import children_of, ended
 

@@ -14,12 +14,15 @@ from typing import Any
 import pytest
 import torch
 
+from jobs.messages import GenerationRequest, SamplingParameters
 from storage import schema
 from tests.models import packed, save_tiny, tiny
 from tests.nodes import Cluster
 from tests.processes import child_that_runs, ended
 from tests.split import texts
 from worker.engine.model.backend import fuse_layers
+from worker.generate import generate
+from worker.loading.loader import load_engine
 from worker.loading.model_store import resolve
 from worker.settings import WorkerSettings
 
@@ -66,6 +69,16 @@ def follower_of(replica: int) -> int:
     return child_that_runs("worker.node.rank_main", replica)
 
 
+def on_one_rank(target: Path, dtype: str, **sampling: Any) -> list[str]:
+    """Return the texts of six requests of `Cluster.submit`, decoded on one rank in this process, one by one."""
+    parameters = SamplingParameters(**{"temperature": 0.0, "seed": 0, "ignore_eos": True} | sampling)
+    loaded = load_engine(WorkerSettings(target=str(target), dtype=dtype, draft="suffix", max_sequences=1))
+    requests = [
+        GenerationRequest(model=str(target), prompt=f"Request {number}", sampling=parameters) for number in range(6)
+    ]
+    return [generate(loaded, request).text for request in requests]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(("ranks", "dtype"), [(2, "float32"), (3, "bfloat16")])
 def test_a_killed_rank_ends_its_replica_and_the_next_one_continues_the_same_texts(
@@ -76,10 +89,7 @@ def test_a_killed_rank_ends_its_replica_and_the_next_one_continues_the_same_text
         cluster = replace(cluster, target=Path(resolve("smollm2-135m-instruct", WorkerSettings().cache_dir)))
     tokens, sampled = (200, {}) if ranks == 2 else (80, {"temperature": 0.8, "seed": 5})
     settings = {"replicas": 1, "lease_s": 3, "dtype": dtype}
-    with cluster.node(**settings):
-        cluster.until(cluster.workers)
-        undisturbed = cluster.submit(6, max_tokens=tokens, **sampled)
-        cluster.finished(undisturbed)
+    undisturbed = on_one_rank(cluster.target, dtype, max_tokens=tokens, **sampled)
     with cluster.node(tp=ranks, threads=1, **settings) as replica:
         worker = cluster.until(lambda: [w for w in cluster.workers() if w.pid == replica.pid])[0]
         assert worker.devices == ["cpu (1 threads)"] * ranks
@@ -92,7 +102,7 @@ def test_a_killed_rank_ends_its_replica_and_the_next_one_continues_the_same_text
     with cluster.node(tp=ranks, threads=1, **settings) as replica:
         done = cluster.finished(job)
         assert (done.status, done.requests_completed) == ("completed", 6)
-        assert [o.text for o in cluster.outputs(job)] == [o.text for o in cluster.outputs(undisturbed)]
+        assert [o.text for o in cluster.outputs(job)] == undisturbed
         follower = follower_of(replica.pid)
         replica.terminate()
         assert replica.wait(840) == 0, cluster.words()

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from jobs.local.startup import environment
 from jobs.processes import BAD_SETTINGS_STATUS, RESTART_STATUS, Command, launch, python_module
+from jobs.settings import environment
 from worker.engine.errors import ModelRefused
 from worker.engine.model.architecture import refuse_tp_size
 from worker.engine.model.checkpoint import as_model_refused

@@ -12,8 +12,8 @@ import os
 from contextlib import ExitStack
 
 from jobs.errors import SetupError
-from jobs.local.startup import environment
 from jobs.processes import BAD_SETTINGS_STATUS, Children, Command, python_module, stop_signals
+from jobs.settings import environment
 from worker.node.placement import ReplicaResources, place_replicas
 from worker.settings import WorkerSettings
 from worker.sharing.broker import DeviceBroker

@@ -18,10 +18,10 @@ from jobs.local import startup
 from jobs.local.private_files import make_private
 from jobs.local.redis_server import server_arguments
 from jobs.local.service import down, running_service, up
-from jobs.local.startup import Startup, environment
+from jobs.local.startup import Startup
 from jobs.local.state import LocalService, data_dir_lock, lock_owner, write_service
 from jobs.processes import Child, Children, Command, rotate_logs, stop_signals, tail
-from jobs.settings import JobsSettings
+from jobs.settings import JobsSettings, environment
 from tests.processes import ended
 
 NEVER = threading.Event()
