@@ -223,7 +223,7 @@ def pause_text(job: JobView) -> str:
     if job.pause_reason == BY_SECONDS:
         return f"Its budget of {job.budget_s or 0:,g} seconds is spent. Raise it with Edit, then press Resume."
     if job.pause_reason == BY_PILOT:
-        return f"Its pilot has ended. For the estimate run: basic estimate --job {job.id}. Resume runs the rest."
+        return "Its pilot has ended. Resume runs the rest, Cancel job drops it."
     return ""
 
 

@@ -54,7 +54,7 @@ class StatsView:
         self._figures.clear()
         with self._figures:
             for name, value, note in _figures(stats):
-                _figure(name, value, note)
+                figure(name, value, note)
         for chart, draw in self._charts:
             chart.options.clear()
             chart.options.update(draw(stats))
@@ -90,7 +90,8 @@ def _expected(stats: JobStats) -> str:
     return f"{format.number(stats.mean_expected, 2)}, {format.number(stats.mean_accepted, 2)}"
 
 
-def _figure(name: str, value: str, note: str) -> None:
+def figure(name: str, value: str, note: str) -> None:
+    """Add a figure to a `dl`: its name, its value, and a note below it."""
     with ui.element("div"):
         with ui.element("dt"):
             ui.label(name)

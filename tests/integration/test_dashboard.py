@@ -339,6 +339,19 @@ def test_a_job_is_verified_and_its_signed_report_saved(page: Page, service: Loca
     assert check_signature(report)
 
 
+def test_a_job_that_waits_after_its_pilot_shows_what_the_rest_takes(page: Page, service: LocalService) -> None:
+    with Client(service.api_url) as client:
+        job = client.submit(["abc"] * 20, pilot=4, max_tokens=8, ignore_eos=True, temperature=0)
+        page.goto(f"/dashboard/jobs/{job.id}")
+        figures = page.locator("dl.figures").first
+        expect(figures).to_contain_text("Requests that wait16")
+        expect(figures).to_contain_text("Completion tokens128")
+        picture(page, "estimate")
+        page.get_by_role("button", name="Resume").click()
+        expect(page.get_by_text("20 of 20 requests")).to_be_visible()
+        expect(page.get_by_text("Estimate of the rest")).to_be_hidden()
+
+
 def test_a_deleted_job_is_gone_after_a_question_that_names_what_is_erased(page: Page, service: LocalService) -> None:
     with Client(service.api_url) as client:
         job = client.submit(["abc"] * 400, ignore_eos=True, temperature=0, max_concurrent=1)
@@ -376,6 +389,10 @@ def test_a_webhook_is_added_tested_and_a_failed_event_sent_again(page: Page, ser
         expect(page.get_by_role("alert").filter(has_text="url")).to_be_visible()
         page.get_by_label("URL").fill(receiver.url)
         page.get_by_role("button", name="Add", exact=True).click()
+        expect(page.get_by_text("whsec_")).to_be_visible()
+        page.get_by_role("button", name="I have saved it").click()
+        page.get_by_role("button", name="New secret").click()
+        page.get_by_role("dialog").get_by_role("button", name="New secret").click()
         expect(page.get_by_text("whsec_")).to_be_visible()
         page.get_by_role("button", name="I have saved it").click()
         page.get_by_role("button", name="Send test").click()

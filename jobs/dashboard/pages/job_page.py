@@ -15,6 +15,7 @@ from jobs.api.auth.caller import Caller
 from jobs.dashboard import charts, html
 from jobs.dashboard.job_header import JobHeader
 from jobs.dashboard.layout import box, frame, heading, legend, link
+from jobs.dashboard.pages.pilot_estimate import PilotEstimate
 from jobs.dashboard.pages.verification_tab import VerificationTab
 from jobs.dashboard.session import BASE, PageContext
 from jobs.dashboard.stats_view import StatsView, table
@@ -85,6 +86,7 @@ class JobDetailPage:
     def _lay_out(self, job: JobView, *, may_submit: bool) -> None:
         context = self._context
         self._head = JobHeader(context, job, self.refresh, may_submit=may_submit)
+        self._estimate = PilotEstimate(context)
         self._live = LiveTab()
         self._requests = RequestsTab(context, job.id)
         self._trees = TreesTab(context, job.id)
@@ -124,6 +126,7 @@ class JobDetailPage:
         self._job = job
         self._ticks -= 1
         self._head.show(job)
+        await self._estimate.show(job)
         name = self._tab()
         if name == "Live":
             running = await self._context.read(lambda session: job_details.running(session, job.id, _STREAMS))

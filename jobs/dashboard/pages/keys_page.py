@@ -23,6 +23,8 @@ from storage.keys import KeyView
 from storage.records import NewKey
 
 _MAX_NAME_CHARS: Final = 100
+_REFRESH_S: Final = 3.0
+_AGO_S: Final = 30.0  # interval at which the page updates its relative times
 _FIRST: Final = (
     "There is no key: every user of this machine may use the service, and no other host reaches it. "
     "Create the first key on the command line; from then on every request and page needs one: "
@@ -41,6 +43,7 @@ async def build(context: PageContext, caller: Caller) -> None:
             return
         page = KeyList(context)
         await page.refresh()
+        ui.timer(_REFRESH_S, page.refresh, immediate=False)
 
 
 class KeyList:
@@ -52,11 +55,17 @@ class KeyList:
         self._new = ui.button("New key", icon="add", on_click=self._create).props("no-caps").style("align-self:start")
         self._first = ui.label(_FIRST).classes("dim")
         self._list = ui.element("div").props('role="list" aria-label="Keys"').classes("stack")
+        self._dialogs = ui.element("div")  # beside the list, whose rows are redrawn
+        self._shown: tuple[object, ...] = ()
 
     async def refresh(self) -> None:
         """Read the keys and show them; valid ones first."""
         await self._context.authenticate(Scope.ADMIN)
         found = sorted(await self._context.read(keys.list_keys), key=lambda key: not key.valid)
+        shown = (int(time.time() // _AGO_S), *found)
+        if shown == self._shown:
+            return
+        self._shown = shown
         self._new.set_visibility(bool(found))
         self._first.set_visibility(not found)
         self._list.set_visibility(bool(found))
@@ -78,6 +87,7 @@ class KeyList:
 
     def _ask_to_revoke(self, key: KeyView) -> None:
         with (
+            self._dialogs,
             ui.dialog(value=True).props('aria-label="Revoke a key"') as dialog,
             ui.card().style("background:var(--card)"),
         ):

@@ -58,6 +58,7 @@ class WebhooksPage:
         ui.label("URLs that the service calls when jobs end, with events in OpenAI's format, signed.").classes("dim")
         self._none = ui.label(_NONE if may_submit else _NONE_TO_READ)
         self._list = ui.element("div").props('role="list" aria-label="Webhooks"').classes("stack")
+        self._dialogs = ui.element("div")  # beside the list, whose rows are redrawn
         self._deliveries = DeliveryList(context, caller, self._do if may_submit else None)
 
     async def refresh(self) -> None:
@@ -121,6 +122,7 @@ class WebhooksPage:
     ) -> None:
         """Ask before an action that can't be undone."""
         with (
+            self._dialogs,
             ui.dialog(value=True).props(f'aria-label="{question}"') as dialog,
             ui.card().style("max-width:95vw;background:var(--card)"),
         ):
@@ -139,7 +141,8 @@ class WebhooksPage:
     async def _rotate(self, endpoint: EndpointView) -> None:
         database = self._context.services.database
         changed = await run_write(endpoints.rotate_secret, database, endpoint.id, self._caller.sees, keep_old=True)
-        show_secret(changed)
+        with self._dialogs:
+            show_secret(changed)
 
     async def _remove(self, endpoint: EndpointView) -> None:
         await run_write(endpoints.remove_endpoint, self._context.services.database, endpoint.id, self._caller.sees)

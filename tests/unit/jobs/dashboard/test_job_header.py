@@ -23,7 +23,7 @@ def job(**fields: object) -> JobView:
     [
         ({"pause_reason": BY_TOKENS, "budget_tokens": 5_000}, "5,000 tokens is spent. Raise it with Edit"),
         ({"pause_reason": BY_SECONDS, "budget_s": 90.0}, "90 seconds is spent. Raise it with Edit"),
-        ({"pause_reason": BY_PILOT}, "basic estimate --job batch_1"),
+        ({"pause_reason": BY_PILOT}, "Resume runs the rest"),
     ],
 )
 def test_a_job_that_the_service_paused_says_why_and_what_to_do(fields: dict[str, object], sentence: str) -> None:
