@@ -65,6 +65,7 @@ class Engine:
         self._failed: list[Sequence] = []
         self._scheduler = Scheduler(options)
         target.clear()  # of the sequences of an earlier engine
+        self._long_slots: set[int] = set()  # whose rows have the long factors of longrope
         self._late_ms = 0.0  # time of the previous step after it was measured
         self._preemptions = self._recomputed_tokens = 0
 
@@ -145,6 +146,7 @@ class Engine:
         segments, rows, prompt_rows = batch.pack(plan.selected)
         if plan.selected.masks is not None:
             plan.selected.masks.start(plan.selected)
+        self._mark_long(batch)
         logits = self._target.forward(segments)
         accepted = walk(plan.selected, logits, rows)
         stuck = _grammar_failures(plan.selected, accepted)
@@ -174,6 +176,14 @@ class Engine:
         self._truncate(batch.truncations)
         for copy in batch.prefix_copies:
             self._target.copy_prefix(copy.source, copy.target, copy.length)
+
+    def _mark_long(self, batch: Batch) -> None:
+        """Tell the target which slots have long texts; a text gets its slot before its first chunk."""
+        for chunk in batch.chunks:
+            sequence = chunk.sequence
+            if sequence.long != (sequence.slot in self._long_slots):
+                self._target.mark_long(sequence.slot, sequence.long)
+                self._long_slots ^= {sequence.slot}
 
     def _truncate(self, truncations: Iterable[Truncation]) -> None:
         for slot, length in truncations:

@@ -51,7 +51,7 @@ class PrefixSharing:
 
     def prefilled(self, sequence: Sequence) -> None:
         """Record that a step has prefilled `ids[:cached]` of a sequence."""
-        self._slots.hold(sequence.slot, sequence.packed_ids(sequence.cached), sequence.cached)
+        self._slots.hold(sequence.slot, sequence.prefix_ids(sequence.cached), sequence.cached)
         if not sequence.prefilling:
             self._upcoming.remove(sequence)
 
@@ -87,7 +87,7 @@ class PrefixSharing:
     def _start(self, sequence: Sequence, selected: Container[Sequence] | None) -> None:
         """Copy the longest cached prefix, or wait for a longer one that is about to be prefilled."""
         end = len(sequence.ids)
-        leader, length = self._upcoming.join(sequence, sequence.packed_ids(end), end, wanted_prefix(sequence))
+        leader, length = self._upcoming.join(sequence, sequence.prefix_ids(end), end, wanted_prefix(sequence))
         cached = self._longest_cached(sequence)
         useful = max(cached[1] + 1, sequence.cached + 1, MIN_SHARED_PREFIX)
         if leader is not None and length >= useful:
@@ -116,13 +116,13 @@ class PrefixSharing:
         `like` has a slot whose sequence starts with the same tokens, and their number.
         """
         wanted = wanted_prefix(sequence)
-        ids = sequence.packed_ids(wanted)
+        ids = sequence.prefix_ids(wanted)
         found = self._slots.longest_prefix(ids, wanted, like)
         if found.ends and found.length < wanted:
             ends = [self._running[slot] for slot in found.ends if slot in self._running]
             grown = [other for other in ends if other.cached > found.length]
             for other in grown:  # its output may continue like the prompt of the sequence
-                self._slots.hold(other.slot, other.packed_ids(other.cached), other.cached)
+                self._slots.hold(other.slot, other.prefix_ids(other.cached), other.cached)
             if grown:
                 found = self._slots.longest_prefix(ids, wanted)
         return next(iter(found.holders), sequence.slot), found.length

@@ -168,7 +168,7 @@ class Scheduler:
         if self.slots.pages_for(length) > self.slots.available_pages:
             return False
         end = wanted_prefix(sequence)
-        sequence.slot, sequence.cached = self.slots.allocate(sequence.packed_ids(end), end)
+        sequence.slot, sequence.cached = self.slots.allocate(sequence.prefix_ids(end), end)
         self.slots.grow(sequence.slot, length)
         self._sharing.admit(sequence)
         self._running[sequence] = None
@@ -221,7 +221,7 @@ class Scheduler:
         self._prefilling.pop(sequence, None)
         self._by_unread.discard(sequence)
         self._sharing.drop(sequence)
-        self.slots.free(sequence.slot, sequence.packed_ids(sequence.cached), sequence.cached)
+        self.slots.free(sequence.slot, sequence.prefix_ids(sequence.cached), sequence.cached)
 
     def _update_prefilling(self) -> None:
         """Record what the last step has prefilled."""

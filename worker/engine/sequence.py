@@ -40,6 +40,7 @@ class Sequence:
     sampling: Sampling
     eos_ids: frozenset[int] = frozenset()
     grammar: Grammar | None = None  # binds the output; None: all tokens are allowed
+    long: bool = False  # it has the long factors of longrope
     drafts: bool = True  # False: decode it plainly, apart from its batch; its text is the same
     group: Hashable = None  # sequences of one group may draft from each other's text; None: from no other
     slot: int = -1  # KV slot; -1: not admitted
@@ -96,6 +97,18 @@ class Sequence:
         elif len(packed) < end:
             packed.fromlist(self.ids[len(packed) :])
         return packed
+
+    def prefix_ids(self, end: int) -> TokenIds:
+        """Return `packed_ids` for a lookup of prefixes; that of a long text differs from all others at its first token.
+
+        Keys of the same tokens with other factors of longrope are other keys.
+        """
+        packed = self.packed_ids(end)
+        if not self.long:
+            return packed
+        marked = packed[:]
+        marked[0] = ~marked[0]  # no token id is negative
+        return marked
 
     def cut(self, length: int) -> None:
         """Forget all ids but the first `length`, and what was counted of them."""

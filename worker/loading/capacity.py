@@ -14,6 +14,7 @@ from worker.engine.model.architecture import (
     batch_dependent_rope,
     has_long_factors,
     kv_bytes_per_token,
+    long_text_tokens,
     max_positions,
 )
 from worker.engine.model.backend import uses_paged_kv
@@ -101,6 +102,11 @@ def _context(settings: WorkerSettings, config: PretrainedConfig, whole_slots: bo
         on_message(
             f"The longrope rotary embeddings of {settings.target} use their long factors for texts of any length, "
             "because BASIC_MAX_CONTEXT is beyond their original positions; with a smaller one, texts are others"
+        )
+    elif long_text_tokens(config) is not None:
+        on_message(
+            f"Texts of {settings.target} with more than {long_text_tokens(config):,} tokens, prompt and max_tokens "
+            "together, have the long factors of its longrope rotary embeddings from their first token; others the short"
         )
     elif kind and (wanted > (positions or wanted) or not settings.max_context):
         more = "; set BASIC_MAX_CONTEXT to more for their long factors" if kind == "longrope" else ""

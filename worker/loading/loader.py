@@ -23,7 +23,7 @@ from worker.engine.cpu.compiler import processor
 from worker.engine.engine import Engine
 from worker.engine.grammar.vocabulary import GrammarVocabulary
 from worker.engine.kv.fp8 import kv_dtype_of
-from worker.engine.model.architecture import is_dealt_by_transformers, max_positions
+from worker.engine.model.architecture import is_dealt_by_transformers, long_text_tokens, max_positions
 from worker.engine.model.backend import batch_dependence, fuse_layers, stored_bytes
 from worker.engine.model.checkpoint import weight_files
 from worker.engine.model.loading import gather_embeddings, load, local_folder, native_dtype
@@ -134,6 +134,7 @@ def load_engine(
         offload=_spread(settings),
         quantization=quantization,
         context=settings.max_context,
+        factors_by_text=settings.tp == 1 and not settings.device_map,
     )
     refuse_unpacked(model, settings.target)
     choose_kv_dtype(settings, model)
@@ -172,7 +173,7 @@ def load_engine(
     grammars = GrammarVocabulary(partial(grammar_tokenizer, tokenizer, ends, width), ends, width, vocabulary)
     defaults, ignored = sampling_defaults(model.generation_config, settings.generation_config)
     modes = (settings.special_in_content, settings.reasoning_parser, defaults)
-    codec = Codec(tokenizer, ends, options.max_context, vocabulary, *modes)
+    codec = Codec(tokenizer, ends, options.max_context, vocabulary, *modes, long_text_tokens(config))
     for finding in (*codec.findings, *ignored):
         on_message(finding)
     folder = local_folder(path)

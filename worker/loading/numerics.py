@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from storage.numerics import Numerics
 from worker.engine.model import arithmetic
-from worker.engine.model.architecture import has_long_factors
+from worker.engine.model.architecture import has_long_factors, long_text_tokens
 from worker.engine.quantization.weights import QuantizationMethod
 from worker.text.codec import Codec
 
@@ -80,6 +80,8 @@ def numerics_of(
     }
     if has_long_factors(model.config.get_text_config()):
         parts["rotary"] = "long factors"
+    elif long_text_tokens(model.config.get_text_config()) is not None:
+        parts["rotary"] = "factors by text"
     return Numerics(f"fp_{_hash(parts)}", parts)
 
 

@@ -5,6 +5,7 @@ Checks the limits of the context and the vocabulary.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -48,12 +49,13 @@ class CodecOptions:
     special_in_content: Special
     reasoning_parser: str
     sampling_defaults: Mapping[str, Any]
+    long_text_tokens: int | None
 
     def load(self) -> Codec:
         """Load the tokenizer. Raises ModelRefused."""
         limits = (self.eos_ids, self.context_tokens, self.vocabulary)
         modes = (self.special_in_content, self.reasoning_parser, self.sampling_defaults)
-        return Codec(load_tokenizer(self.path), *limits, *modes)
+        return Codec(load_tokenizer(self.path), *limits, *modes, self.long_text_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class Codec:
     special_in_content: Special = "text"  # how special tokens in chat content are read
     reasoning_parser: str = AUTO  # worker.text.reasoning
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)  # worker.text.generation_config
+    long_text_tokens: int | None = None  # texts that may have more have the long factors of longrope
     _reasoning: Reasoning | None = field(init=False, repr=False, compare=False)
     _chat: Chat = field(init=False, repr=False, compare=False)
     _length: PromptLength = field(init=False, repr=False, compare=False)
@@ -90,7 +93,7 @@ class Codec:
         """What another process needs to load the same codec; the tokenizer must have been loaded from a path."""
         limits = (self.eos_ids, self.context_tokens, self.vocabulary)
         modes = (self.special_in_content, self.reasoning_parser, dict(self.sampling_defaults))
-        return CodecOptions(self.tokenizer.name_or_path, *limits, *modes)
+        return CodecOptions(self.tokenizer.name_or_path, *limits, *modes, self.long_text_tokens)
 
     @property
     def findings(self) -> list[str]:
@@ -164,7 +167,9 @@ class Codec:
         """
         self._check_vocabulary(sampling.stop_token_ids, "stop_token_ids")
         self._check_vocabulary(sampling.logit_bias, "logit_bias")
-        room = self.context_tokens - len(prompt)
+        long = self._is_long(prompt, sampling)
+        short_tokens = self.context_tokens if long else min(self.context_tokens, self.long_text_tokens or sys.maxsize)
+        room = short_tokens - len(prompt)
         return EngineSequence(
             key=key,
             ids=list(prompt),
@@ -185,9 +190,18 @@ class Codec:
             ),
             eos_ids=frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.eos_ids),
             grammar=grammar,
+            long=long,
             group=key[0],
             traced_steps=sampling.record_trees,
         )
+
+    def _is_long(self, prompt: Sequence[int], sampling: SamplingParameters) -> bool:
+        """Return whether a text may grow beyond the original positions of longrope, as its request alone says.
+
+        A request without max_tokens wants one token here: its text is long only if its prompt is.
+        """
+        wanted = len(prompt) + (sampling.max_tokens or 1)
+        return self.long_text_tokens is not None and wanted > self.long_text_tokens
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of a complete sequence of tokens."""

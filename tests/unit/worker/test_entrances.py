@@ -26,7 +26,6 @@ from worker.benchmark import OWN_MODES
 from worker.cli import commands
 from worker.engine.cpu.kernels import kernels
 from worker.engine.options import Mode
-from worker.engine.segments import chain
 from worker.generate import generate as decoded
 from worker.generate import request_for, resident_model
 from worker.loading import loader
@@ -275,44 +274,28 @@ def save_longrope(directory: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory)
 
 
-def test_longrope_ends_texts_at_its_original_positions_and_logs_it(
+def test_a_text_has_the_factors_of_longrope_that_its_request_alone_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Those of transformers for texts that stay below the original positions, and that are above from the start."""
     monkeypatch.delenv("BASIC_MAX_CONTEXT")
     own, said = save_longrope(tmp_path / "long"), list[str]()
     settings = WorkerSettings(target=str(tmp_path / "long"), dtype="float32", draft="suffix", max_sequences=2)
     loaded = load_engine(settings, said.append)
-    assert loaded.numerics.parts["dtype"] == "float32"
-    assert loaded.options.max_context == 64
-    assert any("limited to 64 tokens" in sentence and "set BASIC_MAX_CONTEXT" in sentence for sentence in said)
-    assert "rotary" not in loaded.numerics.parts
-    request = request_for("long", PROMPT, max_tokens=60)
-    for mode in Mode:
-        done = decoded(loaded, request, endpoint=COMPLETIONS_ENDPOINT, mode=mode)
-        prompt = torch.tensor([done.prompt_token_ids])
-        with torch.no_grad():
-            exact = own.generate(prompt, max_length=64, do_sample=False, eos_token_id=256, pad_token_id=0)
-        assert [*done.prompt_token_ids, *done.token_ids] == exact[0].tolist()
-
-
-def test_a_context_beyond_longropes_original_positions_uses_its_long_factors_for_all_texts(tmp_path: Path) -> None:
-    own, said = save_longrope(tmp_path / "long"), list[str]()
-    settings = WorkerSettings(target=str(tmp_path / "long"), dtype="float32", draft="suffix", max_sequences=2)
-    loaded = load_engine(settings, said.append)
-    assert loaded.options.max_context == 300
-    assert any("long factors for texts of any length" in sentence for sentence in said)
-    assert loaded.numerics.parts["rotary"] == "long factors"
-    long = request_for("long", PROMPT * 7, max_tokens=30)
-    for mode in Mode:
-        done = decoded(loaded, long, endpoint=COMPLETIONS_ENDPOINT, mode=mode)
-        prompt = torch.tensor([done.prompt_token_ids])
-        with torch.no_grad():  # transformers takes the long factors for a prompt of this length
-            exact = own.generate(prompt, max_new_tokens=30, do_sample=False, eos_token_id=256, pad_token_id=0)
-        assert [*done.prompt_token_ids, *done.token_ids] == exact[0].tolist()
-    short = chain(0, 0, [3, 1, 4, 1, 5], keep_last=True)
-    alone = loaded.target.forward([short]).clone()
-    both = loaded.target.forward([short, chain(1, 0, [7] * 100, keep_last=True)])
-    assert torch.equal(both[:1], alone), "a long text changes no bit of a short one"
+    assert loaded.options.max_context == 512
+    assert any("more than 64 tokens, prompt and max_tokens together" in sentence for sentence in said)
+    assert loaded.numerics.parts["rotary"] == "factors by text"
+    prompts = {PROMPT: (None, 20), PROMPT * 7: (30,)}
+    for prompt, limits in prompts.items():
+        for max_tokens, mode in product(limits, Mode):
+            request = request_for("long", prompt, max_tokens=max_tokens)
+            done = decoded(loaded, request, endpoint=COMPLETIONS_ENDPOINT, mode=mode)
+            ids = torch.tensor([done.prompt_token_ids])
+            assert (len(ids[0]) > 64) == (prompt != PROMPT)
+            longest = 64 if max_tokens is None else len(ids[0]) + max_tokens
+            with torch.no_grad():
+                exact = own.generate(ids, max_length=longest, do_sample=False, eos_token_id=256, pad_token_id=0)
+            assert [*done.prompt_token_ids, *done.token_ids] == exact[0].tolist(), (max_tokens, mode)
 
 
 def test_answers_by_a_schema_are_valid_and_a_bad_schema_is_refused(

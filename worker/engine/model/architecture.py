@@ -16,6 +16,7 @@ from worker.engine.shards.shard import Shard, parts_of, tp_sizes_of
 # would change another's logits.
 _BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 _ORIGINAL = "original_max_position_embeddings"
+_BY_TEXT = "basic_long_text_tokens"  # attribute of a loaded model's configuration
 STORED_HEAD_DIM = "basic_stored_head_dim"  # attribute of a fused model: the size of a head in its KV slots, if larger
 SHARD = "basic_shard"  # attribute of a loaded model that ranks split: the shard of this process
 ATTENTION_SHAPE = "basic_attention_shape"  # attribute of a loaded model: what its layers pass to attention
@@ -85,7 +86,7 @@ def max_positions(config: PretrainedConfig) -> int | None:
     if "chunked_attention" in (getattr(config, "layer_types", None) or []):
         known.append(_size(config, "attention_chunk_size"))  # below it, a chunk is all of a text
     ropes = list(_ropes(getattr(config, "rope_parameters", None) or {}))
-    if any(_depends_on_batch(rope) for rope in ropes):
+    if long_text_tokens(config) is None and any(_depends_on_batch(rope) for rope in ropes):
         known += [rope.get(_ORIGINAL) for rope in ropes] + [getattr(config, _ORIGINAL, None)]
     return min((int(n) for n in known if isinstance(n, int) and n > 0), default=None)
 
@@ -93,7 +94,27 @@ def max_positions(config: PretrainedConfig) -> int | None:
 def batch_dependent_rope(config: PretrainedConfig) -> str | None:
     """Return the kind of rotary embeddings whose frequencies change beyond `max_positions`; None if there is none."""
     ropes = _ropes(getattr(config, "rope_parameters", None) or {})
-    return next((str(rope["rope_type"]) for rope in ropes if _depends_on_batch(rope)), None)
+    changing = [] if long_text_tokens(config) is not None else [rope for rope in ropes if _depends_on_batch(rope)]
+    return next((str(rope["rope_type"]) for rope in changing), None)
+
+
+def choose_factors_by_text(config: PretrainedConfig) -> bool:
+    """Note that each text chooses the factors of longrope; return False if a model's embeddings have no choice."""
+    ropes = _longropes(config)
+    changing = [rope for rope in _ropes(getattr(config, "rope_parameters", None) or {}) if _depends_on_batch(rope)]
+    originals = [rope.get(_ORIGINAL) for rope in ropes]
+    if not changing or len(changing) > len(ropes) or originals != originals[:1] * len(ropes):
+        return False
+    if not isinstance(originals[0], int):
+        return False
+    setattr(config, _BY_TEXT, originals[0])
+    return True
+
+
+def long_text_tokens(config: PretrainedConfig) -> int | None:
+    """Return beyond how many tokens a text has the long factors of longrope; None if texts do not choose."""
+    known: int | None = getattr(config, _BY_TEXT, None)
+    return known
 
 
 def use_long_factors(config: PretrainedConfig, context: int) -> bool:

@@ -44,6 +44,7 @@ from worker.engine.model.equivalence_check import (
     sliding_layers,
 )
 from worker.engine.model.latent import LATENT, hold_latents
+from worker.engine.model.long_texts import use_factors_by_text
 from worker.engine.model.offload import OffloadOptions, is_offloaded
 from worker.engine.model.packed_model import run_layers
 from worker.engine.model.quantized_checkpoint import refuse_quantized
@@ -84,6 +85,7 @@ def load(
     quantization: QuantizationMethod | None = None,
     exchange: Exchange | None = None,
     context: int = 0,
+    factors_by_text: bool = False,
 ) -> PreTrainedModel:
     """Load a causal model from a local directory or a hub id; safetensors only, no remote code.
 
@@ -91,9 +93,9 @@ def load(
     numbers by `exchange` (None: the fastest that they have), else by the tensor parallel plan that transformers has.
     With `offload`, accelerate lays the model out over all devices. With `quantization`, round the weights of linear
     layers; a checkpoint with FP8 weights keeps them, and rounds its rows as it declares, unless FP8 (rows keep `dtype`)
-    or FP8_DYNAMIC is given. `context` is how many tokens a text may have, 0: those of the model; beyond the original
-    positions of longrope, its long factors hold for all texts. Raises ModelRefused, with what to do, if the model is
-    missing, damaged or not supported.
+    or FP8_DYNAMIC is given. With `factors_by_text`, texts choose the factors of longrope (`PackedModel.mark_long`);
+    else a `context` in tokens beyond the original positions lets the long factors hold for all texts. Raises
+    ModelRefused, with what to do, if the model is missing, damaged or not supported.
     """
     with as_model_refused(f"{path} could not be loaded", ranks=ranks):
         refuse_quantized(path)
@@ -102,7 +104,8 @@ def load(
         refuse_unfit(path, config)
         refuse_unsupported(config.get_text_config())
         refuse_tp_size(config.get_text_config(), ranks)
-        given = {"config": config} if use_long_factors(config.get_text_config(), context) else {}
+        long = not factors_by_text and use_long_factors(config.get_text_config(), context)
+        given = {"config": config} if long else {}
         stored = _fp8_config(config)
         if stored is not None:
             _refuse_fp8_parts(path, ranks, offload, quantization)
@@ -117,6 +120,8 @@ def load(
         if not is_offloaded(model):
             model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to as its types don't say
         model.eval()  # type: ignore[no-untyped-call]
+        if factors_by_text:
+            use_factors_by_text(model)
         if not is_dealt_by_transformers(model):
             if not is_offloaded(model):
                 hold_latents(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -14,18 +15,19 @@ from worker.engine.cpu.fused_model import fused_model
 from worker.engine.kv.fp8 import has_fp8_kv
 from worker.engine.kv.hidden_states import HiddenStates
 from worker.engine.kv.store import KvStore
-from worker.engine.model.architecture import max_positions, ranks_of, refuse_unsupported
+from worker.engine.model.architecture import long_text_tokens, max_positions, ranks_of, refuse_unsupported
 from worker.engine.model.attention import AttentionPlan, attending
 from worker.engine.model.backend import make_backend
 from worker.engine.model.checkpoint import as_model_refused
 from worker.engine.model.equivalence_check import ATTRIBUTE, CHECK_ENTRIES, EquivalenceCheck
+from worker.engine.model.long_texts import LONG_OFFSET
 from worker.engine.model.offload import input_device
 from worker.engine.options import MAX_STEP_NODES
 from worker.engine.paged.attention import GPU_BLOCK, PagedAttentionPlan
 from worker.engine.paged.rows import PagedRows
 from worker.engine.paged.shape_buckets import Outputs
 from worker.engine.paged.step import PagedStep
-from worker.engine.segments import KvMove, Segment, Segments, chain
+from worker.engine.segments import IntArray, KvMove, Segment, Segments, chain
 
 
 class LanguageModel(Protocol):
@@ -45,6 +47,9 @@ class LanguageModel(Protocol):
 
     def clear(self) -> None:
         """Free the memory of every slot."""
+
+    def mark_long(self, slot: int, long: bool) -> None:
+        """Let the rows of a slot have the long factors of longrope from now on, or the short ones."""
 
 
 class PackedModel:
@@ -87,8 +92,15 @@ class PackedModel:
             )
         # One call for the whole forward, if every layer of the model is fused.
         compiled = self._backend.kernels
+        by_text = long_text_tokens(config) is not None  # then rows have positions that no table of angles has
+        self._offsets = np.zeros(slots + 1, np.int64) if by_text else None  # of the positions of each slot; padding
+        self._device_offsets = (
+            None if self._offsets is None else torch.from_numpy(self._offsets).to(input_device(model), copy=True)
+        )
         self._network = (
-            fused_model(model, self.kv.capacity, compiled, self.hidden, max_positions(config)) if compiled else None
+            fused_model(model, self.kv.capacity, compiled, self.hidden, max_positions(config))
+            if compiled and not by_text
+            else None
         )
         self._buckets = self._backend.bucketed(self._call_paged)
         with as_model_refused(f"{type(model).__name__} can't be packed", ranks=ranks_of(model)):
@@ -161,7 +173,7 @@ class PackedModel:
             return self._buckets.forward(segments, self._buckets.shape_for(segments))
         plan = self._backend.plan(segments)
         if self._network is None:
-            return run_layers(self._model, segments, plan), plan.tapped
+            return run_layers(self._model, segments, plan, self._offsets), plan.tapped
         return self._network.forward(segments, plan)[0], plan.tapped  # type: ignore[arg-type]  # the backend's own plan
 
     @torch.inference_mode()
@@ -171,7 +183,17 @@ class PackedModel:
         self._buckets.follow(step)
 
     def _call_paged(self, rows: PagedRows, plan: PagedAttentionPlan) -> Outputs:
-        return _call(self._model, rows.ids, rows.positions, rows.kept, plan), plan.tapped
+        positions = rows.positions
+        if self._device_offsets is not None:
+            positions = positions + self._device_offsets[rows.slots[rows.sequence]]
+        return _call(self._model, rows.ids, positions, rows.kept, plan), plan.tapped
+
+    def mark_long(self, slot: int, long: bool) -> None:
+        """Let the rows of a slot have the long factors of longrope from now on, or the short ones."""
+        assert self._offsets is not None, "the model was not loaded with factors by text"
+        assert self._device_offsets is not None
+        self._offsets[slot] = LONG_OFFSET if long else 0
+        self._device_offsets[slot] = LONG_OFFSET if long else 0
 
     def compact(self, moves: Sequence[KvMove]) -> None:
         """Move the KV entries of accepted paths down to the end of the committed prefix."""
@@ -195,14 +217,23 @@ class PackedModel:
 
     def clear(self) -> None:
         """Free the memory of every slot."""
+        if self._offsets is not None and self._device_offsets is not None:
+            self._offsets[:] = 0
+            self._device_offsets.zero_()
         for slot in range(self._slots):
             PackedModel.truncate(self, slot, 0)  # not the subclass's: other ranks clear at once
 
 
-def run_layers(model: PreTrainedModel, segments: Sequence[Segment], plan: AttentionPlan) -> Tensor:
-    """Run the rows through the layers of transformers' model; return logits [kept rows, vocab]."""
+def run_layers(
+    model: PreTrainedModel, segments: Sequence[Segment], plan: AttentionPlan, offsets: IntArray | None = None
+) -> Tensor:
+    """Run the rows through the layers of transformers' model; return logits [kept rows, vocab].
+
+    `offsets` of slots are added to the positions that the model sees.
+    """
     packed, device = Segments.of(segments), input_device(model)
-    ids, positions, kept = (torch.from_numpy(part).to(device) for part in (packed.ids, packed.positions, packed.kept))
+    seen = packed.positions if offsets is None else packed.positions + offsets[packed.per_row(packed.slots)]
+    ids, positions, kept = (torch.from_numpy(part).to(device) for part in (packed.ids, seen, packed.kept))
     return _call(model, ids, positions, kept, plan)
 
 
