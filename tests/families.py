@@ -254,7 +254,8 @@ name and with the reason. None loads and differs.
 Weights are float32, bfloat16 or FP8, or int8 on a CPU ([quantised weights](quantization.md)). GGUF files are converted
 to bfloat16; other quantised formats are refused by name ([operations](operations.md#which-models-load)). Texts end
 where another text of the batch could change them: models with dynamic rotary embeddings at their original positions,
-Llama 4 at the end of one chunk of attention. Longrope is chosen by text ([operations](operations.md#long-texts-with-longrope)).
+Llama 4 at the end of one chunk of attention. Longrope is chosen by text
+([operations](operations.md#long-texts-with-longrope)).
 
 | family | models | CPU | GPU | why not |
 |---|---|---|---|---|"""
