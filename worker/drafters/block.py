@@ -18,7 +18,7 @@ from torch import Tensor
 
 from worker.drafters.block_beam import make_paths
 from worker.drafters.block_network import BlockNetwork
-from worker.drafters.block_paths import PathTables
+from worker.drafters.block_paths import PathTables, TreeDraws
 from worker.drafters.candidates import MAX_CHILDREN, best_children
 from worker.drafters.eagle3_network import Eagle3Network
 from worker.drafters.head import HeadDrafter, PackedHead, PackOptions
@@ -26,6 +26,7 @@ from worker.drafters.head_network import HeadNetwork
 from worker.drafters.kv_tracker import by_slot
 from worker.engine.host.sources import CompiledSource
 from worker.engine.kv.hidden_states import HiddenStates
+from worker.engine.sampling.parameters import noise_keys
 from worker.engine.segments import BoolArray, IntArray, Segment
 from worker.engine.speculation.draft_tree import Candidates, Forest
 
@@ -63,7 +64,7 @@ class PackedBlock(PackedHead):
 
 
 class BlockDrafter(HeadDrafter):
-    """A `Drafter` that runs its network once a step. At temperature 0 on a CPU it is a `CompiledDrafter`."""
+    """A `Drafter` that runs its network once a step. It is a `CompiledDrafter`."""
 
     _head: PackedBlock
 
@@ -76,15 +77,23 @@ class BlockDrafter(HeadDrafter):
         self._committed: Forest | None = None
 
     def source(self, forest: Forest, roots: IntArray) -> CompiledSource | None:
-        """Run the network and return where C finds what `expand` would offer; None where noise or biases decide too.
+        """Run the network and return where C finds what `expand` would offer; None under penalties or biases.
 
-        On a GPU these are the candidates of a beam.
+        On a GPU these are the candidates of a beam, and it is None above temperature 0 too.
         """
-        sequences = forest.parameters[forest.tree[roots]]
-        if not self._paths.looks_ahead or forest.sampled.any() or sequences["adjusted"].any():
+        drawn = bool(forest.sampled.any())
+        adjusted = forest.parameters[forest.tree[roots]]["adjusted"].any()
+        if not self._paths.looks_ahead or (drawn and not self._paths.draws) or adjusted:
             return None
         self._run(forest, roots)
-        return self._paths.source()
+        return self._paths.source(self._draws(forest) if drawn else None)
+
+    def _draws(self, forest: Forest) -> TreeDraws:
+        """Return what a draw needs to know of all trees."""
+        positions = (forest.lengths[:, None] + np.arange(self._depth)).ravel()
+        keys = noise_keys(np.repeat(forest.parameters, self._depth), positions).view(np.int64)
+        sampled, parameters = np.ascontiguousarray(forest.sampled), np.ascontiguousarray(forest.parameters)
+        return TreeDraws(sampled, parameters, keys.reshape(-1, self._depth))
 
     @torch.inference_mode()
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:

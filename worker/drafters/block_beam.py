@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from worker.drafters.block_network import gated
-from worker.drafters.block_paths import Paths, PathTables, TorchPaths, compiled_paths
+from worker.drafters.block_paths import Paths, PathTables, TorchPaths, TreeDraws, compiled_paths
 from worker.engine.cpu.kernels import address, members
 from worker.engine.host.growth import offer_function
 from worker.engine.host.sources import CompiledSource
@@ -36,7 +36,7 @@ class BeamLayout(ctypes.Structure):
 class BeamPaths(TorchPaths):
     """`Paths` on a device, and a `CompiledSource` for trees at temperature 0."""
 
-    looks_ahead, any_depth = True, False  # the recorded work has one shape
+    looks_ahead, draws, any_depth = True, False, False  # the recorded work has one shape
 
     def __init__(
         self,
@@ -63,8 +63,9 @@ class BeamPaths(TorchPaths):
         self._inputs: dict[int, tuple[Tensor, Tensor]] = {}  # by number of blocks
         self._replays: dict[int, Callable[[], Tensor]] = {}
 
-    def source(self) -> CompiledSource:
+    def source(self, draws: TreeDraws | None) -> CompiledSource:
         """Expand the beams of the step's tables; wait for them once."""
+        assert draws is None
         with torch.inference_mode():
             blocks = 1 << (len(self._base) // self._tables.depth - 1).bit_length()
             if blocks not in self._replays:

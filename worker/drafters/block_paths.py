@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from weakref import finalize
 
 import numpy as np
@@ -19,8 +19,9 @@ from worker.engine.cpu.compiler import library
 from worker.engine.cpu.kernels import Kernels, address, bound, members
 from worker.engine.cpu.packed_linear import PackedLinear
 from worker.engine.host.sources import CompiledSource
-from worker.engine.sampling.native import topk_function
-from worker.engine.segments import IntArray
+from worker.engine.sampling.native import RankingFunctions, ranking_functions
+from worker.engine.sampling.parameters import ParameterArray
+from worker.engine.segments import BoolArray, IntArray
 from worker.engine.speculation.draft_tree import Forest
 
 _SIZE, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
@@ -69,10 +70,19 @@ class PathTables:
         return entries
 
 
+class TreeDraws(NamedTuple):
+    """What a draw above temperature 0 needs to know of the trees of a step."""
+
+    sampled: BoolArray  # [trees]
+    parameters: ParameterArray  # [trees]
+    keys: IntArray  # [trees, depth] of the noise
+
+
 class Paths(Protocol):
     """Looks logits up, layer by layer."""
 
     looks_ahead: bool  # it has a `source`
+    draws: bool  # its source can rank with the noise of draws
     any_depth: bool  # tables may have fewer layers than the network foresees
 
     def begin(self, base: Tensor, gates: Tensor, block_of: IntArray, depth: int) -> None:
@@ -84,14 +94,14 @@ class Paths(Protocol):
     def logits(self, forest: Forest, nodes: IntArray) -> Tensor:
         """Return the logits [nodes, n] below the nodes of a layer, ascending, and keep their paths for the next one."""
 
-    def source(self) -> CompiledSource:
-        """Return where C finds the candidates of the step's tables, at temperature 0."""
+    def source(self, draws: TreeDraws | None) -> CompiledSource:
+        """Return where C finds the candidates of the step's tables; `draws` None: all trees are at temperature 0."""
 
 
 class TorchPaths:
     """`Paths` in torch, on any device."""
 
-    looks_ahead, any_depth = False, True
+    looks_ahead, draws, any_depth = False, False, True
 
     def __init__(self, tables: PathTables) -> None:
         self._tables = tables
@@ -119,7 +129,7 @@ class TorchPaths:
         self._parents = nodes
         return logits
 
-    def source(self) -> CompiledSource:
+    def source(self, draws: TreeDraws | None) -> CompiledSource:
         """Raise NotImplementedError: C can't read a device's tables."""
         raise NotImplementedError
 
@@ -130,21 +140,21 @@ class _BlockLayout(ctypes.Structure):
     _fields_ = (
         *members("depth columns rank width halves", _SIZE),
         ("eps", ctypes.c_float),
-        *members("row_of_id tokens token embedding before out ids topk", _ADDRESS),
+        *members("row_of_id tokens token embedding before out ids topk process add_noise", _ADDRESS),
         ("children", _SIZE),
-        *members("base gates block_of", _ADDRESS),
+        *members("base gates block_of sampled parameters keys noise noise_made scratch", _ADDRESS),
         *members("rows capacity", _SIZE),
         *members("parents paths older", _ADDRESS),
     )
 
 
 class CompiledPaths:
-    """`Paths` in C, and a `CompiledSource` for trees at temperature 0."""
+    """`Paths` in C, and a `CompiledSource`."""
 
-    looks_ahead, any_depth = True, True
+    looks_ahead, draws, any_depth = True, True, True
 
-    def __init__(self, compiled: ctypes.CDLL, topk: int, tables: PathTables, children: int) -> None:
-        """Offer `children` candidates of a node; `topk` is the address of `topk_rows` of drafts.c."""
+    def __init__(self, compiled: ctypes.CDLL, ranking: RankingFunctions, tables: PathTables, children: int) -> None:
+        """Offer `children` candidates of a node."""
         out = _in_panels(tables.out.weight.detach())
         kept = (tables.tokens, tables.token.T.contiguous(), tables.embedding, tables.before.T.contiguous(), out)
         self._columns = len(tables.ids)
@@ -152,14 +162,19 @@ class CompiledPaths:
         read, *others = (part.data_ptr() for part in kept)
         self._layout = _BlockLayout(
             tables.depth, self._columns, tables.rank, tables.embedding.shape[1], out.dtype is torch.bfloat16,
-            tables.eps, address(tables.row), read, *others, self._held[-1].data_ptr(), topk, children,
+            tables.eps, address(tables.row), read, *others, self._held[-1].data_ptr(),
+            ranking.topk, ranking.process, ranking.add_noise, children,
         )  # fmt: skip
+        self._scratch = np.empty(ranking.scratch_size(self._columns), np.uint8)
+        self._layout.scratch = address(self._scratch)
+        self._noise = np.empty((0, self._columns), np.float32)
         functions = ctypes.PyDLL(compiled._name)
         self._logits = bound(functions.block_logits, *[_ADDRESS] * 3, _SIZE, _ADDRESS)
         finalize(self, functions.release_block, ctypes.byref(self._layout))
         self.function = ctypes.cast(compiled.offer_block, ctypes.c_void_p).value or 0
         self.context, self.width = ctypes.addressof(self._layout), children
         self._tables: tuple[object, ...] = ()
+        self._draws: tuple[object, ...] = ()
 
     def begin(self, base: Tensor, gates: Tensor, block_of: IntArray, depth: int) -> None:
         """Take the tables of a step."""
@@ -168,8 +183,20 @@ class CompiledPaths:
         layout.depth = depth
         layout.base, layout.gates, layout.block_of = base.data_ptr(), gates.data_ptr(), address(block_of)
 
-    def source(self) -> CompiledSource:
+    def source(self, draws: TreeDraws | None) -> CompiledSource:
         """Return this: C reads the tables themselves."""
+        layout = self._layout
+        if draws is None:
+            layout.sampled = None
+            return self
+        rows = len(draws.keys) * draws.keys.shape[1]  # of at most as many tables
+        if len(self._noise) < rows:
+            self._noise = np.empty((2 * rows, self._columns), np.float32)
+            layout.noise = address(self._noise)
+        made = np.zeros(rows, np.uint8)
+        self._draws = draws, made
+        layout.sampled, layout.parameters = address(draws.sampled), address(draws.parameters)
+        layout.keys, layout.noise_made = address(draws.keys), address(made)
         return self
 
     def logits(self, forest: Forest, nodes: IntArray) -> Tensor:
@@ -192,9 +219,9 @@ def _in_panels(out: Tensor) -> Tensor:
 
 def compiled_paths(tables: PathTables, children: int) -> CompiledPaths | None:
     """Return the compiled lookups; None for a device or dtype that has none, and without a C compiler."""
-    topk = topk_function(tables.embedding.device)
-    compiled = _compiled() if topk is not None and tables.embedding.dtype in (torch.float32, torch.bfloat16) else None
-    return None if compiled is None or topk is None else CompiledPaths(compiled, topk, tables, children)
+    ranking = ranking_functions(tables.embedding.device)
+    compiled = _compiled() if ranking and tables.embedding.dtype in (torch.float32, torch.bfloat16) else None
+    return None if compiled is None or ranking is None else CompiledPaths(compiled, ranking, tables, children)
 
 
 @cache

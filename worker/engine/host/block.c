@@ -3,12 +3,16 @@
 
 #include <math.h>
 
+#include "rows.h"
 #include "trees.h"
 
 #define PANEL 32 /* columns that are multiplied together */
 #define ROWS 8   /* nodes that share a reading of the weights */
 
+/* Functions of native.c and drafts.c */
 typedef void topk_t(const float *scores, i64 *out, double *probabilities, i64 rows, i64 columns, i64 count);
+typedef void process_t(const rows_t *rows, float *scores);
+typedef void add_noise_t(float *scores, const i64 *keys, const i64 *tokens, i64 rows, i64 columns);
 
 /* `BlockLayout` of block_paths.py */
 typedef struct {
@@ -23,11 +27,20 @@ typedef struct {
     const void *out;       /* [panels, rank, PANEL], zeros behind the last column */
     const i64 *ids;        /* [columns] */
     topk_t *topk;
+    process_t *process;
+    add_noise_t *add_noise;
     i64 children;
     /* tables of a step */
     const float *base;    /* [blocks * depth, columns] */
     const float *gates;   /* [blocks * depth, 2 * rank] */
     const i64 *block_of;  /* [trees]; -1: it has no tables */
+    /* draws of a step above temperature 0 */
+    const u8 *sampled;              /* [trees]; NULL: all are at temperature 0 */
+    const parameters_t *parameters; /* [trees] */
+    const i64 *keys;                /* [trees, depth] of the noise */
+    float *noise;                   /* [blocks * depth, columns]: a row is made when the first node needs it */
+    u8 *noise_made;                 /* [blocks * depth] */
+    char *scratch;                  /* of `process`, for one thread */
     /* paths of the newest layer, in the order of its nodes: memory of this file */
     i64 rows, capacity;
     i64 *parents;
@@ -155,7 +168,23 @@ void block_logits(block_t *t, const buffer_t *b, const i64 *frontier, i64 rows, 
     t->rows = rows;
 }
 
-/* An `offer_t` of growth.c, for trees at temperature 0: no children below the last depth of the tables. */
+/* Replace a node's logits by the scores of its draw: filtered, and with the noise of its depth. */
+static void draw_scores(const block_t *t, const nodes_t *n, i64 node, float *logits) {
+    i64 tree = n->tree[node], at = t->block_of[tree] * t->depth + n->depth[node];
+    const i64 first = 0;
+    const rows_t row = {.logits = logits, .stride = t->columns, .rows = 1, .columns = t->columns, .indices = &first,
+                        .parameters = t->parameters + tree, .scratch = t->scratch, .threads = 1};
+    t->process(&row, logits);
+    float *noise = t->noise + at * t->columns;
+    if (!t->noise_made[at]) {
+        memset(noise, 0, t->columns * sizeof *noise);
+        t->add_noise(noise, t->keys + tree * t->depth + n->depth[node], t->ids, 1, t->columns);
+        t->noise_made[at] = 1;
+    }
+    for (i64 i = 0; i < t->columns; i++) logits[i] += noise[i];
+}
+
+/* An `offer_t` of growth.c: no children below the last depth of the tables. */
 void offer_block(void *context, const buffer_t *b, const i64 *frontier, i64 rows, i64 *tokens, double *probabilities) {
     block_t *t = context;
     nodes_t n = nodes_of(b);
@@ -166,6 +195,9 @@ void offer_block(void *context, const buffer_t *b, const i64 *frontier, i64 rows
     if (!known) return;
     float *logits = scratch_for(3, rows * t->columns * sizeof *logits);
     block_logits(t, b, frontier, rows, logits);
+    if (t->sampled)
+        for (i64 row = 0; row < rows; row++)
+            if (t->sampled[n.tree[frontier[row]]]) draw_scores(t, &n, frontier[row], logits + row * t->columns);
     t->topk(logits, tokens, probabilities, rows, t->columns, t->children);
     for (i64 i = 0; i < count; i++) {
         tokens[i] = t->ids[tokens[i]];

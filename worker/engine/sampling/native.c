@@ -15,6 +15,7 @@
 
 #include "fast_math.h"
 #include "hash.h"
+#include "rows.h"
 
 #define BLOCK 64
 #define LANES 8
@@ -23,28 +24,6 @@
 #define MAX_NOISE 37.5f   /* -log(2^-54), rounded up */
 #define NO_MASS 28.5f     /* tokens this far below the highest score have mass 0: e^-28.5 < 2^-41 */
 #define FIRST_REACH 5.0f  /* tokens this close to the highest score are searched first for the end of the nucleus */
-
-/* `PARAMETERS` of parameters.py */
-typedef struct {
-    uint64_t key;
-    float temperature, top_p, log_min_p, repetition, frequency, presence;
-    int32_t top_k, adjusted;
-} parameters_t;
-
-/* The rows to draw from: row i reads logits[indices[i]], and what belongs to row i of all other arrays. */
-typedef struct {
-    const void *logits; /* float32, or bfloat16 if `halves` */
-    int64_t stride, halves, rows, columns;
-    const int64_t *indices;
-    const parameters_t *parameters;
-    const int64_t *positions;                       /* of the tokens to draw in their sequences */
-    const int64_t *bias_starts, *bias_tokens;       /* [rows + 1], [biases]; NULL: no row is adjusted */
-    const float *biases;                            /* [biases] */
-    const int64_t *seen_starts, *seen_tokens, *seen_counts; /* [rows + 1], [tokens] twice */
-    const uint32_t *mask;                           /* [rows, ceil(columns / 32)], bit 1 allows a token; NULL: all */
-    char *scratch;                                  /* `scratch_size` bytes a thread */
-    int64_t threads;
-} rows_t;
 
 /* One row while it is drawn. */
 typedef struct {

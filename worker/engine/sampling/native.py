@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +40,15 @@ class _Rows(ctypes.Structure):
     )
 
 
+class RankingFunctions(NamedTuple):
+    """Addresses of what ranks drafts, for other compiled code."""
+
+    topk: int  # `topk_rows` of drafts.c
+    process: int  # `process_rows` of native.c
+    add_noise: int  # of drafts.c
+    scratch_size: Callable[[int], int]  # bytes that `process` needs a thread, by the number of columns
+
+
 class NativeSampler:
     """Calls the compiled functions with tensors. Logits are float32 or bfloat16 [n, vocab], contiguous in each row."""
 
@@ -51,6 +60,8 @@ class NativeSampler:
         self._adjust_rows = bound(compiled.adjust_rows, rows, _ADDRESS)
         self._log_total_rows = bound(compiled.log_total_rows, rows, _ADDRESS)
         self._scratch_size = bound(compiled.scratch_size, _SIZE, result=_SIZE)
+        addresses = (_address_of(one) for one in (drafts.topk_rows, compiled.process_rows, drafts.add_noise))
+        self.ranking = RankingFunctions(*addresses, self._scratch_size)
         self._topk_rows = bound(drafts.topk_rows, *[_ADDRESS] * 3, _SIZE, _SIZE, _SIZE)
         self._add_noise = bound(drafts.add_noise, *[_ADDRESS] * 3, _SIZE, _SIZE)
 
@@ -144,6 +155,10 @@ class NativeSampler:
         return gumbel_scores
 
 
+def _address_of(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
 @cache
 def _greedy(rows: int) -> tuple[int, int]:
     """Return the addresses of 0, 1, 2, … and of the parameters of temperature 0, for up to `rows` rows."""
@@ -166,7 +181,7 @@ def native_sampler(device: torch.device) -> NativeSampler | None:
 
 
 @cache
-def topk_function(device: torch.device) -> int | None:
-    """Return the address of `topk_rows` of drafts.c, for other compiled code; None where it doesn't run."""
-    drafts = library(Path(__file__).with_name("drafts.c")) if device.type == "cpu" else None
-    return None if drafts is None else ctypes.cast(drafts.topk_rows, ctypes.c_void_p).value
+def ranking_functions(device: torch.device) -> RankingFunctions | None:
+    """Return the functions that rank drafts; None if they don't run on this device."""
+    sampler = native_sampler(device)
+    return None if sampler is None else sampler.ranking

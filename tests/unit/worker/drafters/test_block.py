@@ -86,14 +86,22 @@ def test_compiled_lookups_are_those_of_torch(dtype: torch.dtype) -> None:
         nodes = np.roll(nodes, 1)  # any order will do
 
 
-def test_compiled_growth_gets_what_a_layer_offers() -> None:
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.3), Sampling(0.7, top_k=20, top_p=0.9, min_p=0.01)])
+def test_compiled_growth_gets_what_a_layer_offers(sampling: Sampling) -> None:
     both = [with_block(tiny("llama")) for _ in range(2)]
-    drafter = both[0][1]
+    drafter, sources = both[0][1], []
+    find = drafter.source
+    drafter.source = lambda *given: sources.append(find(*given)) or sources[-1]  # type: ignore[method-assign, func-returns-value]
     both[1][1].source = lambda *_: None  # type: ignore[method-assign]
-    steps = [decode(engine(*one, options(Mode.PAPER)), sequences()) for one in both]
+    texts = [sequences(sampling=sampling, max_tokens=20) for _ in both]
+    for some in texts:
+        some[0].sampling = Sampling()  # beside those that draw
+    steps = [decode(engine(*one, options(Mode.PAPER)), some) for one, some in zip(both, texts, strict=True)]
     compiled, layered = ([(r.stats.tree_nodes, r.stats.accepted_tokens) for r in one] for one in steps)
     assert compiled == layered
-    assert drafter.source(Forest(sequences(sampling=Sampling(temperature=0.5))), np.arange(1)) is None
+    assert sources
+    assert all(sources)
+    assert find(Forest(sequences(sampling=Sampling(repetition_penalty=1.3))), np.arange(1)) is None
 
 
 @pytest.mark.parametrize(("rows", "beam"), [(4096, 64), (3, 1)])
