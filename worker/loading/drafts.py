@@ -1,6 +1,6 @@
 """Create drafters from the settings: a head or a language model on disk, mixed with the suffix index.
 
-A packaged target that ships with a draft uses it unless BASIC_DRAFT names another.
+A packaged target that ships with a draft uses it unless BASIC_DRAFT names another. Its head is used if drafts learn.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def draft_path(settings: WorkerSettings) -> str | None:
     if settings.draft:
         path = resolve(settings.draft, settings.cache_dir)
         return path if Path(path).is_dir() else _head_of_hub(path, settings)
-    default = shipped_draft(settings.target)
+    default = (shipped_head if settings.draft_learning_threads else shipped_draft)(settings.target)
     return str(default) if default else None
 
 
@@ -105,8 +105,17 @@ def uses_head(settings: WorkerSettings) -> bool:
 
 def shipped_draft(target: str) -> Path | None:
     """Return the folder of the draft that ships with bASIC for a packaged target."""
-    folder = _SHIPPED / target
-    return folder if "/" not in target and folder.is_dir() else None
+    return _shipped(target)
+
+
+def shipped_head(target: str) -> Path | None:
+    """Return the folder of the head that ships too: block drafters start from it, and it can learn from jobs."""
+    return _shipped(f"{target}-head")
+
+
+def _shipped(name: str) -> Path | None:
+    folder = _SHIPPED / name
+    return folder if "/" not in name and folder.is_dir() else None
 
 
 def learner_of(drafter: Drafter) -> HeadLearner | None:

@@ -34,7 +34,7 @@ from worker.engine.speculation.draft_costs import DraftTimes
 from worker.engine.speculation.drafting import Drafter
 from worker.engine.speculation.state import SpeculationState
 from worker.loading.calibration import calibrate, measure_drafts
-from worker.loading.drafts import shipped_draft
+from worker.loading.drafts import shipped_head
 from worker.loading.memory import CPU_SHARE, GPU_SHARE, free_bytes
 from worker.planning.shapes import load_config
 
@@ -169,7 +169,7 @@ def _head_shape(model: str, draft: str, target: PretrainedConfig) -> HeadShape |
     """Return the shape of a head; None: the draft is a model."""
     folder = Path(draft)
     if draft == HEAD:
-        shipped = shipped_draft(model)
+        shipped = shipped_head(model)
         if shipped is None:
             return HeadShape.of(target, 1, _HEAD_VOCABULARY)
         folder = shipped
