@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from storage import event_log, writes
+from storage import event_log, transitions, writes
 from storage.event_log import Cursor
 from storage.records import RequestProgress
 from storage.session import Database
@@ -163,9 +163,15 @@ def events_of(database: Database, job_id: str = "job-1") -> list[int]:
     return failed
 
 
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transitions, "_ROWS_AT_ONCE", 50)
+
+
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("ending", ["cancelled", "expired"])
 def test_a_large_job_ends_in_chunks_and_each_failure_is_delivered_once(database: Database, ending: str) -> None:
-    record(database, requests=1_700)
+    record(database, requests=170)
     first, second = claim(database, limit=2)
     flush(database, "w1", whole(first.lease, 1))
     if ending == "cancelled":
@@ -180,13 +186,14 @@ def test_a_large_job_ends_in_chunks_and_each_failure_is_delivered_once(database:
 
     assert view(database).status == ending
     rows = requests_of(database).values()
-    assert Counter(row.status for row in rows) == {"completed": 1, ending: 1_699}
+    assert Counter(row.status for row in rows) == {"completed": 1, ending: 169}
     assert {row.error_code for row in rows if row.status == ending} == {f"batch_{ending}"}
-    assert sorted(events_of(database)) == sorted(set(range(1_700)) - {first.lease.request_index})
+    assert sorted(events_of(database)) == sorted(set(range(170)) - {first.lease.request_index})
 
 
+@pytest.mark.usefixtures("small_chunks")
 def test_requests_whose_deadlines_end_together_fail_in_chunks(database: Database) -> None:
-    record(database, requests=[a_request(f"r{n}", timeout_s=-1.0) for n in range(1_100)])
+    record(database, requests=[a_request(f"r{n}", timeout_s=-1.0) for n in range(110)])
     failed: list[str] = []
     more = True
     while more:
@@ -194,6 +201,6 @@ def test_requests_whose_deadlines_end_together_fail_in_chunks(database: Database
             ended = writes.expire_requests(session)
         failed += [request.custom_id for request in ended.failed]
         more = ended.more
-    assert failed == [f"r{n}" for n in range(1_100)]
+    assert failed == [f"r{n}" for n in range(110)]
     assert ended.jobs == (("job-1", "completed"),)
     check_laws(database)

@@ -19,6 +19,7 @@ from openai.types.responses import Response
 from sqlalchemy import select, update
 
 from jobs.api.app import make_api
+from jobs.batch_files import processor
 from jobs.batch_files.processor import BatchFileProcessor
 from jobs.messages import PartialEvent
 from jobs.settings import JobsSettings
@@ -554,7 +555,8 @@ def test_a_processor_that_dies_leaves_the_batch_to_the_next_and_writes_nothing_m
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also while it stores requests or output files: none exists twice, and none is visible before all exist."""
-    batch = a_batch(world.client, [a_line(f"{n}", body={"n": 0 if n % 500 == 0 else 1}) for n in range(1_500)])
+    monkeypatch.setattr(processor, "_CHUNK_REQUESTS", 100)
+    batch = a_batch(world.client, [a_line(f"{n}", body={"n": 0 if n % 50 == 0 else 1}) for n in range(150)])
     dying = world.another_processor(lease_s=-1.0)
     with world.database.write() as session:
         dead = batches.claim_batch(session, -1.0)
@@ -568,9 +570,9 @@ def test_a_processor_that_dies_leaves_the_batch_to_the_next_and_writes_nothing_m
     assert world.api.get(f"/v1/jobs/{batch.id}/outputs").text == ""
 
     world.work()
-    assert world.read(batch.id).request_counts.to_dict() == {"total": 1_500, "completed": 0, "failed": 3}
+    assert world.read(batch.id).request_counts.to_dict() == {"total": 150, "completed": 0, "failed": 3}
     with world.database.read() as session:
-        assert len(session.scalars(select(Request.custom_id).where(Request.job_id == batch.id)).all()) == 1_500
+        assert len(session.scalars(select(Request.custom_id).where(Request.job_id == batch.id)).all()) == 150
     with pytest.raises(batches.ClaimLost), world.database.write() as session:
         batches.renew_claim(session, dead, 30.0)
 
@@ -583,7 +585,7 @@ def test_a_processor_that_dies_leaves_the_batch_to_the_next_and_writes_nothing_m
     assert world.read(batch.id).error_file_id is None
     world.work()
     errors = lines_of(world.client, world.read(batch.id).error_file_id)
-    assert [line["custom_id"] for line in errors] == [f"{n}" for n in range(1_500)]
+    assert [line["custom_id"] for line in errors] == [f"{n}" for n in range(150)]
 
 
 class _Killed(Exception):

@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from openai import OpenAI
 
 from jobs.api.schemas.webhooks import WebhookDeliveryPage, WebhookEndpointPage, WebhookEndpointSecretReply
-from jobs.webhooks import addresses, sender
+from jobs.webhooks import addresses, endpoints, sender
 from jobs.webhooks.addresses import AddressRefused, AddressRules
 from jobs.webhooks.request import WebhookEvent
 from jobs.webhooks.signature import new_secret, signed_headers
@@ -102,12 +102,14 @@ def test_an_endpoint_names_events_and_a_url_and_jobs_that_its_key_may_see(api: T
     assert api.post(f"/v1/webhook_deliveries/{page['data'][0]['id']}/redeliver", headers=stranger).status_code == 404
 
 
-def test_a_key_has_a_bounded_number_of_endpoints_in_pages(api: TestClient) -> None:
-    ids = [added(api)["id"] for _ in range(100)]
-    assert "at most 100" in refusal(api)
-    first = api.get("/v1/webhook_endpoints?limit=60").json()
+def test_a_key_has_a_bounded_number_of_endpoints_in_pages(api: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert endpoints._MAX_ENDPOINTS == 100
+    monkeypatch.setattr(endpoints, "_MAX_ENDPOINTS", 10)
+    ids = [added(api)["id"] for _ in range(10)]
+    assert "at most 10 " in refusal(api)
+    first = api.get("/v1/webhook_endpoints?limit=6").json()
     WebhookEndpointPage.model_validate(first)
-    rest = api.get(f"/v1/webhook_endpoints?limit=60&after={first['last_id']}").json()
+    rest = api.get(f"/v1/webhook_endpoints?limit=6&after={first['last_id']}").json()
     assert sorted(one["id"] for one in first["data"] + rest["data"]) == sorted(ids)
     assert (first["has_more"], rest["has_more"]) == (True, False)
 

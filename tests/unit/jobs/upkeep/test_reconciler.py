@@ -13,7 +13,7 @@ from sqlalchemy import text
 from jobs.messages import PartialEvent
 from jobs.process_identity import identity
 from jobs.upkeep.reconciler import Reconciler
-from storage import leases, queries, writes
+from storage import leases, queries, transitions, writes
 from storage.lease_recovery import MAX_LONE_CRASHES, mark_lost
 from storage.session import DATABASE_UNAVAILABLE, Database
 from tests.factories import a_request, a_worker_card
@@ -197,8 +197,11 @@ def test_a_late_request_fails_with_its_event_and_ends_its_job(database: Database
     assert view(database).requests_failed == 1
 
 
-def test_one_round_ends_a_large_cancelled_job_and_publishes_it(database: Database) -> None:
-    record(database, requests=2_000)
+def test_one_round_ends_a_large_cancelled_job_and_publishes_it(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transitions, "_ROWS_AT_ONCE", 50)
+    record(database, requests=200)
     assert cancel(database) == "cancelling"
     harness = Harness(database)
 
