@@ -12,6 +12,7 @@ from jobs.errors import BasicError, DatabaseUnavailable, SetupError
 from jobs.schema_check import exit_status, explain_database_errors, upgrade_schema
 from storage import schema
 from storage.session import Database, make_engine, write_connection
+from tests.databases import write_migrated
 
 AWAY = "postgresql://me:secret@127.0.0.1:1/x"
 COMMANDS = [
@@ -60,7 +61,7 @@ def test_a_url_that_names_no_usable_database_says_what_is_wrong_with_it(tmp_path
 
 def test_a_database_of_a_newer_version_is_not_touched_and_the_sentence_says_so(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'newer.sqlite3'}"
-    schema.upgrade(url)
+    write_migrated(tmp_path / "newer.sqlite3")
     with write_connection(make_engine(url)) as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(SetupError, match=r"9999 of a newer version of bASIC"):
