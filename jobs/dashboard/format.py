@@ -52,12 +52,12 @@ def tokens_per_s(job: JobView) -> float | None:
 
 
 def left(job: JobView) -> str:
-    """Return the estimated time left of a running job, or the duration of an ended one."""
+    """Return the estimated time left of a running job, the time so far of a paused or the duration of an ended one."""
     if job.finished_at is not None:
         return f"took {span(elapsed_s(job))}" if job.started_at else "never started"
     if job.started_at is None:
         return "waiting"
-    left_s = time_left_s(job)
+    left_s = None if job.paused_at is not None else time_left_s(job)
     return f"{span(elapsed_s(job))} so far" if left_s is None else f"about {span(left_s)} left"
 
 

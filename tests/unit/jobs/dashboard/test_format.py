@@ -62,6 +62,7 @@ def test_time_left_is_estimated_for_the_open_requests() -> None:
     assert format.left(job(requests_completed=0)) == "1 min 40 s so far"
     assert format.left(job(started_at=None)) == "waiting"
     assert format.left(job(started_at=100.0, finished_at=160.0)) == "took 1 min"
+    assert format.left(job(started_at=100.0, paused_at=160.0)) == "1 min so far", "a paused job comes no nearer its end"
 
 
 def test_a_database_of_an_older_version_stops_the_api_server_with_a_sentence(settings: JobsSettings) -> None:
