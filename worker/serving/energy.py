@@ -80,10 +80,12 @@ def gpu_meter() -> EnergyMeter | None:
 def rapl_meter(folder: Path = _RAPL) -> EnergyMeter | None:
     """Return the meter of all processor packages of this machine; None if their counters can't be read.
 
-    They count what every program of the machine draws, not only this worker.
+    They count what every program of the machine draws, not only this worker. The zone `psys` of laptops holds the
+    packages too, and is left out.
     """
-    counters = [zone / "energy_uj" for zone in sorted(folder.glob("intel-rapl:*")) if zone.name.count(":") == 1]
+    zones = [zone for zone in sorted(folder.glob("intel-rapl:*")) if zone.name.count(":") == 1]
     try:
+        counters = [zone / "energy_uj" for zone in zones if (zone / "name").read_text().startswith("package")]
         return EnergyMeter(lambda: sum(int(counter.read_text()) for counter in counters) // 1000) if counters else None
     except (OSError, ValueError) as error:
         log.info("Energy is not measured: %s", error, extra={"action": "energy"})

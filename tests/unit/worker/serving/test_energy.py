@@ -8,8 +8,10 @@ from worker.serving.energy import BusyPower, rapl_meter
 
 
 def test_processor_energy_is_the_sum_of_the_packages_without_their_parts(tmp_path: Path) -> None:
-    for name, microjoules in (("intel-rapl:0", 5_000_000), ("intel-rapl:1", 1_000_000), ("intel-rapl:0:0", 9_000_000)):
+    zones = {"intel-rapl:0": "package-0", "intel-rapl:1": "package-1", "intel-rapl:0:0": "core", "intel-rapl:2": "psys"}
+    for name, microjoules in zip(zones, (5_000_000, 1_000_000, 9_000_000, 6_500_000), strict=True):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "name").write_text(f"{zones[name]}\n")
         (tmp_path / name / "energy_uj").write_text(f"{microjoules}\n")
     meter = rapl_meter(tmp_path)
     assert meter is not None
