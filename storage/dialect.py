@@ -149,15 +149,19 @@ def is_one_of(columns: Sequence[InstrumentedAttribute[Any]], keys: Iterable[tupl
     return or_(false(), *alternatives)
 
 
-def has_keys(jobs: int) -> ColumnElement[bool]:
-    """Return the condition that a row of `requests` has one of the keys of `jobs` jobs, for a statement built once.
+def has_keys(
+    jobs: int,
+    job_id: InstrumentedAttribute[str] = Request.job_id,
+    request_index: InstrumentedAttribute[int] = Request.request_index,
+) -> ColumnElement[bool]:
+    """Return the condition that a row has one of the request keys of `jobs` jobs, for a statement built once.
 
     Its parameters are `key_parameters`. Building a statement takes several times as long as executing it.
     """
     alternatives = [
         and_(
-            _IsListed(Request.request_index, bindparam(f"requests_{number}", type_=String())),
-            Request.job_id == bindparam(f"job_{number}"),
+            _IsListed(request_index, bindparam(f"requests_{number}", type_=String())),
+            job_id == bindparam(f"job_{number}"),
         )
         for number in range(jobs)
     ]

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Select, and_, bindparam, case, func, or_, select, update
+from sqlalchemy import ColumnElement, Float, Select, Update, and_, bindparam, case, func, or_, select, update
 from sqlalchemy.orm import Session
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from storage.dialect import (
     AnyRow,
     database_now,
+    has_keys,
     has_room,
     has_served,
     is_one_of,
-    is_request,
     is_serving,
+    key_parameters,
     running_requests,
 )
 from storage.fair_share import Ageing, FairShare, JobShare
@@ -29,7 +31,7 @@ from storage.models import ChoiceOutput, JobRow, Partial, Request
 from storage.pilots import has_claimable, may_run
 from storage.records import Checkpoint, Claim, Lease, RequestKey, RequestPlan
 from storage.steps.columns import stored_steps
-from storage.transitions import cancel_requests, end_finished_jobs, lock_jobs, return_requests
+from storage.transitions import cancel_requests, end_finished_jobs, lock_jobs, locked_jobs, return_requests
 
 _CLAIMED: Final = (
     Request.job_id,
@@ -150,8 +152,14 @@ def _held(session: Session, worker_id: str, holding: Collection[RequestKey]) -> 
     """Return `suspect_group` and `proven` of the requests that the caller still owns."""
     if not holding:
         return ()
-    mine = (is_request(holding), Request.lease_owner == worker_id, Request.status == "running")
-    return session.execute(select(Request.suspect_group, Request.proven).where(*mine)).all()
+    jobs, parameters = key_parameters(holding)
+    return session.execute(_held_by(jobs), {**parameters, "worker": worker_id}).all()
+
+
+@lru_cache(maxsize=64)
+def _held_by(jobs: int) -> Select[str | None, bool]:
+    mine = (has_keys(jobs), Request.lease_owner == bindparam("worker"), Request.status == "running")
+    return select(Request.suspect_group, Request.proven).where(*mine)
 
 
 def _claim_fairly(
@@ -171,8 +179,7 @@ def _claim_fairly(
     taken: list[RequestKey] = []
     while len(taken) < limit and (shares := fair_share.allocate(limit - len(taken))):
         for job_id, slots in shares.items():
-            unsuspected = and_(Request.job_id == job_id, Request.suspect_group.is_(None), may_run())
-            got = _lock_queued(session, unsuspected, slots, [*holding, *taken])
+            got = _lock_queued(session, None, job_id, slots, [*holding, *taken])
             taken += got
             fair_share.add_running(job_id, len(got))
             if len(got) < slots:  # other workers have locked the rest, or the caller holds it
@@ -188,9 +195,13 @@ def _lock_claimed(session: Session, job_ids: Collection[str]) -> list[str]:
     """
     if not job_ids:
         return []
-    return lock_jobs(
-        session, JobRow.id.in_(job_ids) & (JobRow.started_at.is_(None) | JobRow.max_concurrent.is_not(None))
-    )
+    return list(session.scalars(_claimed_jobs(), {"jobs": list(job_ids)}))
+
+
+@cache
+def _claimed_jobs() -> Select[str]:
+    counted = JobRow.started_at.is_(None) | JobRow.max_concurrent.is_not(None)
+    return locked_jobs(JobRow.id.in_(bindparam("jobs", expanding=True)) & counted)
 
 
 def _room(session: Session, locked: Collection[str]) -> dict[str, int]:
@@ -198,34 +209,41 @@ def _room(session: Session, locked: Collection[str]) -> dict[str, int]:
 
     A paused job has none: it may have been paused until it was locked.
     """
-    if not locked:
-        return {}
+    return dict(session.execute(_rooms(), {"jobs": list(locked)}).all()) if locked else {}
+
+
+@cache
+def _rooms() -> Select[str, int]:
     running = and_(Request.job_id == JobRow.id, Request.status == "running")
     count = select(func.count()).where(running).correlate(JobRow).scalar_subquery()
     limited = or_(JobRow.max_concurrent.is_not(None), JobRow.paused_at.is_not(None))
     room = case((JobRow.paused_at.is_not(None), 0), else_=JobRow.max_concurrent - count)
-    return dict(session.execute(select(JobRow.id, room).where(JobRow.id.in_(locked), limited)).all())
+    return select(JobRow.id, room).where(JobRow.id.in_(bindparam("jobs", expanding=True)), limited)
 
 
 def _start(session: Session, may_serve: Mapping[str, Any], job_ids: Collection[str]) -> None:
     """Set `started_at` of those locked jobs that have none."""
     if job_ids:
-        unstarted = and_(JobRow.id.in_(job_ids), JobRow.started_at.is_(None))
-        session.execute(update(JobRow).where(unstarted).values(started_at=may_serve["now"]))
+        session.connection().execute(_starting(), {"jobs": list(job_ids), "started": may_serve["now"]})
+
+
+@cache
+def _starting() -> Update:
+    unstarted = and_(JobRow.id.in_(bindparam("jobs", expanding=True)), JobRow.started_at.is_(None))
+    return update(JobRow).where(unstarted).values(started_at=bindparam("started"))
 
 
 def _claim_group(
     session: Session, may_serve: Mapping[str, Any], group: str, limit: int, holding: Collection[RequestKey]
 ) -> list[RequestKey]:
     """Lock up to `limit` queued requests of a quarantine group, of jobs that may run more."""
-    in_group = and_(Request.suspect_group == group, Request.status == "queued")
     jobs = session.scalars(_jobs_of_group(), {**may_serve, "group": group}).all()
     room = _room(session, _lock_claimed(session, jobs))
     taken: list[RequestKey] = []
     for job_id in sorted(jobs):
         slots = min(limit - len(taken), max(0, room.get(job_id, limit)))
         if slots > 0:
-            taken += _lock_queued(session, and_(in_group, Request.job_id == job_id), slots, holding)
+            taken += _lock_queued(session, group, job_id, slots, holding)
     return taken
 
 
@@ -270,36 +288,57 @@ def _shares(*, interactive: bool) -> Select[Any]:
 
 
 def _lock_queued(
-    session: Session, condition: ColumnElement[bool], limit: int, exclude: Collection[RequestKey]
+    session: Session, group: str | None, job_id: str, limit: int, exclude: Collection[RequestKey]
 ) -> list[RequestKey]:
-    """Lock queued requests that meet the condition, skipping those that other workers have locked."""
-    query = select(Request.job_id, Request.request_index).where(condition, Request.status == "queued")
-    if exclude:
-        query = query.where(~is_request(exclude))
-    query = query.order_by(Request.job_id, Request.request_index).limit(limit).with_for_update(skip_locked=True)
-    return [(job_id, index) for job_id, index in session.execute(query)]
+    """Lock queued requests of a job, skipping those that other workers have locked: of a quarantine group, or of none.
+
+    Those of none may have to wait for the pilot of the job.
+    """
+    _, parameters = key_parameters(key for key in exclude if key[0] == job_id)
+    given = {"job": job_id, "limit": limit, **parameters} | ({} if group is None else {"group": group})
+    rows = session.execute(_queued(grouped=group is not None, excluding=bool(parameters)), given)
+    return [(found, index) for found, index in rows]
+
+
+@cache
+def _queued(*, grouped: bool, excluding: bool) -> Select[str, int]:
+    unsuspected = and_(Request.suspect_group.is_(None), may_run())
+    wanted = Request.suspect_group == bindparam("group") if grouped else unsuspected
+    query = select(Request.job_id, Request.request_index)
+    query = query.where(Request.job_id == bindparam("job"), wanted, Request.status == "queued")
+    if excluding:
+        query = query.where(~has_keys(1))
+    query = query.order_by(Request.job_id, Request.request_index).limit(bindparam("limit"))
+    return query.with_for_update(skip_locked=True)
 
 
 def _own(session: Session, worker_id: str, keys: Sequence[RequestKey], now: float, lease_s: float) -> Sequence[AnyRow]:
     """Give locked requests to the worker under new leases; return them in the order of `keys`."""
     if not keys:
         return ()
-    rows = session.execute(
+    jobs, parameters = key_parameters(keys)
+    given = {**parameters, "worker": worker_id, "now": now, "until": now + lease_s}
+    rows = session.connection().execute(_owning(jobs), given).all()
+    order = {key: number for number, key in enumerate(keys)}
+    return sorted(rows, key=lambda row: order[row.job_id, row.request_index])
+
+
+@lru_cache(maxsize=64)
+def _owning(jobs: int) -> ReturningUpdate[Any]:
+    return (
         update(Request)
-        .where(is_request(keys))
+        .where(has_keys(jobs))
         .values(
             status="running",
             attempts=Request.attempts + 1,
-            lease_owner=worker_id,
+            lease_owner=bindparam("worker"),
             lease_number=Request.lease_number + 1,
-            lease_expires_at=now + lease_s,
-            started_at=func.coalesce(Request.started_at, now),
+            lease_expires_at=bindparam("until"),
+            started_at=func.coalesce(Request.started_at, bindparam("now", type_=Float())),
             proven=False,
         )
         .returning(*_CLAIMED)
     )
-    order = {key: number for number, key in enumerate(keys)}
-    return sorted(rows, key=lambda row: order[row.job_id, row.request_index])
 
 
 def _as_claims(session: Session, taken: Collection[AnyRow]) -> list[Claim]:
@@ -307,19 +346,7 @@ def _as_claims(session: Session, taken: Collection[AnyRow]) -> list[Claim]:
     if not taken:
         return []
     keys = {(row.job_id, row.request_index) for row in taken}
-    jobs = {
-        job.id: job
-        for job in session.execute(
-            select(
-                JobRow.id,
-                JobRow.endpoint,
-                JobRow.priority,
-                JobRow.traceparent,
-                JobRow.max_concurrent,
-                JobRow.verification_of,
-            ).where(JobRow.id.in_({job for job, _ in keys}))
-        )
-    }
+    jobs = {job.id: job for job in session.execute(_jobs_of_claims(), {"jobs": list({job for job, _ in keys})})}
     checkpoints = _checkpoints(session, keys)
     finished = _finished_choices(session, keys)
     return [
@@ -342,8 +369,30 @@ def _as_claims(session: Session, taken: Collection[AnyRow]) -> list[Claim]:
     ]
 
 
+@cache
+def _jobs_of_claims() -> Select[Any]:
+    columns: tuple[Any, ...] = (
+        JobRow.id,
+        JobRow.endpoint,
+        JobRow.priority,
+        JobRow.traceparent,
+        JobRow.max_concurrent,
+        JobRow.verification_of,
+    )
+    return select(*columns).where(JobRow.id.in_(bindparam("jobs", expanding=True)))
+
+
 def _checkpoints(session: Session, keys: Collection[RequestKey]) -> Mapping[RequestKey, list[Checkpoint]]:
-    rows = session.execute(
+    jobs, parameters = key_parameters(keys)
+    found: defaultdict[RequestKey, list[Checkpoint]] = defaultdict(list)
+    for row in session.execute(_checkpoints_of(jobs), parameters):
+        found[row.job_id, row.request_index].append(_checkpoint(row))
+    return found
+
+
+@lru_cache(maxsize=64)
+def _checkpoints_of(jobs: int) -> Select[Any]:
+    return (
         select(
             Partial.job_id,
             Partial.request_index,
@@ -356,13 +405,9 @@ def _checkpoints(session: Session, keys: Collection[RequestKey]) -> Mapping[Requ
             Partial.steps,
             Partial.step_columns,
         )
-        .where(is_one_of((Partial.job_id, Partial.request_index), keys))
+        .where(has_keys(jobs, Partial.job_id, Partial.request_index))
         .order_by(Partial.job_id, Partial.request_index, Partial.choice_index, Partial.seq)
     )
-    found: defaultdict[RequestKey, list[Checkpoint]] = defaultdict(list)
-    for row in rows:
-        found[row.job_id, row.request_index].append(_checkpoint(row))
-    return found
 
 
 def _checkpoint(row: AnyRow) -> Checkpoint:
@@ -378,12 +423,17 @@ def _checkpoint(row: AnyRow) -> Checkpoint:
 
 
 def _finished_choices(session: Session, keys: Collection[RequestKey]) -> Mapping[RequestKey, list[int]]:
-    rows = session.execute(
-        select(ChoiceOutput.job_id, ChoiceOutput.request_index, ChoiceOutput.choice_index)
-        .where(is_one_of((ChoiceOutput.job_id, ChoiceOutput.request_index), keys))
-        .order_by(ChoiceOutput.choice_index)
-    )
+    jobs, parameters = key_parameters(keys)
     found: defaultdict[RequestKey, list[int]] = defaultdict(list)
-    for job_id, request_index, choice_index in rows:
+    for job_id, request_index, choice_index in session.execute(_choices_of(jobs), parameters):
         found[job_id, request_index].append(choice_index)
     return found
+
+
+@lru_cache(maxsize=64)
+def _choices_of(jobs: int) -> Select[str, int, int]:
+    return (
+        select(ChoiceOutput.job_id, ChoiceOutput.request_index, ChoiceOutput.choice_index)
+        .where(has_keys(jobs, ChoiceOutput.job_id, ChoiceOutput.request_index))
+        .order_by(ChoiceOutput.choice_index)
+    )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Final
 
-from sqlalchemy import ColumnElement, ScalarSelect, Update, and_, bindparam, case, func, or_, select, update
+from sqlalchemy import ColumnElement, ScalarSelect, Select, Update, and_, bindparam, case, func, or_, select, update
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.dml import ReturningUpdate
 
@@ -209,7 +209,12 @@ def return_requests(session: Session, which: ColumnElement[bool]) -> set[Request
 
 def lock_jobs(session: Session, condition: ColumnElement[bool]) -> list[str]:
     """Lock the jobs that meet a condition, in lock order, and return their ids."""
-    return list(session.scalars(select(JobRow.id).where(condition).order_by(JobRow.id).with_for_update(key_share=True)))
+    return list(session.scalars(locked_jobs(condition)))
+
+
+def locked_jobs(condition: ColumnElement[bool]) -> Select[str]:
+    """Return the statement of `lock_jobs`, for one that is built once."""
+    return select(JobRow.id).where(condition).order_by(JobRow.id).with_for_update(key_share=True)
 
 
 def error_columns(failure: RequestFailure) -> dict[str, str | int | None]:
