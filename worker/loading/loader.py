@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from time import perf_counter
 
 import torch
 import transformers
@@ -89,6 +90,7 @@ class LoadedModel:
         make_drafter: Callable[[], Drafter] | None = None,
         speculation_state: SpeculationState | None = None,
         target: LanguageModel | None = None,
+        clock: Callable[[], float] = perf_counter,
     ) -> Engine:
         """Return a new engine over the loaded models; arguments replace the defaults of the settings.
 
@@ -100,7 +102,9 @@ class LoadedModel:
         drafter = None if chosen.mode is Mode.PLAIN else (make_drafter or self.make_drafter)()
         own = make_drafter is None and chosen.mode is self.options.mode
         learned = speculation_state or (self.speculation_state if own else None)
-        return Engine(target or self.target, drafter, chosen, self.costs, learned, vocabulary=self.grammars)
+        return Engine(
+            target or self.target, drafter, chosen, self.costs, learned, vocabulary=self.grammars, clock=clock
+        )
 
 
 def load_engine(
