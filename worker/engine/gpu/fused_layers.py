@@ -202,9 +202,9 @@ def _weights(layer: Any, shard: Shard) -> _Weights:
         down=down,
         window=window_of(attention),
         parts=(
-            parts_of_columns(*_shape(qkv), _of(qkv, shard)),
-            parts_of_inputs(*_shape(o), _of(o, shard)),
-            parts_of_inputs(*_shape(down), _of(down, shard)),
+            parts_of_columns(*_shape(qkv), *_split(qkv, shard)),
+            parts_of_inputs(*_shape(o), *_split(o, shard)),
+            parts_of_inputs(*_shape(down), *_split(down, shard)),
         ),
     )
 
@@ -215,9 +215,9 @@ def _shape(weight: Weight) -> tuple[int, int]:
     return columns, inputs
 
 
-def _of(weight: Weight, shard: Shard) -> Shard:
-    """Return the shard of a weight: quantised weights are never split."""
-    return WHOLE if isinstance(weight, QuantizedWeight) else shard
+def _split(weight: Weight, shard: Shard) -> tuple[int, int]:
+    """Return the parts of a weight's model, and its ranks; quantised weights are never split."""
+    return (1, 1) if isinstance(weight, QuantizedWeight) else (shard.parts, shard.ranks)
 
 
 def _stacked(layers: Sequence[nn.Linear]) -> Weight:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from worker.engine.shards.shard import Shard
-
 ALIGNED = 128  # a part starts at a multiple of this many inputs of its unit
 _MOST = 8  # parts of a product, unless ranks need more
 _BUSY = 320  # tiles of a product that keep a GPU busy; smaller products are split over their inputs
@@ -48,23 +46,26 @@ class ProductParts:
         return self.count // self.branch(rows)
 
 
-def parts_of_inputs(columns: int, inputs: int, shard: Shard) -> ProductParts:
-    """Return the parts of a product whose inputs the ranks share; `inputs` are those of this rank."""
-    whole = inputs * shard.ranks
-    units = shard.parts if whole % shard.parts == 0 else 1
+def parts_of_inputs(columns: int, inputs: int, parts: int, ranks: int = 1) -> ProductParts:
+    """Return the parts of a product whose inputs the ranks share; `inputs` are those of a rank.
+
+    `parts` are those of the model (`parts_of` in engine/shards/shard.py), 1 for one that is never split.
+    """
+    whole = inputs * ranks
+    units = parts if whole % parts == 0 else 1
     wanted = _wanted(columns, whole)
     pieces = max(1, wanted // units)
-    return ProductParts(whole // units, pieces, units * pieces // shard.ranks, shard.ranks, wanted)
+    return ProductParts(whole // units, pieces, units * pieces // ranks, ranks, wanted)
 
 
-def parts_of_columns(columns: int, inputs: int, shard: Shard) -> ProductParts:
-    """Return the parts of a product whose columns the ranks share; `columns` are those of this rank.
+def parts_of_columns(columns: int, inputs: int, parts: int, ranks: int = 1) -> ProductParts:
+    """Return the parts of a product whose columns the ranks share; `columns` are those of a rank.
 
     A model that ranks may share is summed in up to twice the parts that it needs on one GPU, since a rank has fewer
     columns to keep its GPU busy.
     """
-    pieces = _wanted(columns * shard.ranks, inputs)
-    if shard.parts > 1:
+    pieces = _wanted(columns * ranks, inputs)
+    if parts > 1:
         most = min(2 * pieces, _MOST, max(1, _ceil(inputs, ALIGNED) // _LEAST_STEPS))
         pieces = 1 << most.bit_length() - 1
     return ProductParts(inputs, pieces, pieces, 1, _wanted(columns, inputs))

@@ -37,12 +37,12 @@ class Memories:
 def memories(monkeypatch: pytest.MonkeyPatch) -> Memories:
     made = Memories()
     monkeypatch.setattr(
-        symmetric_memory.symmetric_memory, "empty", lambda n, dtype, device: torch.empty(n, dtype=dtype)
+        "torch.distributed._symmetric_memory.empty", lambda n, dtype, device: torch.empty(n, dtype=dtype)
     )
-    monkeypatch.setattr(symmetric_memory.symmetric_memory, "rendezvous", lambda *_: made)
-    monkeypatch.setattr(symmetric_memory.distributed, "get_rank", lambda: RANK)
-    monkeypatch.setattr(symmetric_memory.distributed, "get_world_size", lambda: RANKS)
-    monkeypatch.setattr(symmetric_memory.distributed, "all_reduce", lambda *_: None)
+    monkeypatch.setattr("torch.distributed._symmetric_memory.rendezvous", lambda *_: made)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: RANK)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: RANKS)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda *_: None)
     monkeypatch.setattr("worker.engine.shards.symmetric_memory._ROWS", 8)
     return made
 
@@ -74,7 +74,7 @@ def test_a_buffer_is_written_again_only_after_the_next_exchange() -> None:
 def test_the_sums_of_a_step_that_is_too_large_are_gathered(memories: Memories, monkeypatch: pytest.MonkeyPatch) -> None:
     exchange = SymmetricExchange(COLUMNS, CPU)
     gathered: list[Any] = []
-    monkeypatch.setattr(symmetric_memory.distributed, "all_gather_single", lambda *given: gathered.append(given))
+    monkeypatch.setattr("torch.distributed.all_gather_single", lambda *given: gathered.append(given))
     own = exchange.room_for_sums(1, 100, COLUMNS, CPU)
     every = exchange.sums_of_all(own)
     assert isinstance(every, Tensor)
@@ -89,12 +89,12 @@ def test_ranks_that_reach_no_memory_gather_instead(what: str, monkeypatch: pytes
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("CUDASymmetricMemory: no peer access")
 
-    monkeypatch.setattr(symmetric_memory.symmetric_memory, what, fails)
+    monkeypatch.setattr(f"torch.distributed._symmetric_memory.{what}", fails)
     assert type(symmetric_memory.exchange_on(torch.device("cuda"), COLUMNS)).__name__ == "DistributedExchange"
 
 
 @pytest.mark.usefixtures("memories")
 def test_no_rank_uses_the_memory_that_another_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(symmetric_memory.distributed, "all_reduce", lambda answer, _: answer.zero_())
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda answer, _: answer.zero_())
     with pytest.raises(RuntimeError, match="a rank has no symmetric memory"):
         SymmetricExchange(COLUMNS, CPU)

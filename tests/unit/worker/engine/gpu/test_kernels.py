@@ -30,7 +30,6 @@ from worker.engine.model.packed_model import PackedModel
 from worker.engine.paged import attention, work
 from worker.engine.paged.rows import exact_shape
 from worker.engine.segments import Segment, Segments, chain
-from worker.engine.shards.shard import WHOLE
 from worker.planning.devices import FUSED_KERNELS_PER_LAYER
 
 # The interpreter runs a few hundred programs per second, one after the other, so all sizes here are minimal.
@@ -157,7 +156,7 @@ def test_products_equal_those_of_torch(n: int, columns: int, inputs: int) -> Non
 def test_the_parts_of_a_product_add_up(inputs: int) -> None:
     torch.manual_seed(inputs)
     x, weight, bias = torch.randn(3, inputs), torch.randn(7, inputs), torch.randn(7)
-    parts = kernels.multiply_apart(x, weight, parts_of_inputs(7, inputs, WHOLE), bias)
+    parts = kernels.multiply_apart(x, weight, parts_of_inputs(7, inputs, 1), bias)
     assert (len(parts) > 1) is (inputs > 700)
     assert torch.allclose(parts.sum(0), x @ weight.T + bias, atol=1e-3)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.models import ARCHITECTURES
-from tests.shards import Absent, PeerExchange, ThreadExchange, on_ranks
+from tests.shards import PeerExchange, ThreadExchange, on_ranks
 from tests.unit.worker.engine.gpu.test_kernels import SHAPE, packed, with_kernels  # noqa: F401
 from tests.unit.worker.engine.paged.test_attention import tree
 from worker.engine.gpu import kernels
@@ -24,7 +24,7 @@ from worker.engine.gpu.product_parts import ProductParts, parts_of_columns, part
 from worker.engine.model.architecture import shard_of
 from worker.engine.segments import Segment, chain
 from worker.engine.shards.exchange import PeerSums
-from worker.engine.shards.shard import Shard, added, parts_of, tp_sizes_of
+from worker.engine.shards.shard import added, parts_of, tp_sizes_of
 
 Split = dict[int, type[ThreadExchange]]  # how the ranks of each number share sums
 FORMS: list[tuple[str, dict[str, Any], Split]] = [
@@ -97,22 +97,21 @@ def test_sums_that_programs_add_up_are_branches_of_the_tree_of_all_parts(parts: 
 def test_ranks_sum_products_in_the_parts_of_the_whole(name: str) -> None:
     heads, kv_heads, size, width, inner = SHAPES[name]
     parts, columns = parts_of(heads, kv_heads), (heads + 2 * kv_heads) * size
-    one = Shard(parts)
     for ranks in tp_sizes_of(heads, kv_heads):
-        split = Shard(parts, Absent(0, ranks)) if ranks > 1 else one
         for inputs in (heads * size, inner):
-            whole, own = parts_of_inputs(width, inputs, one), parts_of_inputs(width, inputs // ranks, split)
+            whole = parts_of_inputs(width, inputs, parts)
+            own = parts_of_inputs(width, inputs // ranks, parts, ranks)
             assert (own.unit, own.pieces, own.count * ranks) == (whole.unit, whole.pieces, whole.count)
-        whole, own = parts_of_columns(columns, width, one), parts_of_columns(columns // ranks, width, split)
+        whole, own = (parts_of_columns(columns // by, width, parts, by) for by in (1, ranks))
         assert (own.unit, own.pieces, own.count) == (whole.unit, whole.pieces, whole.count)
 
 
 def test_one_gpu_writes_and_reads_no_more_sums_than_before_parts_were_fixed() -> None:
     before = {"32B": (2, 4, 8), "1.5B": (4, 4, 8), "smollm2": (1, 1, 4)}  # sums of qkv, o and down
     for name, (heads, kv_heads, size, width, inner) in SHAPES.items():
-        one = Shard(parts_of(heads, kv_heads))
-        of_qkv = parts_of_columns((heads + 2 * kv_heads) * size, width, one)
-        products = (of_qkv, parts_of_inputs(width, heads * size, one), parts_of_inputs(width, inner, one))
+        parts = parts_of(heads, kv_heads)
+        of_qkv = parts_of_columns((heads + 2 * kv_heads) * size, width, parts)
+        products = (of_qkv, parts_of_inputs(width, heads * size, parts), parts_of_inputs(width, inner, parts))
         for rows in (1, 64, 512):
             assert all(of.sums(rows) <= most for of, most in zip(products, before[name], strict=True))
 
