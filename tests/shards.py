@@ -102,16 +102,18 @@ class PeerExchange(ThreadExchange):
 
     def __init__(self, meeting: Meeting, rank: int) -> None:
         super().__init__(meeting, rank)
-        self._rooms = [torch.empty(1 << 14), torch.empty(1 << 14)]  # taken in turn, as often as there are calls
+        self._rooms: list[Tensor] = []  # two, taken in turn
 
     def room_for_sums(self, sums: int, rows: int, columns: int, device: torch.device) -> Tensor:
+        numbers = sums * rows * columns
+        if not self._rooms:
+            self._rooms = [torch.empty(1 << 20, device=device) for _ in range(2)]
         self._rooms.reverse()
-        room = self._rooms[0][: sums * rows * columns]
-        return room.fill_(torch.nan).view(sums, rows, columns)
+        return self._rooms[0][:numbers].fill_(torch.nan).view(sums, rows, columns)
 
     def sums_of_all(self, own: Tensor) -> Tensor | PeerSums:
         addresses = self._meeting.swap(self.rank, torch.tensor([own.data_ptr()]))
-        return PeerSums(torch.cat(addresses), len(own), self.rank)
+        return PeerSums(torch.cat(addresses).to(own.device), len(own), self.rank)
 
 
 class Absent:

@@ -5,6 +5,9 @@
 Run it from a checkout, on a machine with a GPU. `--layers 2 --rows 1,4 --sequences 1,4 --vocabulary 512
 --curve-layers 2 --curve-batches 1,4` is a rehearsal on a CPU.
 
+`--split` checks and measures the ranks of a split model instead, on one GPU: the first rank's share at two, four and
+eight ranks, alone and with both exchanges. `--split --layers 2 --rows 1,4` is its rehearsal.
+
 Each stage is a process with a deadline, so that one that hangs does not cost the others. Every result is a JSON line
 with the name of its stage. The floors beside the times are computed from the hardware's rates, not from earlier runs.
 """
@@ -23,10 +26,13 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from worker.bench.gpu_steps import ExchangeKind
+
 _ROWS = "1,64,130,192,256,512"
 _CONTEXT, _LONG_CONTEXT = 800, 32_000  # tokens
 _ACCEPTANCE = "0.7,0.5,0.9,smollm2-135m-head,gemma-4-31b-eagle3,0.8,0.6"  # time may end before the last
 _BATCHES = "1,8,16,32,64,128"
+_RANKS, _SHARE_S = (2, 4, 8), 36  # of a split model; deadline of each of its stages
 _CURVE_S, _END_S = 180, 15  # deadline of the curve; what of it the last cell may take to end
 
 
@@ -72,6 +78,21 @@ def stages(sizes: SessionSizes) -> list[Stage]:
         Stage("draws", 30, (*draws, "--rows", sizes.sequences)),
         Stage("gap", 90, gap),
         Stage("acceptance", _CURVE_S, _curve(sizes)),
+    ]
+
+
+def split_stages(sizes: SessionSizes) -> list[Stage]:
+    """Return the stages that measure a split model on one GPU; their deadlines add up to less than eight minutes."""
+    times = ("-m", "worker.bench.gpu_steps", "--layers", str(sizes.layers), "--model", sizes.model, "--json")
+    times += ("--rounds", str(sizes.steps), "--context", str(sizes.context), "--rows", sizes.rows)
+    kinds = [(ranks, kind) for ranks in _RANKS for kind in ExchangeKind]
+    return [
+        Stage("correctness", 110, ("-m", "pytest", "-m", "gpu", "-q", "tests/gpu/test_shards.py")),
+        Stage("whole", _SHARE_S, times),
+        *(
+            Stage(f"TP {ranks}, exchange {kind}", _SHARE_S, (*times, "--ranks", str(ranks), "--exchange", kind))
+            for ranks, kind in kinds
+        ),
     ]
 
 
@@ -134,6 +155,7 @@ def main(
         int | None, typer.Option(min=1, help="Layers of the target of the speed-ups by acceptance; default: all.")
     ] = None,
     curve_batches: Annotated[str, typer.Option(help="Batch sizes of the speed-ups by acceptance.")] = _BATCHES,
+    split: Annotated[bool, typer.Option("--split", help="Measure the ranks of a split model instead.")] = False,
 ) -> None:
     """Run all stages and print a JSON line for each result.
 
@@ -143,7 +165,7 @@ def main(
         raise typer.BadParameter("--rows needs two numbers at least, comma-separated")
     curve = (draft, curve_layers, curve_batches)
     sizes = SessionSizes(model, layers, rows, context, long_context, sequences, vocabulary, steps, *curve)
-    for stage in stages(sizes):
+    for stage in split_stages(sizes) if split else stages(sizes):
         for result in run(stage):
             line = json.dumps(result)
             print(line, flush=True)

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from statistics import median
 from time import perf_counter
 from typing import Annotated, Any
@@ -20,25 +21,29 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from worker.engine.errors import ModelRefused
-from worker.engine.model.architecture import kv_bytes_per_token, tp_sizes
+from worker.engine.model.architecture import kv_bytes_per_token, shard_of, tp_sizes
 from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.backend import fuse_layers, uses_paged_kv
 from worker.engine.model.loading import native_dtype
 from worker.engine.model.packed_model import PackedModel
-from worker.engine.model.sharding import shard_config
+from worker.engine.model.sharding import as_shard, shard_config
 from worker.engine.paged.attention import GPU_BLOCK
 from worker.engine.paged.kv import PagedKv
 from worker.engine.segments import Segment, chain
+from worker.engine.shards.exchange import PeerSums
+from worker.engine.shards.shard import Shard, parts_of
 from worker.planning.devices import DEVICES, Device
-from worker.planning.forecast import Machine, step
+from worker.planning.forecast import Machine, step, sums_sent
 from worker.planning.shapes import ModelShape, load_config
 from worker.planning.shapes import shape_from_config as shape_from
 
 ROWS = (1, 8, 32, 64, 128, 256)
 TREE_ROWS = 16  # rows of one draft tree, root included
+_MOST_ROWS, _MOST_SUMS = 1024, 2  # of a step, and of a rank in an exchange
 _COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 
 
@@ -61,10 +66,7 @@ class StepTime:
 
 def random_model(config: PretrainedConfig, layers: int | None, device: torch.device) -> PreTrainedModel:
     """Return a model with random weights; `layers` replaces the number of layers."""
-    if layers:
-        config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
+    _shorten(config, layers)
     with torch.device(device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, dtype=native_dtype(device), attn_implementation=ATTENTION_NAME
@@ -72,11 +74,59 @@ def random_model(config: PretrainedConfig, layers: int | None, device: torch.dev
     return model
 
 
-def share_of(config: PretrainedConfig, ranks: int) -> PretrainedConfig:
-    """Return the configuration of one rank's share of a model as a model of its own."""
-    own = shard_config(config, ranks)
-    own.vocab_size, own.tie_word_embeddings = -(-config.vocab_size // ranks), False  # a share of the logits
-    return own
+def _shorten(config: PretrainedConfig, layers: int | None) -> None:
+    if layers:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+
+
+class ExchangeKind(StrEnum):
+    """How the first rank of a split model gets the sums of the others, which are on the same device here."""
+
+    NONE = "none"  # it does not: the time of its own work
+    PEERS = "peers"  # it reads them in place, without flags
+    GATHERED = "gathered"  # it copies them together, as NCCL does, and reads the copy
+
+
+class OneDeviceExchange:
+    """The exchange of the first rank with others whose sums are zeros on its own device."""
+
+    rank = 0
+
+    def __init__(self, ranks: int, kind: ExchangeKind, columns: int, device: torch.device) -> None:
+        self.ranks, self._kind = ranks, kind
+        self._sums = torch.zeros(ranks, _MOST_SUMS * _MOST_ROWS * columns, device=device)
+        self._addresses = torch.tensor([own.data_ptr() for own in self._sums], device=device)
+
+    def room_for_sums(self, sums: int, rows: int, columns: int, device: torch.device) -> Tensor:
+        """Return memory for the sums of this rank."""
+        return self._sums[0, : sums * rows * columns].view(sums, rows, columns)
+
+    def sums_of_all(self, own: Tensor) -> Tensor | PeerSums:
+        """Return the sums of all ranks, or of this one."""
+        if self._kind is ExchangeKind.PEERS:
+            return PeerSums(self._addresses, len(own), self.rank)
+        if self._kind is ExchangeKind.NONE:
+            return own
+        return self._sums[:, : own.numel()].reshape(-1, *own.shape[1:])
+
+    def all_gather(self, out: Tensor, own: Tensor) -> None:
+        """Fill `out` with the numbers of this rank."""
+        out.view(self.ranks, -1).copy_(own)
+
+    def gather(self, own: Tensor) -> list[Tensor] | None:
+        """Return the numbers of this rank as those of all."""
+        return [own] * self.ranks
+
+
+def random_shard(config: PretrainedConfig, ranks: int, kind: ExchangeKind, device: torch.device) -> PreTrainedModel:
+    """Return the first rank's shard of a model of this configuration, with random weights."""
+    parts, own = parts_of(config.num_attention_heads, config.num_key_value_heads), shard_config(config, ranks)
+    own.tie_word_embeddings = False  # a rank has its own columns of the output layer
+    model = random_model(own, None, device)
+    as_shard(model, Shard(parts, OneDeviceExchange(ranks, kind, config.hidden_size, device)))
+    return model
 
 
 def copy_bytes_per_ms(device: torch.device) -> float:
@@ -156,8 +206,10 @@ def _weight_bytes(model: PreTrainedModel) -> int:
     total = sum(p.numel() * p.element_size() for p in model.parameters())
     embedding = model.get_input_embeddings().weight
     assert isinstance(embedding, torch.Tensor)
+    size, whole, ranks = embedding.element_size(), len(embedding), shard_of(model).ranks
+    others = whole - math.ceil(whole / ranks)  # columns of the output layer
     tied = model.config.tie_word_embeddings
-    return int(total if tied else total - embedding.numel() * embedding.element_size())
+    return int(total - others * embedding.shape[1] * size - (0 if tied else embedding.numel() * size))
 
 
 def _plain(rows: int, context: int, longest: int) -> list[Segment]:
@@ -177,9 +229,15 @@ def _tree(slot: int, rows: int, context: int) -> Segment:
     return Segment(slot, context, context, np.ones(rows, np.int64), context + depth, visible, np.arange(rows))
 
 
-def forecast_ms(shape: ModelShape, machine: Machine, time: StepTime, context: int) -> float:
-    """Return the step time that `basic plan` forecasts, in ms."""
-    return step(shape, machine, 1, time.sequences, time.rows, context).step_ms
+def forecast_ms(shape: ModelShape, machine: Machine, ranks: int, time: StepTime, context: int) -> float:
+    """Return the step time that `basic plan` forecasts, in ms, exchanges included."""
+    return step(shape, machine, ranks, time.sequences, time.rows, context).step_ms
+
+
+def exchange_floor_ms(shape: ModelShape, device: Device, ranks: int, rows: int) -> float:
+    """Return the ms in which a rank reads the sums of the others at the link rate of the data sheet."""
+    read = shape.layers * (ranks - 1) * sums_sent(shape, ranks, rows) * rows * shape.width * 4
+    return 1e3 * read / device.link_bytes_per_s
 
 
 def main(
@@ -196,6 +254,10 @@ def main(
     ranks: Annotated[
         int, typer.Option(min=1, help="Measure the first rank's share of a model split over this many ranks.")
     ] = 1,
+    exchange: Annotated[
+        ExchangeKind,
+        typer.Option(help="How it gets the sums of the others, which are on the same GPU here: none, peers, gathered."),
+    ] = ExchangeKind.PEERS,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
     """Measure step times with random weights of a model's shape.
@@ -206,30 +268,32 @@ def main(
         counts = tuple(int(part) for part in rows.split(","))
     except ValueError:
         raise typer.BadParameter("--rows must be integers, comma-separated") from None
-    if min(counts) < 1:
-        raise typer.BadParameter("--rows must be at least 1")
+    if not 1 <= min(counts) <= max(counts) <= _MOST_ROWS:
+        raise typer.BadParameter(f"--rows must be at least 1 and at most {_MOST_ROWS}")
     try:
         config = load_config(model)
     except ModelRefused as refusal:
         raise typer.BadParameter(str(refusal)) from None
     if ranks not in tp_sizes(config):
         raise typer.BadParameter(f"--ranks must be one of {', '.join(map(str, tp_sizes(config)))}")
-    if ranks > 1:
-        config = share_of(config, ranks)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = random_model(config, layers, device)
+    _shorten(config, layers)
     shape = shape_from(model, config)
+    network = random_model(config, None, device) if ranks == 1 else random_shard(config, ranks, exchange, device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     dtype = str(network.dtype).removeprefix("torch.")
     known = next((known for known in DEVICES.values() if known.name in name.lower()), None)
     table = Table("rows", "sequences", "step ms", "floor ms", "times floor", "plan ms", "plan / step")
     before = f"{context} tokens before" + (f", {long_context} before the first" if long_context else "")
-    share = f"one of {ranks} shares of " if ranks > 1 else ""
+    share = f"one of {ranks} shares, exchange {exchange}, of " if ranks > 1 else ""
     table.title = f"{share}{model}, {shape.layers} layers, {dtype}, {before}, {name}"
     for time in measure(network, floor_of(network, known), counts, context, rounds, long_context):
-        plan_ms = forecast_ms(shape, Machine(known, dtype), time, context) if known else None
+        plan_ms = forecast_ms(shape, Machine(known, dtype), ranks, time, context) if known else None
         if as_json:
             of = {"model": model, "layers": shape.layers, "ranks": ranks, "device": name, "context": context}
+            of |= {"exchange": exchange.value if ranks > 1 else None, "exchange_floor_ms": None}
+            if known is not None and ranks > 1:
+                of["exchange_floor_ms"] = exchange_floor_ms(shape, known, ranks, time.rows)
             print(json.dumps({**of, **asdict(time), "times_floor": time.times_floor, "plan_ms": plan_ms}), flush=True)
         numbers = [f"{time.step_ms:.2f}", f"{time.floor_ms:.2f}", f"{time.times_floor:.2f}"]
         numbers += [f"{plan_ms:.2f}", f"{plan_ms / time.step_ms:.2f}"] if plan_ms else ["", ""]

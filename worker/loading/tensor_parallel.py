@@ -35,8 +35,8 @@ log = logging.getLogger(__name__)
 TARGET, DRAFT = 0, 1  # indices of the models on every rank
 
 NOT_EXACT = (
-    "In bfloat16 the texts of a replica of several GPUs can depend on the batch, because its ranks sum products in an "
-    "order of their own; it also runs without fused kernels and CUDA graphs"
+    "In bfloat16 the texts of such a replica can depend on the batch: transformers splits this model, and ranks sum "
+    "its products in an order of their own; it also runs without fused kernels and CUDA graphs"
 )
 
 _GRACE_S = 5.0  # for a step to fail by itself after a rank died; a step that waits on a GPU never does

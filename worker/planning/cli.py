@@ -134,8 +134,8 @@ def _show(request: PlanRequest, choices: list[Placement], chosen: Placement | No
         f"{request.output_tokens:,} of answer. Context: the most tokens that one may have."
     )
     console.print(
-        f"Predicted from data sheets and the efficiency of the kernels on one H100{assumption}; steps of several "
-        "GPUs were never measured. Formulas and sources: docs/scale.md"
+        f"Predicted from data sheets and the efficiency of the kernels on one H100{assumption}. Measured: whether "
+        "steps of this kind were compared with their prediction. Formulas and sources: docs/scale.md"
     )
     if _has_fp8(request) or request.machine.fp8_kv:
         console.print("The bytes of FP8 weights and KV are counted; no step with them was measured.")
@@ -151,13 +151,22 @@ def _table(request: PlanRequest, choices: list[Placement], chosen: Placement | N
     dtype = request.machine.dtype + (f" with FP8 {' and '.join(parts)}" if parts else "")
     table = Table(title=f"{names}, {dtype}, on {request.gpus} x {device.name}")
     table.add_column("placement")
-    for title in ("weights/GPU", "KV tokens/replica", "sequences", "context", "step ms", "tokens/s", "with draft"):
+    for title in (
+        "weights/GPU",
+        "KV tokens/replica",
+        "sequences",
+        "context",
+        "step ms",
+        "tokens/s",
+        "with draft",
+        "measured",
+    ):
         table.add_column(title, justify="right")
     for choice in choices:
         name = f"{'> ' if choice is chosen else '  '}{choice.name}{'' if choice.exact else ' *'}"
         weights = f"{choice.weights_bytes / (1 << 30):.1f} GiB"
         if choice.step is None:
-            table.add_row(name, weights, "-", "-", "-", "-", "-", "-")
+            table.add_row(name, weights, "-", "-", "-", "-", "-", "-", "-")
             continue
         drafted = choice.drafted
         with_draft = f"{choice.drafted_tokens_per_s:,.0f} (depth {drafted.depth})" if drafted else "-"
@@ -170,6 +179,7 @@ def _table(request: PlanRequest, choices: list[Placement], chosen: Placement | N
             f"{choice.step.step_ms:.1f}",
             f"{choice.tokens_per_s:,.0f}",
             with_draft,
+            "yes" if choice.measured else "no",
         )
     return table
 

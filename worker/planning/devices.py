@@ -46,11 +46,18 @@ HOST_ROW_S = 2.5e-6  # the same, per sequence
 DRAW_READS = 2.0  # times that a draw reads the logits of a row
 FUSED_KERNELS_PER_LAYER = 9  # a test counts them
 
-# Latency of a collective over NVLink. Assumed, from published nccl-tests tables of DGX H100 nodes: all-reduces of a few
-# KiB take 10 to 20 us at any size.
+# Latency of one exchange of sums: ranks raise flags in each other's memory inside the norm kernel. Not measured. It is
+# assumed to be at most that of NCCL's all-reduce of up to 64 KiB between two H100 in a CUDA graph, about 6 us
+# (github.com/NVIDIA/nccl/issues/1259, 2024).
+EXCHANGE_S = 6e-6
+
+# Latency of a collective over NVLink: the gather of the logits, and the all-reduces of models that transformers split.
+# Assumed, from published nccl-tests tables of DGX H100 nodes: all-reduces of a few KiB take 10 to 20 us at any size.
 COLLECTIVE_S = 15e-6
 
-# Tensor parallel replicas run transformers' modules without CUDA graphs: the host launches every kernel. 4 us per
-# launch is PyTorch's usual cost on a server CPU (assumed). A test counts the operations of a layer.
+# Models that transformers split run its modules without CUDA graphs: the host launches every kernel. 4 us per launch is
+# PyTorch's usual cost on a server CPU (assumed). A test counts the operations of a layer.
 LAUNCH_S = 4e-6
 KERNELS_PER_LAYER = 40
+
+MEASURED = "h100"  # the GPU on which steps of one rank were measured, with weights and KV in bfloat16

@@ -15,7 +15,7 @@ from worker.engine.options import EngineOptions
 from worker.engine.paged.attention import GPU_BLOCK
 from worker.engine.paged.shape_buckets import BUCKETS
 from worker.loading.memory import GPU_SHARE, KvMemory, fit
-from worker.planning.devices import GIB
+from worker.planning.devices import GIB, MEASURED
 from worker.planning.forecast import Machine, Speculation, Step, speculate, step
 from worker.planning.shapes import ModelShape
 
@@ -40,6 +40,12 @@ class PlanRequest:
     max_depth: int = 10
 
     @property
+    def is_measured(self) -> bool:
+        """Whether steps of one GPU were compared with their prediction on this device, in these formats."""
+        machine, fp8 = self.machine, self.machine.fp8 or self.machine.fp8_kv or self.target.has_fp8_weights
+        return machine.device.name == MEASURED and machine.dtype == "bfloat16" and not fp8
+
+    @property
     def mean_tokens(self) -> int:
         """KV tokens of a running sequence in the mean: pages are taken as the answer grows."""
         return self.prompt_tokens + self.output_tokens // 2
@@ -53,7 +59,8 @@ class Placement:
     ranks: int  # of each replica: its tensor parallel size
     draft_ranks: int  # 0: no draft, 1: on rank 0 only, else split like the target
     weights_bytes: int  # on the fullest GPU
-    exact: bool = True  # a text depends on its request alone; not so for bfloat16 products split over ranks
+    exact: bool = True  # a text depends on its request alone; not so if transformers split a model in bfloat16
+    measured: bool = False  # steps of this kind were compared with the prediction
     refusal: str | None = None
     kv_tokens: int = 0  # per replica
     sequences: int = 0  # per replica, of the usual length
@@ -134,7 +141,8 @@ def _placement(request: PlanRequest, ranks: int, draft_ranks: int) -> Placement:
         ranks=ranks,
         draft_ranks=draft_ranks,
         weights_bytes=request.machine.weights_bytes(request.target, ranks) + draft_bytes,
-        exact=ranks == 1 or request.machine.dtype == "float32",
+        exact=ranks == 1 or request.machine.dtype == "float32" or request.target.splits_exactly,
+        measured=ranks == 1 and request.is_measured,
     )
     if not request.target.splits(ranks):
         return replace(placement, refusal=split_refusal(request.target, ranks))

@@ -1,7 +1,8 @@
 """Sizes of a model from its configuration alone: parameters, how ranks split them, and KV bytes per token.
 
-transformers builds the model on torch's `meta` device, without memory, and has a tensor parallel plan for it. So every
-architecture is counted exactly, without formulas per architecture.
+transformers builds the model on torch's `meta` device, without memory. Models that our kernels hold are split as their
+shards are (engine/model/sharding.py), others by transformers' tensor parallel plan. So every architecture is counted
+exactly, without formulas per architecture.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from transformers.distributed.parallel_utils import replace_layer_number_by_wild
 
 from worker.engine.errors import ModelRefused
 from worker.engine.model.latent import holds_latents
+from worker.engine.model.sharding import shared_axis, splits_exactly
 from worker.engine.quantization.checkpoints import is_fp8
 from worker.engine.quantization.weights import QuantizationMethod, quantizable
-from worker.engine.shards.shard import tp_sizes_of
+from worker.engine.shards.shard import parts_of, tp_sizes_of
 from worker.loading.adapters import base_of, is_adapter
 
 _PACKAGED = Path(__file__).with_name("configs")  # NAME.json: packaged configurations
@@ -46,6 +48,8 @@ class ModelShape:
     has_fp8_weights: bool = False  # the checkpoint has FP8 weights
     latent_entry: int = 0  # numbers of a token's latent and rotated key in a layer, stored once; 0: keys and values
     base: str = ""  # the model that a LoRA adapter is merged into; its sizes are those of the adapter
+    inner: int = 0  # inputs of the product behind the gated columns of a layer
+    splits_exactly: bool = False  # ranks on GPUs have the bits of one: our kernels hold the model
 
     @property
     def parameters(self) -> int:
@@ -54,11 +58,23 @@ class ModelShape:
 
     def rank_parameters(self, ranks: int) -> int:
         """Return the number of parameters that each of `ranks` ranks holds."""
-        return math.ceil(self.split_parameters / ranks) + self.whole_parameters
+        return math.ceil(self.split_parameters / ranks) + self.whole_parameters + self._copied_output(ranks)
 
     def read_parameters(self, ranks: int) -> int:
         """Return the number of parameters that a step reads on each of `ranks` ranks."""
+        if self.splits_exactly and ranks > 1:  # each rank has all embeddings
+            return self.rank_parameters(ranks) - self.vocabulary * self.width
         return self.rank_parameters(ranks) - math.ceil(self.embedding_parameters / ranks)
+
+    def _copied_output(self, ranks: int) -> int:
+        """Return the parameters of a rank's share of an output layer that one GPU ties to the embeddings."""
+        tied = self.embedding_parameters == 0
+        return math.ceil(self.vocabulary / ranks) * self.width if tied and self.splits_exactly and ranks > 1 else 0
+
+    @property
+    def parts(self) -> int:
+        """Parts in which products are summed that ranks split over their inputs."""
+        return parts_of(self.heads, self.kv_heads)
 
     def kv_entries(self, ranks: int) -> int:
         """Return how many numbers the keys and values of one token have on each of `ranks` ranks."""
@@ -104,14 +120,13 @@ def shape_from_config(name: str, config: PretrainedConfig) -> ModelShape:
             model = auto.from_config(config)
     except ValueError as error:
         raise ModelRefused(f"{name} can't be planned: {error}") from error
+    text = config.get_text_config()
+    ours = splits_exactly(text, 1, torch.bfloat16, torch.device("cuda"))
     plan: dict[str, str] = model.tp_plan or {}
     split = whole = 0
     for parameter, values in model.named_parameters():
-        module, _, kind = replace_layer_number_by_wildcard(parameter).rpartition(".")
-        style = plan.get(module, "")
-        shared = "colwise" in style or ("rowwise" in style and kind != "bias")
+        shared = _is_split_by_us(parameter) if ours else _is_split_by_transformers(parameter, plan)
         split, whole = split + shared * values.numel(), whole + (not shared) * values.numel()
-    text = config.get_text_config()
     rounded = list(quantizable(model, QuantizationMethod.FP8))
     heads = int(text.num_attention_heads)
     embedding = 0 if text.tie_word_embeddings else model.get_input_embeddings().weight.numel()
@@ -131,7 +146,19 @@ def shape_from_config(name: str, config: PretrainedConfig) -> ModelShape:
         fp8_columns=sum(layer.out_features for layer in rounded),
         has_fp8_weights=is_fp8(getattr(config, "quantization_config", None) or {}),
         latent_entry=text.kv_lora_rank + text.qk_rope_head_dim if holds_latents(model) else 0,
+        inner=int(getattr(text, "intermediate_size", None) or 0),
+        splits_exactly=ours,
     )
+
+
+def _is_split_by_us(parameter: str) -> bool:
+    return shared_axis(parameter) is not None or parameter == "lm_head.weight"
+
+
+def _is_split_by_transformers(parameter: str, plan: dict[str, str]) -> bool:
+    module, _, kind = replace_layer_number_by_wildcard(parameter).rpartition(".")
+    style = plan.get(module, "")
+    return "colwise" in style or ("rowwise" in style and kind != "bias")
 
 
 def load_config(name: str) -> PretrainedConfig:

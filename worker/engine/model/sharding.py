@@ -59,6 +59,15 @@ def _splits_on_gpus(config: PretrainedConfig, dtype: torch.dtype) -> bool:
     return dtype in _DTYPES and all(count % parts == 0 for count in inputs)
 
 
+def shared_axis(name: str) -> int | None:
+    """Return the axis along which ranks share a weight or bias of the layers, by its name; None: each has it whole."""
+    layer, _, kind = name.rpartition(".")
+    split = layer.rpartition(".")[2]
+    if split in _COLUMNS:
+        return 0
+    return 1 if split in _INPUTS and kind == "weight" else None
+
+
 def shard_for(config: PretrainedConfig, exchange: Exchange) -> Shard:
     """Return this rank's shard of a model with a whole configuration."""
     return Shard(parts_of(config.num_attention_heads, config.num_key_value_heads), exchange)
@@ -124,14 +133,11 @@ def _shares(files: Sequence[Path], shard: Shard) -> Iterator[tuple[str, Tensor]]
     for file in files:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118  # not a dictionary
-                layer, _, kind = name.rpartition(".")
-                split = layer.rpartition(".")[2]
-                if split in _COLUMNS:
+                axis = shared_axis(name)
+                if axis is not None:
                     part = opened.get_slice(name)
-                    yield name, part[shard.share(part.get_shape()[0])]
-                elif split in _INPUTS and kind == "weight":
-                    part = opened.get_slice(name)
-                    yield name, part[:, shard.share(part.get_shape()[1])]
+                    own = shard.share(part.get_shape()[axis])
+                    yield name, part[own] if axis == 0 else part[:, own]
                 else:
                     yield name, opened.get_tensor(name)
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.models import tiny
 from worker.bench import gpu_turns
-from worker.bench.gpu_session import SessionSizes, Stage, run, stages
+from worker.bench.gpu_session import SessionSizes, Stage, run, split_stages, stages
 
 
 def test_the_deadlines_of_all_stages_add_up_to_less_than_ten_minutes() -> None:
@@ -19,6 +19,13 @@ def test_the_deadlines_of_all_stages_add_up_to_less_than_ten_minutes() -> None:
     assert sum(stage.deadline_s for stage in planned) < 10 * 60
     assert planned[-1].deadline_s <= 3 * 60, "speed-ups by acceptance take three minutes at most"
     assert planned[0].name == "correctness"
+
+
+def test_a_split_model_is_checked_and_measured_in_less_than_eight_minutes() -> None:
+    planned = split_stages(SessionSizes("model", 16, "1,64", 800, 32_000, "64", "152064", 20, "draft", None, "1"))
+    assert sum(stage.deadline_s for stage in planned) < 8 * 60
+    assert planned[0].name == "correctness"
+    assert len(planned) == 2 + 3 * 3, "each number of ranks, alone and with both exchanges"
 
 
 def test_results_of_a_stage_that_hangs_are_kept_and_its_end_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,20 +11,24 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from typer.testing import CliRunner
 
 from tests.models import SHAPE, tiny
+from tests.shards import Absent
 from worker.cli import commands
 from worker.engine.errors import ModelRefused
 from worker.engine.kv.fp8 import store_kv_in_fp8
 from worker.engine.model.architecture import kv_bytes_per_token
 from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.packed_model import PackedModel
+from worker.engine.model.sharding import shard_config
 from worker.engine.quantization.weights import QuantizationMethod, quantize, quantized_weights
 from worker.engine.segments import chain
+from worker.engine.shards.output_layer import deal_output
+from worker.engine.shards.shard import Shard
 from worker.planning.devices import DEVICES, GIB, KERNELS_PER_LAYER
-from worker.planning.forecast import Machine, speculate, step
+from worker.planning.forecast import Machine, speculate, step, sums_sent
 from worker.planning.plan import Placement, PlanRequest, command, pick, placements
 from worker.planning.shapes import ModelShape, shape_from_config, shape_of
 
@@ -197,17 +201,57 @@ def test_host_work_counts_in_a_step_by_its_sequences(target: ModelShape) -> None
     assert many.host_ms > 2 * few.host_ms
 
 
+def test_every_placement_of_a_model_that_our_kernels_hold_is_exact(plan_request: PlanRequest) -> None:
+    assert all(choice.exact for choice in placements(plan_request))
+    assert not shape_from_config("other", tiny("gemma3").config).splits_exactly
+
+
 def test_a_placement_that_is_not_exact_is_picked_only_if_no_exact_one_fits(plan_request: PlanRequest) -> None:
-    choices = placements(plan_request)
+    dealt = replace(plan_request, target=replace(plan_request.target, splits_exactly=False))
+    choices = placements(dealt)
     assert [choice.exact for choice in choices] == [choice.ranks == 1 for choice in choices]
     chosen = pick(choices)
     assert chosen is not None
     assert chosen.exact
-    in_float32 = placements(replace(plan_request, machine=Machine(DEVICES["h100"], "float32")))
+    in_float32 = placements(replace(dealt, machine=Machine(DEVICES["h100"], "float32")))
     assert all(choice.exact for choice in in_float32)
-    small = pick(placements(replace(plan_request, machine=replace(H100, device=H100.device.with_memory(40)))))
+    small = pick(placements(replace(dealt, machine=replace(H100, device=H100.device.with_memory(40)))))
     assert small is not None
     assert not small.exact
+
+
+def test_only_steps_of_one_h100_count_as_measured(plan_request: PlanRequest) -> None:
+    assert [choice.measured for choice in placements(plan_request)] == [True, False, False, False, False]
+    h200 = replace(plan_request, machine=Machine(DEVICES["h200"], "bfloat16"))
+    assert not any(choice.measured for choice in placements(h200))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_rank_holds_the_parameters_that_its_shard_has(tied: bool) -> None:
+    config = tiny("llama").config
+    config.tie_word_embeddings, config.vocab_size = tied, 60
+    shape, own = shape_from_config("tiny", config), shard_config(config, 2)
+    own.tie_word_embeddings = False
+    make_model: Any = LlamaForCausalLM._from_config  # transformers leaves it untyped
+    shard = make_model(own)
+    shard.lm_head = deal_output(shard.lm_head, Shard(2, Absent(0, 2)))
+    held = sum(parameter.numel() for parameter in shard.parameters())
+    assert shape.rank_parameters(2) == held
+    assert shape.read_parameters(2) == held - shard.get_input_embeddings().weight.numel()
+
+
+def test_the_traffic_of_a_step_is_what_ranks_read_of_each_other(target: ModelShape) -> None:
+    for ranks in (2, 4, 8):
+        few, many = (step(target, H100, ranks, 64, rows, 800).traffic_ms for rows in (64, 128))
+        read = 64 * (ranks - 1) * sums_sent(target, ranks, 64) * 64 * 5120 * 4
+        logits = (ranks - 1) / ranks * 64 * target.vocabulary * 4
+        assert many - few == pytest.approx(1e3 * (read + logits) / H100.device.link_bytes_per_s)
+    assert [sums_sent(target, ranks, 64) for ranks in (2, 4, 8)] == [2, 2, 2], "one of each product"
+
+
+def test_two_ranks_are_predicted_to_verify_64_rows_of_the_production_target_in_19_ms(target: ModelShape) -> None:
+    for device in ("h100", "h200"):
+        assert step(target, Machine(DEVICES[device], "bfloat16"), 2, 64, 64, 800).step_ms < 19
 
 
 def test_the_pick_has_the_most_tokens_per_second_and_a_complete_command(plan_request: PlanRequest) -> None:
