@@ -255,9 +255,12 @@ def main(
         int, typer.Option(min=1, help="Measure the first rank's share of a model split over this many ranks.")
     ] = 1,
     exchange: Annotated[
-        ExchangeKind,
-        typer.Option(help="How it gets the sums of the others, which are on the same GPU here: none, peers, gathered."),
-    ] = ExchangeKind.PEERS,
+        str,
+        typer.Option(
+            help="How it gets the sums of the others, which are on the same GPU here, comma-separated: none, peers, "
+            "gathered."
+        ),
+    ] = "peers",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
     """Measure step times with random weights of a model's shape.
@@ -268,6 +271,10 @@ def main(
         counts = tuple(int(part) for part in rows.split(","))
     except ValueError:
         raise typer.BadParameter("--rows must be integers, comma-separated") from None
+    try:
+        kinds = [ExchangeKind(part) for part in exchange.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"--exchange must be of {', '.join(ExchangeKind)}, comma-separated") from None
     if not 1 <= min(counts) <= max(counts) <= _MOST_ROWS:
         raise typer.BadParameter(f"--rows must be at least 1 and at most {_MOST_ROWS}")
     try:
@@ -279,27 +286,29 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _shorten(config, layers)
     shape = shape_from(model, config)
-    network = random_model(config, None, device) if ranks == 1 else random_shard(config, ranks, exchange, device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    dtype = str(network.dtype).removeprefix("torch.")
     known = next((known for known in DEVICES.values() if known.name in name.lower()), None)
-    table = Table("rows", "sequences", "step ms", "floor ms", "times floor", "plan ms", "plan / step")
-    before = f"{context} tokens before" + (f", {long_context} before the first" if long_context else "")
-    share = f"one of {ranks} shares, exchange {exchange}, of " if ranks > 1 else ""
-    table.title = f"{share}{model}, {shape.layers} layers, {dtype}, {before}, {name}"
-    for time in measure(network, floor_of(network, known), counts, context, rounds, long_context):
-        plan_ms = forecast_ms(shape, Machine(known, dtype), ranks, time, context) if known else None
-        if as_json:
-            of = {"model": model, "layers": shape.layers, "ranks": ranks, "device": name, "context": context}
-            of |= {"exchange": exchange.value if ranks > 1 else None, "exchange_floor_ms": None}
-            if known is not None and ranks > 1:
-                of["exchange_floor_ms"] = exchange_floor_ms(shape, known, ranks, time.rows)
-            print(json.dumps({**of, **asdict(time), "times_floor": time.times_floor, "plan_ms": plan_ms}), flush=True)
-        numbers = [f"{time.step_ms:.2f}", f"{time.floor_ms:.2f}", f"{time.times_floor:.2f}"]
-        numbers += [f"{plan_ms:.2f}", f"{plan_ms / time.step_ms:.2f}"] if plan_ms else ["", ""]
-        table.add_row(str(time.rows), f"{time.sequences}{' trees' if time.trees else ''}", *numbers)
-    if not as_json:
-        Console().print(table)
+    for kind in kinds if ranks > 1 else kinds[:1]:
+        network = random_model(config, None, device) if ranks == 1 else random_shard(config, ranks, kind, device)
+        dtype = str(network.dtype).removeprefix("torch.")
+        table = Table("rows", "sequences", "step ms", "floor ms", "times floor", "plan ms", "plan / step")
+        before = f"{context} tokens before" + (f", {long_context} before the first" if long_context else "")
+        share = f"one of {ranks} shares, exchange {kind}, of " if ranks > 1 else ""
+        table.title = f"{share}{model}, {shape.layers} layers, {dtype}, {before}, {name}"
+        for time in measure(network, floor_of(network, known), counts, context, rounds, long_context):
+            plan_ms = forecast_ms(shape, Machine(known, dtype), ranks, time, context) if known else None
+            if as_json:
+                of = {"model": model, "layers": shape.layers, "ranks": ranks, "device": name, "context": context}
+                of |= {"exchange": kind.value if ranks > 1 else None, "exchange_floor_ms": None}
+                if known is not None and ranks > 1:
+                    of["exchange_floor_ms"] = exchange_floor_ms(shape, known, ranks, time.rows)
+                of |= {**asdict(time), "times_floor": time.times_floor, "plan_ms": plan_ms}
+                print(json.dumps(of), flush=True)
+            numbers = [f"{time.step_ms:.2f}", f"{time.floor_ms:.2f}", f"{time.times_floor:.2f}"]
+            numbers += [f"{plan_ms:.2f}", f"{plan_ms / time.step_ms:.2f}"] if plan_ms else ["", ""]
+            table.add_row(str(time.rows), f"{time.sequences}{' trees' if time.trees else ''}", *numbers)
+        if not as_json:
+            Console().print(table)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ def test_a_split_model_is_checked_and_measured_in_less_than_eight_minutes() -> N
     planned = split_stages(SessionSizes("model", 16, "1,64", 800, 32_000, "64", "152064", 20, "draft", None, "1"))
     assert sum(stage.deadline_s for stage in planned) < 8 * 60
     assert planned[0].name == "correctness"
-    assert len(planned) == 2 + 3 * 3, "each number of ranks, alone and with both exchanges"
+    shares = [stage.command for stage in planned if stage.name.startswith("TP")]
+    assert [command[command.index("--ranks") + 1] for command in shares] == ["2", "4", "8"]
+    assert all(command[-1] == "none,peers,gathered" for command in shares), "alone, and with both exchanges"
 
 
 def test_results_of_a_stage_that_hangs_are_kept_and_its_end_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
