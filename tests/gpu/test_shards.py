@@ -30,7 +30,8 @@ def network(dtype: torch.dtype) -> PreTrainedModel:
     )  # fmt: skip
     made = LlamaForCausalLM(config)
     made.train(False)
-    return made.to(dtype)
+    made.to(dtype)  # type: ignore[arg-type]  # transformers wraps nn.Module.to as its types don't say
+    return made
 
 
 def prepare(model: PreTrainedModel) -> None:

@@ -83,8 +83,8 @@ def stages(sizes: SessionSizes) -> list[Stage]:
 
 def split_stages(sizes: SessionSizes) -> list[Stage]:
     """Return the stages that measure a split model on one GPU; their deadlines add up to less than eight minutes."""
-    times = ("-m", "worker.bench.gpu_steps", "--layers", str(sizes.layers), "--model", sizes.model, "--json")
-    times += ("--rounds", str(sizes.steps), "--context", str(sizes.context), "--rows", sizes.rows)
+    short = ("--layers", str(sizes.layers), "--model", sizes.model, "--json", "--rounds", str(sizes.steps))
+    times = ("-m", "worker.bench.gpu_steps", *short, "--context", str(sizes.context), "--rows", sizes.rows)
     kinds = ",".join(ExchangeKind)
     return [
         Stage("correctness", 110, ("-m", "pytest", "-m", "gpu", "-q", "tests/gpu/test_shards.py")),

@@ -44,8 +44,8 @@ def _sum_parts(
 ):  # fmt: skip
     """Sum float32 elements `at` over COUNT parts from FIRST on, as the tree of `worker.engine.shards.shard`.
 
-    Parts are `size` elements apart. With EACH, every rank has so many, at its address in `peers`; else all are in
-    `parts`.
+    Parts are `size` elements apart. With EACH, every rank has that number of parts, at its address in `peers`; else all
+    are in `parts`.
     """
     if COUNT == 1:
         if EACH:
