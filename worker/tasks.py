@@ -19,9 +19,9 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from jobs.celery_app import KEY_PREFIX, NOTIFY_TASK, PULSE_TASK, make_app, pulse_queue
-from jobs.errors import SetupError
 from jobs.logs import log_context
 from jobs.messages import model_queue
+from jobs.processes import RESTART_STATUS
 from jobs.producer import make_producer_app, send_pulse
 from jobs.queue.worker_notifier import WorkerNotifier
 from jobs.schema_check import require_schema
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 _PULSE_EXPIRES_S = 600
 _REDIS_TIMEOUT_S = 2.0
+_STARTING = {"action": "load"}
 
 
 def make_worker_app(redis_url: str, model: str, service: EngineService) -> Celery:
@@ -80,9 +81,10 @@ def serve(settings: WorkerSettings, access: DeviceAccess) -> int:
     try:
         loaded = load_engine(_with_interactive(settings), log.info, access)
     except torch.OutOfMemoryError as error:
-        requests.kill()
+        requests.kill()  # a restart may help: a process that was killed frees its memory a little later
         reason = str(error).splitlines()[0]
-        raise SetupError(f"{settings.target} does not fit into the memory of the device: {reason}") from error
+        log.error("%s does not fit into the memory of the device: %s", settings.target, reason, extra=_STARTING)
+        return RESTART_STATUS
     except BaseException:
         requests.kill()
         raise

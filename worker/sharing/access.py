@@ -116,7 +116,7 @@ class SharedAccess:
         self._send(WeightsLoaded())
         while isinstance(answer := self._receive(MeasureMemory, MemoryBudget), MeasureMemory):
             self._send(FreeMemory(free_bytes()))
-        return min(int(answer.budget_bytes), free_bytes())
+        return int(answer.budget_bytes)
 
     def take_turn(self, timeout_s: float) -> bool:
         """Wait for a turn; return whether it has come. A turn that no other waits for lasts until one does."""

@@ -21,7 +21,6 @@ Answers = list[tuple[int, FromBroker]]  # with the index of the model that each 
 @dataclass(slots=True)
 class _Member:
     need: NeedMemory | None = None
-    admitted: bool = False
     loaded: bool = False
     free_bytes: int | None = None
 
@@ -35,6 +34,7 @@ class MemorySplit:
 
     names: Sequence[str]
     budget_bytes: int | None = None
+    _admitted: bool = False
     _members: list[_Member] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -62,22 +62,20 @@ class MemorySplit:
             member.free_bytes = None
 
     def _admit(self, index: int) -> Answers:
-        """Let the models load once all have said what they need; one that starts again needs only its own."""
-        needs = [member.need for member in self._members]
-        if self.budget_bytes is not None or any(member.admitted for member in self._members):
-            waiting = [index]
-        elif None in needs:
+        """Let the models load, once all have said what they need and if it is free.
+
+        One that starts again has fitted before: the memory of its last process may not be free yet.
+        """
+        if self._admitted:
+            return [(index, MayLoad())]
+        needs = [member.need for member in self._members if member.need is not None]
+        if len(needs) < len(self._members):
             return []
-        else:
-            waiting = list(range(len(needs)))
-        asked = [(n, need) for n in waiting if (need := needs[n]) is not None]
-        free_bytes = min(need.free_bytes for _, need in asked)
-        if sum(need.needed_bytes for _, need in asked) > free_bytes:
-            refusal = _refusal([(self.names[n], need.needed_bytes) for n, need in asked], free_bytes)
-            return [(n, MayLoad(refusal)) for n in waiting]
-        for n in waiting:
-            self._members[n].admitted = True
-        return [(n, MayLoad()) for n in waiting]
+        free_bytes = min(need.free_bytes for need in needs)
+        needed = [need.needed_bytes for need in needs]
+        self._admitted = sum(needed) <= free_bytes
+        refusal = "" if self._admitted else _refusal(list(zip(self.names, needed, strict=True)), free_bytes)
+        return [(n, MayLoad(refusal)) for n in range(len(needs))]
 
     def _measure(self, index: int) -> Answers:
         if self.budget_bytes is not None:

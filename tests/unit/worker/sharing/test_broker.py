@@ -95,7 +95,7 @@ def test_a_process_that_ends_in_its_step_gives_the_device_back(broker: DeviceBro
     assert other.take_turn(WAIT_S)
     again = SharedAccess(broker.address, 0, Clock())
     assert not again.take_turn(0.0)
-    other.end_turn(more=True)
+    other.end_turn(more=False)
     assert again.take_turn(WAIT_S)
 
 
