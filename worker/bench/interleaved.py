@@ -9,7 +9,7 @@ from time import perf_counter
 from torch import Tensor
 
 from worker.engine.engine import Engine
-from worker.engine.model.packed_model import LanguageModel
+from worker.engine.model.packed_model import ChoosesFactors, LanguageModel
 from worker.engine.segments import KvMove, KvMoves, Segment, Segments
 from worker.engine.stats import StepBatch
 
@@ -43,6 +43,12 @@ class SlotRange:
         """Drop the KV rows of all slots of this range."""
         for slot in range(self._slots):
             self.truncate(slot, 0)
+            self.mark_long(slot, long=False)
+
+    def mark_long(self, slot: int, long: bool) -> None:
+        """Let the rows of a slot have the long factors of longrope from now on, or the short ones."""
+        if isinstance(self._target, ChoosesFactors):
+            self._target.mark_long(self._first + slot, long)
 
 
 def run_interleaved(

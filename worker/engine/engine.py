@@ -18,7 +18,7 @@ from worker.engine.grammar.constraints import Constraints
 from worker.engine.grammar.vocabulary import GrammarVocabulary
 from worker.engine.kv.slot_allocator import Truncation
 from worker.engine.logprobs import compute_logprobs, score_prompts
-from worker.engine.model.packed_model import LanguageModel
+from worker.engine.model.packed_model import ChoosesFactors, LanguageModel
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.scheduler import Scheduler
 from worker.engine.segments import IntArray, ranges
@@ -182,6 +182,7 @@ class Engine:
         for chunk in batch.chunks:
             sequence = chunk.sequence
             if sequence.long != (sequence.slot in self._long_slots):
+                assert isinstance(self._target, ChoosesFactors)
                 self._target.mark_long(sequence.slot, sequence.long)
                 self._long_slots ^= {sequence.slot}
 

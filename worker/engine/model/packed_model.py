@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -47,6 +47,11 @@ class LanguageModel(Protocol):
 
     def clear(self) -> None:
         """Free the memory of every slot."""
+
+
+@runtime_checkable
+class ChoosesFactors(Protocol):
+    """A model whose texts choose the factors of longrope."""
 
     def mark_long(self, slot: int, long: bool) -> None:
         """Let the rows of a slot have the long factors of longrope from now on, or the short ones."""
@@ -190,8 +195,9 @@ class PackedModel:
 
     def mark_long(self, slot: int, long: bool) -> None:
         """Let the rows of a slot have the long factors of longrope from now on, or the short ones."""
-        assert self._offsets is not None, "the model was not loaded with factors by text"
-        assert self._device_offsets is not None
+        if self._offsets is None or self._device_offsets is None:
+            assert not long, "the model was not loaded with factors by text"
+            return
         self._offsets[slot] = LONG_OFFSET if long else 0
         self._device_offsets[slot] = LONG_OFFSET if long else 0
 

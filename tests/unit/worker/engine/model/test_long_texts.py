@@ -14,6 +14,7 @@ from tests import families
 from tests.models import byte_tokenizer
 from tests.unit.worker.engine.cpu.test_kernels import TEXT
 from tests.unit.worker.engine.harness import decode, engine, options, outputs
+from worker.bench.interleaved import SlotRange
 from worker.drafters.suffix.drafter import SuffixDrafter
 from worker.engine.model.architecture import long_text_tokens, max_positions
 from worker.engine.model.backend import fuse_layers
@@ -84,6 +85,10 @@ def test_texts_of_both_kinds_with_one_prefix_share_none_of_it_and_drafts_change_
         decode(engine(ours, None, options(Mode.PLAIN)), [sequence])
     decode(engine(ours, SuffixDrafter(), options(Mode.PAPER, max_sequences=2)), drafted)
     assert outputs(drafted) == outputs(plain)
+    for _ in range(2):  # the second engine's slots start as short ones
+        ranged = texts()
+        decode(engine(SlotRange(ours, 1, 2), None, options(Mode.PLAIN, max_sequences=2)), ranged)
+        assert outputs(ranged) == outputs(plain)
     assert plain[0].output_ids == plain[2].output_ids != plain[1].output_ids
     for sequence in (plain[0], plain[3]):  # below the original positions, and above them from the start
         with torch.no_grad():
