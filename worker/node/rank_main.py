@@ -56,7 +56,10 @@ def follow(settings: WorkerSettings, store: Path, rank: int) -> None:
     """Load this rank's shares and execute commands until the end."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)  # where Triton launches its kernels
     channel = RankChannel(store, rank, settings.tp, device)
     loaded = _load(settings, device)
     models = FollowerModels(loaded)

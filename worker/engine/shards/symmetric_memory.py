@@ -7,11 +7,15 @@ Two buffers take turns: a rank that has met the others in one exchange knows tha
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor, distributed
 from torch.distributed import _symmetric_memory as symmetric_memory
 
 from worker.engine.shards.exchange import DistributedExchange, PeerSums
+
+log = logging.getLogger(__name__)
 
 _BUFFERS = 2
 _ROWS = 1024  # of the largest captured step; larger steps gather their sums
@@ -57,9 +61,10 @@ def exchange_on(device: torch.device, columns: int) -> DistributedExchange:
     if device.type != "cuda":
         return DistributedExchange()
     try:
-        return SymmetricExchange(columns, device)
-    except RuntimeError:
-        return DistributedExchange()  # NCCL gathers the sums
+        return SymmetricExchange(columns, torch.device("cuda", torch.cuda.current_device()))
+    except RuntimeError as error:
+        log.warning("The ranks gather their sums with NCCL: %s", error, extra={"action": "no_symmetric_memory"})
+        return DistributedExchange()
 
 
 def _allocated(numbers: int, device: torch.device) -> Tensor:
@@ -87,7 +92,11 @@ def _addresses(buffer: Tensor) -> tuple[list[int], list[int], int]:
     others = {rank for rank in range(distributed.get_world_size()) if rank != own}
     starts = {rank: handle.get_remote_tensor(rank, size, dtype).data_ptr() for rank in others}
     starts[own] = buffer.data_ptr()
-    return [starts[rank] for rank in sorted(starts)], list(handle.signal_pad_ptrs), handle.signal_pad_size
+    return (
+        [starts[rank] for rank in sorted(starts)],
+        list(handle.signal_pad_ptrs),
+        symmetric_memory.get_signal_pad_size(),
+    )
 
 
 def _all_ranks(can: bool) -> bool:

@@ -19,8 +19,6 @@ RANKS, RANK, COLUMNS, PAD_BYTES = 4, 2, 16, 512
 class Memories:
     """What torch's symmetric memory gives to a rank: its own memory, and tensors over that of the others."""
 
-    signal_pad_size = PAD_BYTES
-
     def __init__(self) -> None:
         self.others: dict[int, Tensor] = {}
         self.pads = [torch.zeros(PAD_BYTES // 4, dtype=torch.int32) for _ in range(RANKS)]
@@ -40,6 +38,8 @@ def memories(monkeypatch: pytest.MonkeyPatch) -> Memories:
         "torch.distributed._symmetric_memory.empty", lambda n, dtype, device: torch.empty(n, dtype=dtype)
     )
     monkeypatch.setattr("torch.distributed._symmetric_memory.rendezvous", lambda *_: made)
+    monkeypatch.setattr("torch.distributed._symmetric_memory.get_signal_pad_size", lambda: PAD_BYTES)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: RANK)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: RANKS)
     monkeypatch.setattr("torch.distributed.all_reduce", lambda *_: None)
