@@ -14,6 +14,7 @@ from jobs.schema_check import exit_status
 from jobs.settings import read_settings
 from storage.session import DATABASE_UNAVAILABLE, unavailable_reason
 from worker.engine.errors import EngineError
+from worker.loading.rank_processes import RankProcesses
 from worker.node import supervisor
 from worker.settings import WorkerSettings
 from worker.sharing.access import DeviceAccess, SharedAccess, SoleAccess
@@ -53,6 +54,7 @@ def main(broker: str = "", index: str = "0") -> int:
 
 
 def _serve(settings: WorkerSettings, access: DeviceAccess | None) -> int:
+    processes = RankProcesses(settings) if settings.tp > 1 else None  # they import torch while this process does
     from worker.tasks import serve
 
-    return serve(settings, access or SoleAccess())
+    return serve(settings, access or SoleAccess(), processes)

@@ -27,6 +27,7 @@ from jobs.queue.worker_notifier import WorkerNotifier
 from jobs.schema_check import require_schema
 from jobs.tracing import start_tracing, stop_tracing
 from worker.loading.loader import load_engine
+from worker.loading.rank_processes import RankProcesses
 from worker.serving.garbage import exempt_loaded_objects
 from worker.serving.request_process import RequestProcess
 from worker.serving.service import EngineService, Pulse, new_worker_id
@@ -73,13 +74,16 @@ def make_pulse(redis_url: str, worker_id: str) -> Pulse:
     return pulse
 
 
-def serve(settings: WorkerSettings, access: DeviceAccess) -> int:
-    """Load the models, start the engine service, and receive notifications until a signal."""
+def serve(settings: WorkerSettings, access: DeviceAccess, processes: RankProcesses | None) -> int:
+    """Load the models, start the engine service, and receive notifications until a signal.
+
+    `processes` are those of the other ranks of a replica of several.
+    """
     require_schema(settings.resolved_database_url)
     start_tracing("basic-worker")
     requests = RequestProcess()  # it imports its modules while the models are loaded
     try:
-        loaded = load_engine(_with_interactive(settings), log.info, access)
+        loaded = load_engine(_with_interactive(settings), log.info, access, processes)
     except torch.OutOfMemoryError as error:
         requests.kill()  # a restart may help: a process that was killed frees its memory a little later
         reason = str(error).splitlines()[0]

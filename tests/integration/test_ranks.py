@@ -69,7 +69,7 @@ def follower_of(replica: int) -> int:
     return child_that_runs("worker.node.rank_main", replica)
 
 
-def on_one_rank(target: Path, dtype: str, **sampling: Any) -> list[str]:
+def on_one_rank(target: Path | str, dtype: str, **sampling: Any) -> list[str]:
     """Return the texts of six requests of `Cluster.submit`, decoded on one rank in this process, one by one."""
     parameters = SamplingParameters(**{"temperature": 0.0, "seed": 0, "ignore_eos": True} | sampling)
     loaded = load_engine(WorkerSettings(target=str(target), dtype=dtype, draft="suffix", max_sequences=1))
@@ -87,7 +87,8 @@ def test_a_killed_rank_ends_its_replica_and_the_next_one_continues_the_same_text
     """Two ranks of the tiny model; three of SmolLM2, which has three KV heads."""
     if ranks == 3:
         cluster = replace(cluster, target=Path(resolve("smollm2-135m-instruct", WorkerSettings().cache_dir)))
-    tokens, sampled = (200, {}) if ranks == 2 else (80, {"temperature": 0.8, "seed": 5})
+    sampled: dict[str, Any] = {"temperature": 0.8, "seed": 5}
+    tokens, sampled = (200, {}) if ranks == 2 else (80, sampled)
     settings = {"replicas": 1, "lease_s": 3, "dtype": dtype}
     undisturbed = on_one_rank(cluster.target, dtype, max_tokens=tokens, **sampled)
     with cluster.node(tp=ranks, threads=1, **settings) as replica:

@@ -45,6 +45,7 @@ from worker.loading.memory import available_bytes, least_weight_bytes
 from worker.loading.model_store import OnMessage, resolve
 from worker.loading.numerics import numerics_of
 from worker.loading.quantization import choose_kv_dtype, chosen_quantization, refuse_unpacked, weights_sentence
+from worker.loading.rank_processes import RankProcesses
 from worker.loading.tensor_parallel import TARGET, RankGroup
 from worker.loading.weights_hash import weights_hash
 from worker.settings import WorkerSettings
@@ -108,7 +109,10 @@ class LoadedModel:
 
 
 def load_engine(
-    settings: WorkerSettings, on_message: OnMessage = lambda _: None, access: DeviceAccess | None = None
+    settings: WorkerSettings,
+    on_message: OnMessage = lambda _: None,
+    access: DeviceAccess | None = None,
+    processes: RankProcesses | None = None,
 ) -> LoadedModel:
     """Load the models of the settings and calibrate them; `on_message` takes sentences about the progress.
 
@@ -129,7 +133,7 @@ def load_engine(
         lambda: available_bytes(device, settings.memory_share),
     )
     on_message(f"Loading {settings.target} in {str(dtype).removeprefix('torch.')} on {device.type}")
-    ranks = RankGroup.start(settings, path, device) if settings.tp > 1 else None
+    ranks = RankGroup.start(settings, path, device, processes) if settings.tp > 1 else None
     model = load(
         path,
         dtype=dtype,

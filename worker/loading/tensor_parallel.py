@@ -12,15 +12,12 @@ import os
 import subprocess
 import threading
 from collections.abc import Callable
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from jobs.processes import BAD_SETTINGS_STATUS, RESTART_STATUS, Command, launch, python_module
-from jobs.settings import environment
+from jobs.processes import BAD_SETTINGS_STATUS, RESTART_STATUS
 from worker.engine.errors import ModelRefused
 from worker.engine.model.architecture import refuse_tp_size
 from worker.engine.model.checkpoint import as_model_refused
@@ -28,6 +25,7 @@ from worker.engine.options import EngineOptions
 from worker.engine.parallel.channel import RankChannel
 from worker.engine.parallel.commands import CommandKind, RankCommand
 from worker.engine.parallel.leader_model import LeaderModel
+from worker.loading.rank_processes import RankProcesses
 from worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -46,27 +44,27 @@ _STOP_S = 5.0
 class RankGroup:
     """The other ranks of a replica, seen from rank 0."""
 
-    def __init__(self, processes: list[subprocess.Popen[bytes]], folder: TemporaryDirectory[str], device: torch.device):
-        """Connect to the ranks that run as `processes`, through the store in `folder`; see `start`."""
+    def __init__(self, processes: RankProcesses, device: torch.device) -> None:
+        """Connect to the ranks that run as `processes`; see `start`."""
         self._processes = processes
-        self._folder = folder  # kept until close(): each new process group rendezvouses at the store
         self._closing = threading.Event()
-        for process in processes:  # before connecting: waiting for a dead rank would never end
+        for process in processes.running:  # before connecting: waiting for a dead rank would never end
             threading.Thread(target=self._exit_with, args=(process,), name="basic-rank", daemon=True).start()
-        self._channel = RankChannel(_store(folder), 0, 1 + len(processes), device)
+        self._channel = RankChannel(processes.store, 0, 1 + len(processes.running), device)
         atexit.register(self.close)
 
     @classmethod
-    def start(cls, settings: WorkerSettings, path: str, device: torch.device) -> RankGroup:
-        """Start the other ranks of the target at `path` and connect. Call it from the main thread (see `launch`).
+    def start(
+        cls, settings: WorkerSettings, path: str, device: torch.device, processes: RankProcesses | None = None
+    ) -> RankGroup:
+        """Connect to the other ranks of the target at `path`, which are started now unless they run already.
 
         Raises ModelRefused if the target can't be split over that many ranks.
         """
         with as_model_refused(f"{path} could not be loaded"):
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         refuse_tp_size(config.get_text_config(), settings.tp)
-        folder = TemporaryDirectory(prefix="basic-ranks-")
-        return cls([_start(settings, rank, _store(folder)) for rank in range(1, settings.tp)], folder, device)
+        return cls(processes or RankProcesses(settings), device)
 
     def lead(self, model: PreTrainedModel, index: int, **options: Any) -> LeaderModel:
         """Return a model whose calls run on all ranks."""
@@ -83,14 +81,9 @@ class RankGroup:
         if self._closing.is_set():
             return
         self._closing.set()
-        if all(process.poll() is None for process in self._processes):
+        if all(process.poll() is None for process in self._processes.running):
             self._channel.send([RankCommand(CommandKind.END)])
-        for process in self._processes:
-            try:
-                process.wait(_STOP_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        self._folder.cleanup()
+        self._processes.stop(_STOP_S)
 
     def _exit_with(self, process: subprocess.Popen[bytes]) -> None:
         """Exit this process, at the latest `_GRACE_S` after `process` ended: a failing step may exit earlier."""
@@ -115,12 +108,3 @@ def draft_tp_size(path: str, settings: WorkerSettings) -> int:
     except ModelRefused:
         return 1
     return settings.tp
-
-
-def _store(folder: TemporaryDirectory[str]) -> Path:
-    return Path(folder.name) / "store"
-
-
-def _start(settings: WorkerSettings, rank: int, store: Path) -> subprocess.Popen[bytes]:
-    variables = environment(settings) | {"LOCAL_RANK": str(rank)}  # the GPU that transformers uses
-    return launch(Command(f"rank {rank}", python_module("worker.node.rank_main", str(store), str(rank)), variables))

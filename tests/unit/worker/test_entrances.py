@@ -49,7 +49,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def environment(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BASIC_TARGET", str(model_dir))
     monkeypatch.setenv("BASIC_MAX_CONTEXT", "300")
-    monkeypatch.setattr(loader, "load_engine", lambda settings, on_message, access=None: resident_model(settings))
+    monkeypatch.setattr(loader, "load_engine", lambda settings, *_, **__: resident_model(settings))
 
 
 def test_the_seeds_functions_write_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:

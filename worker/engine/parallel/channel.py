@@ -23,7 +23,7 @@ from worker.engine.segments import IntArray
 # Idle followers wait for the next command without a limit. No timeout is needed to detect a dead rank: its connection
 # closes, and its parent process sees it exit.
 _NO_TIMEOUT = timedelta(days=365)
-_LEAST_WORDS = 2048  # of a broadcast
+LEAST_WORDS = 2048  # of a broadcast
 
 
 class RankChannel:
@@ -35,7 +35,7 @@ class RankChannel:
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
         self.rank, self.ranks = rank, ranks
         self._number = 0  # messages so far
-        self._room = _LEAST_WORDS  # words of the next broadcast, the same on every rank
+        self._room = LEAST_WORDS  # words of the next broadcast, the same on every rank
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=distributed.FileStore(str(store), ranks),  # type: ignore[attr-defined]  # documented as exported
@@ -67,7 +67,7 @@ class RankChannel:
     def _received(self, length: int) -> None:
         """Make room for a message like the last one, whose length both ends know."""
         self._number += 1
-        self._room = max(_LEAST_WORDS, 1 << length.bit_length())
+        self._room = max(LEAST_WORDS, 1 << length.bit_length())
 
     def all_reduce_min(self, number: int) -> int:
         """Return the minimum of the ranks' numbers; every rank must call it."""

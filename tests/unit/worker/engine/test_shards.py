@@ -17,6 +17,7 @@ from tests.unit.worker.engine.cpu.test_kernels import TEXT, compiled
 from tests.unit.worker.engine.harness import decode, engine, greedy_and_sampled, options, outputs
 from worker.drafters.model import ModelDrafter
 from worker.engine.errors import RankLost
+from worker.engine.kv.fp8 import store_kv_in_fp8
 from worker.engine.model.backend import fuse_layers
 from worker.engine.model.packed_model import PackedModel
 from worker.engine.options import Mode
@@ -70,6 +71,17 @@ def test_the_logits_of_a_split_model_have_the_bits_of_the_whole(form: int, dtype
     exact = logits(model)
     for ranks, found in split.items():
         assert torch.equal(found, exact), f"on {ranks} ranks"
+
+
+def test_the_logits_of_a_split_model_with_fp8_kv_have_the_bits_of_the_whole() -> None:
+    def prepare(some: PreTrainedModel) -> None:
+        store_kv_in_fp8(some)
+        fuse_layers(some)
+
+    model, sizes = whole(0, torch.bfloat16)
+    split = on_ranks(model, sizes[0], logits, prepare)[0]
+    prepare(model)
+    assert torch.equal(split, logits(model))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import fields
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.unit.worker.engine.paged.test_attention import STEPS
 from worker.engine.errors import MessageRefused
 from worker.engine.paged.rows import Shape
 from worker.engine.paged.step import PagedStep
+from worker.engine.parallel.channel import LEAST_WORDS, RankChannel
 from worker.engine.parallel.commands import CommandKind, RankCommand
 from worker.engine.parallel.messages import HEAD, opened, sealed
 from worker.engine.segments import IntArray, KvMove, KvMoves, Segments
@@ -84,3 +86,43 @@ def test_a_message_that_lost_its_end_is_refused() -> None:
 def test_a_message_out_of_order_is_refused(number: int) -> None:
     with pytest.raises(MessageRefused, match=f"Message {number} came from the first rank where 6 was due"):
         opened(sealed(commands(), number), 6)
+
+
+class OneProcess(RankChannel):
+    """Both ends of a channel: arrays go through a queue."""
+
+    def __init__(self, passed: deque[IntArray]) -> None:
+        self._number, self._room, self.passed, self.broadcasts = 0, LEAST_WORDS, passed, 0
+
+    def _broadcast(self, words: IntArray) -> None:
+        self.passed.append(words)
+        self.broadcasts += 1
+
+    def _receive(self, count: int) -> IntArray:
+        words = self.passed.popleft()
+        assert len(words) == count, "the ends disagree about a length"
+        return words
+
+
+def test_a_message_is_one_broadcast_unless_it_is_much_longer_than_the_one_before() -> None:
+    passed: deque[IntArray] = deque()
+    leader, follower = OneProcess(passed), OneProcess(passed)
+    needed = []
+    for length in (10, 5000, 5000, 7000, 10, 10, 5000):
+        sent = RankCommand(CommandKind.STEP, numbers=tuple(range(length)))
+        leader.send([sent])
+        (found,) = follower.recv()
+        assert found.numbers == sent.numbers
+        needed.append(leader.broadcasts)
+        leader.broadcasts = 0
+    assert needed == [1, 2, 1, 1, 1, 1, 2]
+
+
+def test_a_rank_that_missed_a_message_ends_at_the_next_one() -> None:
+    passed: deque[IntArray] = deque()
+    leader, follower = OneProcess(passed), OneProcess(passed)
+    leader.send(commands())
+    passed.clear()
+    leader.send(commands())
+    with pytest.raises(MessageRefused, match="Message 1 came from the first rank where 0 was due"):
+        follower.recv()
