@@ -52,10 +52,11 @@ def test_replicas_share_a_job_a_dead_one_is_started_again_and_a_stop_drains_all(
         assert [worker.pid for worker in cluster.workers()] == [workers[0].pid]  # the others stopped cleanly
 
 
-def test_invalid_settings_end_the_supervisor_without_a_restart(cluster: Cluster) -> None:
-    with cluster.node(replicas=2, target="/no/such/model") as supervisor:
+def test_a_model_that_can_t_be_loaded_ends_the_supervisor_without_a_restart(cluster: Cluster) -> None:
+    with cluster.node(target=f"{cluster.target},/no/such/model") as supervisor:
         assert supervisor.wait(840) == 78
-    assert "no model directory /no/such/model" in cluster.words()
+    assert "model: there is no model directory /no/such/model" in cluster.words()
+    assert cluster.workers() == [], "the other model of the worker did not serve"
 
 
 @pytest.fixture
