@@ -22,6 +22,7 @@ from tests.models import byte_tokenizer, save_tiny, tiny
 from worker import benchmark, seed, start
 from worker.bench import grid, mixed_lengths, schema_validity
 from worker.bench.host_costs import __main__ as host_costs
+from worker.bench.host_costs.arrivals import KINDS
 from worker.benchmark import OWN_MODES
 from worker.cli import commands
 from worker.engine.cpu.kernels import kernels
@@ -223,7 +224,7 @@ def test_the_host_costs_of_a_step_are_the_sum_of_its_parts(capsys: pytest.Captur
 def test_the_costs_of_arrivals_are_those_of_all_steps_until_they_decode(capsys: pytest.CaptureFixture[str]) -> None:
     host_costs.main(arrivals=9, runs=1, as_json=True)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["prompts"] for line in lines] == list(host_costs.KINDS)
+    assert [line["prompts"] for line in lines] == list(KINDS)
     assert [line["steps"] for line in lines] == [6, 5, 3, 2, 2], "512 tokens of the prompts are prefilled in a step"
     assert all(line["admission_ms"] >= line["admission_best_ms"] > 0 for line in lines)
 

@@ -60,8 +60,12 @@ class NativeSampler:
         self._adjust_rows = bound(compiled.adjust_rows, rows, _ADDRESS)
         self._log_total_rows = bound(compiled.log_total_rows, rows, _ADDRESS)
         self._scratch_size = bound(compiled.scratch_size, _SIZE, result=_SIZE)
-        addresses = (_address_of(one) for one in (drafts.topk_rows, compiled.process_rows, drafts.add_noise))
-        self.ranking = RankingFunctions(*addresses, self._scratch_size)
+        self.ranking = RankingFunctions(
+            _address_of(drafts.topk_rows),
+            _address_of(compiled.process_rows),
+            _address_of(drafts.add_noise),
+            self._scratch_size,
+        )
         self._topk_rows = bound(drafts.topk_rows, *[_ADDRESS] * 3, _SIZE, _SIZE, _SIZE)
         self._add_noise = bound(drafts.add_noise, *[_ADDRESS] * 3, _SIZE, _SIZE)
 

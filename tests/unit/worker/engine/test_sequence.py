@@ -31,8 +31,7 @@ def test_a_sequence_that_was_sent_is_the_same() -> None:
         assert differing == set()
         assert got.sampling.record.tobytes() == sequence.sampling.record.tobytes()
         for array, sent in zip(got.sampling.bias, sequence.sampling.bias, strict=True):
-            assert array.dtype == sent.dtype
-            np.testing.assert_array_equal(array, sent)
+            np.testing.assert_array_equal(array, sent, strict=True)
 
 
 def test_packed_ids_follow_those_that_are_appended_and_cut() -> None:

@@ -16,10 +16,10 @@ def device_time(queue: FairQueue, step_s: list[float], turns: int) -> list[float
     for member in range(len(step_s)):
         queue.want(member)
     for _ in range(turns):
-        member = queue.grant()
-        assert member is not None
-        used[member] += step_s[member]
-        queue.end_turn(member, step_s[member], more=True)
+        granted = queue.grant()
+        assert granted is not None
+        used[granted] += step_s[granted]
+        queue.end_turn(granted, step_s[granted], more=True)
     return used
 
 
