@@ -10,6 +10,7 @@ import logging
 import socket
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -56,7 +57,8 @@ class DeviceBroker:
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         """Stop the thread and close all connections."""
         self._stop.set()
-        self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        with suppress(OSError):  # not Linux
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
         self._thread.join()
         self._listener.close()
         for connection in self._connections:
