@@ -187,7 +187,12 @@ def test_hostile_text_is_shown_as_text_and_does_not_change_the_page(page: Page, 
 
 @pytest.mark.parametrize("place", ["/dashboard/", "/dashboard/stats", "/dashboard/workers", "/dashboard/webhooks"])
 @pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1200, "dark")])
-def test_pages_fit_phones_and_follow_the_system(page: Page, place: str, width: int, scheme: str) -> None:
+def test_pages_fit_phones_and_follow_the_system(
+    page: Page, service: LocalService, place: str, width: int, scheme: str
+) -> None:
+    if place.endswith("stats"):
+        with Client(service.api_url) as client:
+            client.submit(["abc"], max_tokens=2).wait()
     page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
     page.set_viewport_size({"width": width, "height": 850})
     page.goto(place)
@@ -531,6 +536,9 @@ def test_once_there_is_a_key_the_pages_ask_for_it_and_a_revoked_one_closes_them(
     other = next(w for w in keys_command(settings, "create", "other", "--scope", "read").split() if "sk-basic-" in w)
     log_in(page, other)
     open_still = page.context.new_page()
+    open_still.goto("/dashboard/webhooks")
+    expect(open_still.get_by_text("A key with the scope submit may add one.")).to_be_visible()
+    expect(open_still.get_by_role("button", name="New webhook")).to_have_count(0)
     open_still.goto("/dashboard/stats")
     expect(open_still.get_by_role("heading", level=1)).to_be_visible()
     page.get_by_role("button", name="Log out").click()

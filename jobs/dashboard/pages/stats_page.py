@@ -16,6 +16,7 @@ from storage.statistics import JobSummary
 
 _JOBS: Final = 20
 _REFRESH_S: Final = 5.0
+_NO_JOBS: Final = "No job has run yet. Submit one on the page Jobs, or on the command line: basic submit FILE"
 
 
 async def build(context: PageContext, caller: Caller) -> None:
@@ -33,6 +34,8 @@ class StatsPage:
         """Add an empty container; `refresh` fills it."""
         self._context = context
         self._sees = caller.sees
+        self._none = ui.label(_NO_JOBS).classes("dim")
+        self._none.set_visibility(False)
         self._container = ui.element("div").classes("stack")
         self._numbers: StatsView | None = None  # created with the first statistics
         self._shown: list[JobSummary] = []
@@ -41,6 +44,10 @@ class StatsPage:
         """Show the current statistics."""
         stats = await self._context.read(lambda session: statistics.total_stats(session, self._sees))
         rows = await self._context.read(lambda session: statistics.job_summaries(session, _JOBS, self._sees))
+        self._none.set_visibility(not rows)
+        self._container.set_visibility(bool(rows))
+        if not rows:
+            return
         if self._numbers is None:
             with self._container:
                 self._numbers = StatsView()
