@@ -29,33 +29,38 @@ class PilotEstimate:
     """Predicted tokens, time and energy, each with its 90 % interval."""
 
     def __init__(self, context: PageContext) -> None:
-        """Add an empty box; `show` fills it."""
+        """Add nothing yet: `show` adds a box while the job waits."""
         self._context = context
         self._paused_at: float | None = None  # of the pause that is shown
-        with box() as self._box:
-            heading("Estimate of the rest")
-            self._none = ui.label(_NO_ANSWER).classes("dim")
-            self._figures = ui.element("dl").classes("figures")
-        self._box.set_visibility(False)
+        self._place = ui.element("div")
+        self._place.set_visibility(False)
 
     async def show(self, job: JobView) -> None:
-        """Predict once for each pause after a pilot; hide the box at other times."""
+        """Predict once for each pause after a pilot; show nothing at other times."""
         waits = job.status == JobStatus.PAUSED and job.pause_reason == BY_PILOT
-        self._box.set_visibility(waits)
-        if not waits or self._paused_at == job.paused_at:
+        paused_at = job.paused_at if waits else None
+        if paused_at == self._paused_at:
             return
-        self._paused_at = job.paused_at
+        self._paused_at = paused_at
+        self._place.clear()
+        self._place.set_visibility(waits)
+        if waits:
+            await self._predict(job)
+
+    async def _predict(self, job: JobView) -> None:
 
         def read(session: Session) -> tuple[PilotRecord | None, list[WorkerView]]:
             return read_pilot(session, job.id), queries.live_workers_of(session, job.model)
 
         record, workers = await self._context.read(read)
         found = None if record is None else await asyncio.to_thread(lambda: estimate(pilot_of(record, workers)))
-        self._none.set_visibility(found is None)
-        self._figures.clear()
-        if record is not None and found is not None:
+        with self._place, box():
+            heading("Estimate of the rest")
+            if record is None or found is None:
+                ui.label(_NO_ANSWER).classes("dim")
+                return
             power_w, _ = power_of(workers)
-            with self._figures:
+            with ui.element("dl").classes("figures"):
                 self._fill(found, len(record.waiting), power_w)
 
     @staticmethod
