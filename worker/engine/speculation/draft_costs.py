@@ -101,7 +101,8 @@ class DraftCosts:
             _LayerTimes(times.first_ms if times else {}),
             _LayerTimes(times.layer_ms if times else {}),
         )
-        self._row_ms = RunningMean.settled(TIME_WEIGHT, times.row_ms) if times else RunningMean(TIME_WEIGHT)
+        row_ms = times.row_ms if times else 0.0  # 0 is no time: the first one that is measured counts in full
+        self._row_ms = RunningMean.settled(TIME_WEIGHT, row_ms) if row_ms else RunningMean(TIME_WEIGHT)
         self._gain = RunningMean.settled(TIME_WEIGHT, 0.0)
         # Best child's value over its parent's, by depth of the parent. It starts optimistic, so that layers are tried.
         self.best_child: FloatArray = np.tile([1.0, 1.0 / BEST_CHILD_WEIGHT], (DEPTH_CLASSES, 1))  # value, samples

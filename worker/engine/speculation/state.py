@@ -12,7 +12,7 @@ from worker.engine.speculation.cost_model import PlainStepTimes
 from worker.engine.speculation.draft_costs import DraftCosts, DraftTimes
 from worker.engine.speculation.regret_guard import RegretGuard
 
-RECORD_VERSION: Final = 2  # of what `record` returns; raise it with any change of what is stored or of its meaning
+RECORD_VERSION: Final = 3  # of what `record` returns; raise it with any change of what is stored or of its meaning
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,6 +91,29 @@ def test_a_disturbed_measurement_takes_more_rounds_and_is_not_cached_if_it_never
     assert later.first_ms == pytest.approx(dict.fromkeys((1, 2, 4), _LAYER_S * 1e3)), "it measured again"
 
 
+class Paused(Timed):
+    """A drafter that the machine interrupts in a layer of a text that is read already."""
+
+    calls = 0
+
+    def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
+        self.calls += 1
+        self.clock.advance(0.5 if self.calls == 3 else 0.0)
+        return super().expand(forest, frontier)
+
+
+def test_a_pause_of_the_machine_does_not_make_reading_seem_free() -> None:
+    drafter = Paused(Clock())
+    times, _ = measure_drafts(drafter, slots=4, capacity=200, clock=drafter.clock)
+    assert times.row_ms == pytest.approx(_ROW_S * 1e3)
+
+
+def test_a_reading_time_that_was_not_measured_is_learned_from_the_first_reading() -> None:
+    costs = DraftCosts(DraftTimes({1: 1.0, 2: 1.0}, {1: 1.0, 4: 2.0}, row_ms=0.0))
+    costs.observe_growth(100, [2, 4], 43.0)
+    assert costs.row_ms == pytest.approx(0.4)
+
+
 def test_draft_costs_start_from_the_calibration() -> None:
     costs = DraftCosts(DraftTimes({1: 1.0, 2: 1.0}, {1: 1.0, 4: 2.0}, row_ms=0.5))
     assert [costs.layer_ms(nodes) for nodes in (1, 2, 3, 4, 60)] == [1.0, 1.0, 2.0, 2.0, 2.0]
