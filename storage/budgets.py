@@ -1,6 +1,7 @@
 """Budgets: a job that has spent its tokens or its time pauses; what it has committed stays.
 
-Tokens are those of its prompts and completions, as its status shows them. Time is that since its start, without pauses.
+Tokens are those of its prompts and completions, as its status shows them, without those that were copied from the
+cache. Time is that since its start, without pauses.
 """
 
 from __future__ import annotations
@@ -38,5 +39,6 @@ def _is_spent(now: float) -> ColumnElement[bool]:
 
 
 def _tokens_are_spent() -> ColumnElement[bool]:
-    spent = JobRow.prompt_tokens + JobRow.completion_tokens >= JobRow.budget_tokens
+    cached = JobRow.cached_prompt_tokens + JobRow.cached_completion_tokens
+    spent = JobRow.prompt_tokens + JobRow.completion_tokens - cached >= JobRow.budget_tokens
     return and_(JobRow.budget_tokens.is_not(None), spent)

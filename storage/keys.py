@@ -65,6 +65,7 @@ class KeyView:
     outputs_kept_s: float | None
     files_kept_s: float | None
     steps_kept_s: float | None
+    cache: bool  # its requests may be answered from the cache
     valid: bool  # neither revoked nor expired
 
 

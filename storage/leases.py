@@ -15,6 +15,7 @@ from sqlalchemy import ColumnElement, Float, Select, Update, and_, bindparam, ca
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.dml import ReturningUpdate
 
+from storage.cached_answers import CacheScope, Repeats, claimed_scope
 from storage.dialect import (
     AnyRow,
     database_now,
@@ -33,6 +34,8 @@ from storage.records import Checkpoint, Claim, Lease, RequestKey, RequestPlan
 from storage.steps.columns import stored_steps
 from storage.transitions import cancel_requests, end_finished_jobs, lock_jobs, locked_jobs, return_requests
 
+_PASSED_OVER: Final = 16  # jobs that a claim considers beyond its slots
+
 _CLAIMED: Final = (
     Request.job_id,
     Request.request_index,
@@ -43,6 +46,7 @@ _CLAIMED: Final = (
     Request.started_at,
     Request.answer_format,
     Request.sampling_defaults,
+    Request.identity,
 )
 
 
@@ -57,6 +61,7 @@ def claim(
     reserved: int = 0,
     body_version: int = 1,
     ageing: Ageing | None = None,
+    repeats: Repeats | None = None,
 ) -> list[Claim]:
     """Claim up to `limit` queued requests of a model; return them with the checkpoints of earlier owners.
 
@@ -64,7 +69,7 @@ def claim(
     divided between classes, owners and jobs by storage.fair_share; `ageing` is the caller's memory of earlier claims.
     Paused jobs are skipped, and so are jobs that run `max_concurrent` requests. Requests in `holding`, which the caller
     is decoding, are not claimed again even if their leases have lapsed. Jobs with bodies newer than `body_version` are
-    skipped.
+    skipped. Requests whose answers can be copied, or are being computed, are left to `repeats`; None: none are.
 
     Suspects (storage.lease_recovery) come first, one quarantine group at a time, and only when everything that the
     caller holds is cleared. Until the group is cleared as well, the worker claims nothing else, so a crash has a known
@@ -74,6 +79,8 @@ def claim(
     if limit <= 0:
         return []
     now = database_now(session)
+    if repeats is not None:
+        repeats.begin(now)
     held = _held(session, worker_id, holding)
     if any(row.suspect_group is not None and not row.proven for row in held):
         return []
@@ -81,12 +88,13 @@ def claim(
     group, crashed_alone = _next_group(session, may_serve)
     taken: list[RequestKey] = []
     if group is None or (crashed_alone and not has_served(session, worker_id)):
-        taken = _claim_fairly(session, may_serve, limit, holding, None)
+        taken = _claim_fairly(session, may_serve, limit, holding, None, repeats)
         rest = limit - reserved - len(taken)
-        taken += _claim_fairly(session, may_serve, rest, holding, ageing or Ageing())
+        taken += _claim_fairly(session, may_serve, rest, holding, ageing or Ageing(), repeats)
     if group is not None and not taken and all(row.proven for row in held):
         taken = _claim_group(session, may_serve, group, limit, holding)
-    return _as_claims(session, _own(session, worker_id, taken, now, lease_s))
+    scope = None if repeats is None else repeats.scope
+    return _as_claims(session, _own(session, worker_id, taken, now, lease_s, scope))
 
 
 def release(session: Session, worker_id: str, leases: Iterable[Lease]) -> None:
@@ -168,18 +176,20 @@ def _claim_fairly(
     limit: int,
     holding: Collection[RequestKey],
     ageing: Ageing | None,
+    repeats: Repeats | None,
 ) -> list[RequestKey]:
     """Lock up to `limit` queued requests by fair share, and set `started_at` of their jobs. None: interactive ones."""
     if limit <= 0:
         return []
-    fair_share = FairShare(_job_shares(session, may_serve, limit, interactive=ageing is None), ageing)
+    most = limit if repeats is None else limit + _PASSED_OVER  # all requests of a job may be left out
+    fair_share = FairShare(_job_shares(session, may_serve, most, interactive=ageing is None), ageing)
     locked = _lock_claimed(session, fair_share.job_ids)
     for job_id, room in _room(session, locked).items():
         fair_share.set_room(job_id, room)
     taken: list[RequestKey] = []
     while len(taken) < limit and (shares := fair_share.allocate(limit - len(taken))):
         for job_id, slots in shares.items():
-            got = _lock_queued(session, None, job_id, slots, [*holding, *taken])
+            got = _take(session, None, job_id, slots, [*holding, *taken], repeats, wait=ageing is not None)
             taken += got
             fair_share.add_running(job_id, len(got))
             if len(got) < slots:  # other workers have locked the rest, or the caller holds it
@@ -243,7 +253,7 @@ def _claim_group(
     for job_id in sorted(jobs):
         slots = min(limit - len(taken), max(0, room.get(job_id, limit)))
         if slots > 0:
-            taken += _lock_queued(session, group, job_id, slots, holding)
+            taken += _take(session, group, job_id, slots, holding, None)
     return taken
 
 
@@ -287,24 +297,53 @@ def _shares(*, interactive: bool) -> Select[Any]:
     return select(*columns).where(ordered.c.order <= bindparam("limit")).order_by(ordered.c.order)
 
 
-def _lock_queued(
-    session: Session, group: str | None, job_id: str, limit: int, exclude: Collection[RequestKey]
+def _take(
+    session: Session,
+    group: str | None,
+    job_id: str,
+    limit: int,
+    exclude: Collection[RequestKey],
+    repeats: Repeats | None,
+    *,
+    wait: bool = True,
 ) -> list[RequestKey]:
+    """Lock queued requests of a job, or of its part of a quarantine group, without those that are left to `repeats`."""
+    if repeats is None:
+        rows = _lock_queued(session, group, job_id, limit, exclude, None)
+        return [(row.job_id, row.request_index) for row in rows]
+    taken: list[RequestKey] = []
+    while len(taken) < limit:
+        rows = _lock_queued(session, group, job_id, limit - len(taken), [*exclude, *taken], repeats.allowed())
+        computed = repeats.left_over(session, rows, wait=wait)
+        taken += computed
+        if len(computed) == len(rows) or repeats.full:
+            break
+    return taken
+
+
+def _lock_queued(
+    session: Session,
+    group: str | None,
+    job_id: str,
+    limit: int,
+    exclude: Collection[RequestKey],
+    allowed: ColumnElement[bool] | None,
+) -> Sequence[AnyRow]:
     """Lock queued requests of a job, skipping those that other workers have locked: of a quarantine group, or of none.
 
-    Those of none may have to wait for the pilot of the job.
+    Those of none may have to wait for the pilot of the job. `allowed` is a further condition.
     """
     _, parameters = key_parameters(key for key in exclude if key[0] == job_id)
     given = {"job": job_id, "limit": limit, **parameters} | ({} if group is None else {"group": group})
-    rows = session.execute(_queued(grouped=group is not None, excluding=bool(parameters)), given)
-    return [(found, index) for found, index in rows]
+    query = _queued(grouped=group is not None, excluding=bool(parameters))
+    return session.execute(query if allowed is None else query.where(allowed), given).all()
 
 
 @cache
-def _queued(*, grouped: bool, excluding: bool) -> Select[str, int]:
+def _queued(*, grouped: bool, excluding: bool) -> Select[*tuple[Any, ...]]:
     unsuspected = and_(Request.suspect_group.is_(None), may_run())
     wanted = Request.suspect_group == bindparam("group") if grouped else unsuspected
-    query = select(Request.job_id, Request.request_index)
+    query = select(Request.job_id, Request.request_index, Request.identity, Request.lease_number)
     query = query.where(Request.job_id == bindparam("job"), wanted, Request.status == "queued")
     if excluding:
         query = query.where(~has_keys(1))
@@ -312,12 +351,20 @@ def _queued(*, grouped: bool, excluding: bool) -> Select[str, int]:
     return query.with_for_update(skip_locked=True)
 
 
-def _own(session: Session, worker_id: str, keys: Sequence[RequestKey], now: float, lease_s: float) -> Sequence[AnyRow]:
+def _own(
+    session: Session,
+    worker_id: str,
+    keys: Sequence[RequestKey],
+    now: float,
+    lease_s: float,
+    scope: CacheScope | None,
+) -> Sequence[AnyRow]:
     """Give locked requests to the worker under new leases; return them in the order of `keys`."""
     if not keys:
         return ()
     jobs, parameters = key_parameters(keys)
-    given = {**parameters, "worker": worker_id, "now": now, "until": now + lease_s}
+    named = None if scope is None else scope.name
+    given = {**parameters, "worker": worker_id, "now": now, "until": now + lease_s, "scope": named}
     rows = session.connection().execute(_owning(jobs), given).all()
     order = {key: number for number, key in enumerate(keys)}
     return sorted(rows, key=lambda row: order[row.job_id, row.request_index])
@@ -336,6 +383,7 @@ def _owning(jobs: int) -> ReturningUpdate[Any]:
             lease_expires_at=bindparam("until"),
             started_at=func.coalesce(Request.started_at, bindparam("now", type_=Float())),
             proven=False,
+            cache_scope=claimed_scope(),
         )
         .returning(*_CLAIMED)
     )
@@ -364,6 +412,7 @@ def _as_claims(session: Session, taken: Collection[AnyRow]) -> list[Claim]:
             plan=RequestPlan(row.answer_format, row.sampling_defaults),
             max_concurrent=jobs[row.job_id].max_concurrent,
             verifies=jobs[row.job_id].verification_of is not None,
+            identity=row.identity,
         )
         for row in taken
     ]

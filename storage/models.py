@@ -134,6 +134,10 @@ class JobRow(Base):
     pilot_only: Mapped[bool] = mapped_column(server_default=false())  # only its pilot may run (storage.pilots)
     # The job of which it computes a sample again, without drafts (storage.verifications): it is erased with that job.
     verification_of: Mapped[str | None]
+    # Of its requests and tokens: those that were copied from earlier answers (storage.cached_answers).
+    requests_cached: Mapped[int] = mapped_column(server_default=text("0"))
+    cached_prompt_tokens: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    cached_completion_tokens: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
 
     __table_args__ = (
         UniqueConstraint("api_key_id", "idempotency_key"),
@@ -220,6 +224,12 @@ class Request(Base):
     # the content), and the sampling parameters that the model's generation config gave.
     answer_format: Mapped[dict[str, Any] | None]
     sampling_defaults: Mapped[dict[str, Any] | None]
+    # Hash of its owner, model and everything that decides its answer (jobs.submission.parameters.identity). NULL: it is
+    # neither answered from the cache nor a source of answers, or it was answered from there.
+    identity: Mapped[str | None]
+    # What the workers that claimed it have in common, beside the request, that decides its answer: hash of numerics,
+    # context and sampling defaults. NULL: not claimed, or by workers that differ.
+    cache_scope: Mapped[str | None]
 
     __table_args__ = (
         CheckConstraint(_one_of("status", RequestStatus), name="status"),
@@ -243,6 +253,13 @@ class Request(Base):
             postgresql_where=text("error_code IS NOT NULL"),
         ),
         # Partial indexes: few rows have these at any time.
+        Index(
+            "ix_requests_identity_status",
+            "identity",
+            "status",
+            sqlite_where=text("identity IS NOT NULL"),
+            postgresql_where=text("identity IS NOT NULL"),
+        ),
         _where_set("suspect_group", "suspect_group IS NOT NULL"),
         _where_set("expires_at", "expires_at IS NOT NULL AND finished_at IS NULL"),
     )
@@ -309,6 +326,7 @@ class ChoiceOutput(Base):
     # What fixed the bits of the text: a fingerprint (storage.numerics), or several with commas between them, in order,
     # if it was resumed where other bits were possible. NULL: computed by an older version.
     numerics: Mapped[str | None]
+    cached_from: Mapped[str | None]  # job id/request index of the answer that it is a copy of; NULL: it was computed
 
     __table_args__ = (
         _of_a_request(),
@@ -463,7 +481,8 @@ class DecodeStep(Views):
     plain_step_ms: Mapped[float | None]
     ended_at: Mapped[float]
     worker_id: Mapped[str]
-    decision: Mapped[str | None]  # tree, or why none was used (worker.engine.speculation.regret_guard)
+    # tree, or why none was used (worker.engine.speculation.regret_guard); cached: not a step, but a copy of all tokens
+    decision: Mapped[str | None]
     # [draft children, rank of the accepted one or null] of each inner node that the target reached; NULL: no tree
     reached: Mapped[list[Any] | None]
     preemptions: Mapped[int]  # how often the sequence lost its KV memory since its last step
@@ -686,6 +705,7 @@ class ApiKey(Base):
     outputs_kept_s: Mapped[float | None]
     files_kept_s: Mapped[float | None]
     steps_kept_s: Mapped[float | None]
+    cache: Mapped[bool] = mapped_column(server_default=true())  # its requests may be answered from the cache
 
 
 class WebhookEndpoint(Base):

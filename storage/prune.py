@@ -135,7 +135,7 @@ def _prune_prompts(session: Session, piece: _Slice) -> int:
     echoed = update(ChoiceOutput).where(*piece.of(ChoiceOutput), ChoiceOutput.prompt.is_not(None))
     session.execute(echoed.values(prompt=None))
     given = update(Request).where(*piece.of(Request), Request.body.is_not(None))
-    pruned = session.scalars(given.values(body=None).returning(Request.request_index)).all()
+    pruned = session.scalars(given.values(body=None, identity=None).returning(Request.request_index)).all()
     _mark(session, piece, "prompts_deleted_at")
     return len(pruned)
 
@@ -143,6 +143,7 @@ def _prune_prompts(session: Session, piece: _Slice) -> int:
 def _prune_outputs(session: Session, piece: _Slice) -> int:
     for model in (Partial, DraftTree):
         session.execute(delete(model).where(*piece.of(model)))
+    session.execute(update(Request).where(*piece.of(Request), Request.identity.is_not(None)).values(identity=None))
     gone = delete(ChoiceOutput).where(*piece.of(ChoiceOutput)).returning(ChoiceOutput.choice_index)
     pruned = session.scalars(gone).all()
     _mark(session, piece, "outputs_deleted_at")

@@ -69,6 +69,10 @@ class JobView:
     budget_s: float | None
     paused_s: float  # of pauses that are over
     verification_of: str | None  # job of which it computes a sample again, without drafts
+    # Of its requests and tokens: those that were copied from earlier answers (storage.cached_answers).
+    requests_cached: int
+    cached_prompt_tokens: int
+    cached_completion_tokens: int
     # Sampling parameters that the model's generation config gave to its first request; not in lists.
     sampling_defaults: Mapping[str, Any] | None = None
 
@@ -100,6 +104,7 @@ class ChoiceView:
     prompt: Mapping[str, Any] | None = None  # what the answer returns of its prompt
     token_ids: list[int] | None = None  # where it returns anything of its prompt
     numerics: str | None = None  # what fixed its bits (storage.numerics)
+    cached_from: str | None = None  # the answer that it is a copy of: job id/request index
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +272,7 @@ def outputs(
             ChoiceOutput.prompt,
             case((ChoiceOutput.prompt.is_not(None), ChoiceOutput.token_ids)).label("token_ids"),
             ChoiceOutput.numerics,
+            ChoiceOutput.cached_from,
         )
         .outerjoin(
             ChoiceOutput,
@@ -310,6 +316,7 @@ def requests_to_retry(session: Session, job_id: str) -> Iterator[NewRequest]:
                 Request.request_index,
                 Request.custom_id,
                 Request.body,
+                Request.identity,
                 func.length(cast(Request.body, Text)).label("size_bytes"),
             )
             .where(
@@ -321,7 +328,8 @@ def requests_to_retry(session: Session, job_id: str) -> Iterator[NewRequest]:
             .order_by(Request.request_index)
             .limit(_REQUESTS_PER_PAGE)
         ).all()
-        yield from (NewRequest(row.custom_id, body=row.body, size_bytes=row.size_bytes) for row in rows)
+        for row in rows:
+            yield NewRequest(row.custom_id, body=row.body, size_bytes=row.size_bytes, identity=row.identity)
         if len(rows) < _REQUESTS_PER_PAGE:
             return
         after = rows[-1].request_index

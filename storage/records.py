@@ -67,6 +67,7 @@ class NewRequest:
     prompt_tokens: int = 0  # of them, the prompt's, estimated from its bytes; not stored
     timeout_s: float | None = None  # from creation; the request fails after it, even if its job still has time
     size_bytes: int = 0  # approximate size of the body, to limit the size of one INSERT; 0: small
+    identity: str | None = None  # by which equal requests are found; None: it is computed in any case
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,7 @@ class NewKey:
     outputs_kept_s: float | None = None
     files_kept_s: float | None = None
     steps_kept_s: float | None = None
+    cache: bool = True  # its requests may be answered from the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +211,7 @@ class Claim:
     plan: RequestPlan = RequestPlan()  # of earlier owners
     max_concurrent: int | None = None  # of the job
     verifies: bool = False  # computes a text again, to verify it: without drafts
+    identity: str | None = None  # by which requests that wait for its answer are found (storage.cached_answers)
 
     @property
     def begun(self) -> bool:

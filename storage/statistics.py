@@ -145,8 +145,12 @@ class JobStats:
     requests_failed: int
     prompt_tokens: int
     completion_tokens: int
+    # Of these: copied from earlier answers (storage.cached_answers). They count in no speed.
+    requests_cached: int
+    cached_prompt_tokens: int
+    cached_completion_tokens: int
     wall_s: float  # during which the job (any job) was running
-    tokens_per_s: float | None  # completion tokens over wall_s
+    tokens_per_s: float | None  # completion tokens that were computed, over wall_s
     steps: int  # without step 0, the token from prefill; so are the next three
     mean_acceptance_length: float | None  # tokens emitted per step and sequence
     mean_accepted: float | None  # accepted draft tokens per step and sequence
@@ -209,7 +213,7 @@ def _stats(session: Session, scope: _Scope) -> JobStats:
         job_id=scope.job_id,
         **counts,
         wall_s=wall_s,
-        tokens_per_s=_ratio(counts["completion_tokens"], wall_s),
+        tokens_per_s=_ratio(counts["completion_tokens"] - counts["cached_completion_tokens"], wall_s),
         steps=int(sums.steps),
         mean_acceptance_length=_ratio(sums.tokens, sums.steps),
         mean_accepted=_ratio(sums.accepted_tokens, sums.steps),
@@ -242,7 +246,10 @@ def _ratio(part: Any, whole: Any) -> float | None:
 
 
 def _counts(session: Session, scope: _Scope) -> dict[str, int]:
-    names = ("requests_total", "requests_completed", "requests_failed", "prompt_tokens", "completion_tokens")
+    names = (
+        *("requests_total", "requests_completed", "requests_failed", "prompt_tokens", "completion_tokens"),
+        *("requests_cached", "cached_prompt_tokens", "cached_completion_tokens"),
+    )
     sums = [func.coalesce(func.sum(getattr(JobRow, name)), 0) for name in names]
     row = session.execute(select(*sums).where(scope.contains(JobRow.id))).one()
     return {name: int(value) for name, value in zip(names, row, strict=True)}
@@ -542,6 +549,8 @@ class JobSummary:
     requests_failed: int
     prompt_tokens: int
     completion_tokens: int
+    requests_cached: int
+    cached_completion_tokens: int
     wall_s: float | None
     tokens_per_s: float | None
     steps: int
@@ -583,6 +592,8 @@ _OF_JOB: Final = (
     "requests_failed",
     "prompt_tokens",
     "completion_tokens",
+    "requests_cached",
+    "cached_completion_tokens",
 )
 
 
@@ -602,7 +613,7 @@ def _job_row(job: AnyRow, sums: AnyRow | None, now: float) -> JobSummary:
     return JobSummary(
         **job._mapping,
         wall_s=wall_s,
-        tokens_per_s=_ratio(job.completion_tokens, wall_s),
+        tokens_per_s=_ratio(job.completion_tokens - job.cached_completion_tokens, wall_s),
         steps=0 if sums is None else int(sums.steps),
         mean_acceptance_length=ratio("tokens", "steps"),
         mean_accepted=ratio("accepted_tokens", "steps"),

@@ -180,6 +180,7 @@ def request_row(job_id: str, index: int, request: NewRequest, now: float) -> dic
         "finished_at": now if rejected else None,
         "event_number": 0 if rejected else None,
         "expires_at": None if request.timeout_s is None else now + request.timeout_s,
+        "identity": request.identity,
         **(error_columns(request.failure) if request.failure is not None else _NO_ERROR),
     }
 

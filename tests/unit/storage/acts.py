@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import and_, func, select
 
 from storage import leases, queries, webhooks, writes
+from storage.cached_answers import CACHED, Repeats
 from storage.lease_recovery import Reclaimed, reclaim
 from storage.models import (
     ChoiceOutput,
@@ -54,11 +55,14 @@ def claim(
     model: str = "tiny",
     holding: Sequence[RequestKey] = (),
     body_version: int = 1,
+    repeats: Repeats | None = None,
 ) -> list[Claim]:
     """Requeue lapsed requests, then claim."""
     reclaimed(database)
     with database.write() as session:
-        return leases.claim(session, worker, model, limit, lease_s, holding=holding, body_version=body_version)
+        return leases.claim(
+            session, worker, model, limit, lease_s, holding=holding, body_version=body_version, repeats=repeats
+        )
 
 
 def reclaimed(database: Database, *dead: str, lapsed: bool = True) -> Reclaimed:
@@ -72,10 +76,15 @@ def claim_one(database: Database, worker: str = "w1", lease_s: float = 30.0) -> 
 
 
 def flush(
-    database: Database, worker: str, *progress: RequestProgress, held: Sequence[Lease] = (), lease_s: float = 30.0
+    database: Database,
+    worker: str,
+    *progress: RequestProgress,
+    held: Sequence[Lease] = (),
+    lease_s: float = 30.0,
+    numerics: str | None = None,
 ) -> FlushResult:
     with database.write() as session:
-        return writes.flush(session, worker, lease_s, progress, held)
+        return writes.flush(session, worker, lease_s, progress, held, numerics)
 
 
 def release(database: Database, worker: str, *leases_: Lease) -> None:
@@ -193,15 +202,16 @@ def check_laws(database: Database) -> None:
 
 
 def check_sums(database: Database) -> None:
-    """Assert that every rollup equals the sums over `decode_steps`."""
+    """Assert that every rollup equals the sums over `decode_steps`, without the rows of copied answers."""
     steps_sum = func.coalesce(func.sum(StepMinute.steps + StepMinute.first_steps), 0)
-    later = DecodeStep.step > 0
+    computed = func.coalesce(DecodeStep.decision, "") != CACHED
+    later = and_(DecodeStep.step > 0, computed)
     with database.read() as session:
         asked: list[tuple[Any, Any]] = [
-            (select(steps_sum), select(func.count()).select_from(DecodeStep)),
+            (select(steps_sum), select(func.count()).select_from(DecodeStep).where(computed)),
             (
                 select(func.sum(StepMinute.tokens + StepMinute.first_tokens)),
-                select(func.sum(DecodeStep.emitted_tokens)),
+                select(func.sum(DecodeStep.emitted_tokens)).where(computed),
             ),
             (select(func.sum(StepMinute.tokens)), select(func.sum(DecodeStep.emitted_tokens)).where(later)),
             (select(func.sum(StepBatchSize.tree_nodes)), select(func.sum(DecodeStep.tree_nodes)).where(later)),
