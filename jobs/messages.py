@@ -157,7 +157,12 @@ class SamplingParameters(Frozen):
     top_k: int = Field(0, ge=0, le=2**31 - 1, description="Keep the k likeliest tokens; 0 keeps all.")
     min_p: float = Field(0.0, ge=0, le=1, description="Keep tokens at least this likely, relative to the likeliest.")
     n: int = Field(1, ge=1, le=128, description="Choices per request.")
-    seed: int = Field(ge=-(2**63), le=2**63 - 1, description="Same seed and request, same text.")
+    seed: int = Field(
+        ge=-(2**63),
+        le=2**63 - 1,
+        description="Same seed and request, same text. Without one, each request gets another; `identity`: one that "
+        "follows from the rest of the request.",
+    )
     ignore_eos: bool = Field(False, description="Continue past the end-of-sequence token.")
     presence_penalty: float = Field(0.0, ge=-2, le=2, description="Subtracted from tokens that the output holds.")
     frequency_penalty: float = Field(0.0, ge=-2, le=2, description="Subtracted once for each time it holds them.")

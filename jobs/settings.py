@@ -57,6 +57,11 @@ class JobsSettings(StorageSettings):
     max_streams_per_key: int = Field(100, gt=0, description="Maximum open streams per API key.")
     max_body_bytes: int = Field(200_000_000, gt=0, description="Maximum bytes of a submission.")
     max_file_bytes: int = Field(200_000_000, gt=0, description="Maximum bytes of an uploaded file.")
+    cache: Literal["on", "opt-in", "off"] = Field(
+        "on",
+        description="Whether a request that equals an earlier one of its owner gets a copy of its answer; on: unless "
+        "it says `cache: false`; opt-in: if it says `cache: true`; off: never.",
+    )
     file_days: float = Field(30, gt=0, description="Days to keep a file without expires_after.")
     prompt_days: float = Field(0, ge=0, description="Days to keep the prompts of jobs that have ended; 0: for ever.")
     output_days: float = Field(0, ge=0, description="Days to keep the outputs of jobs that have ended; 0: for ever.")

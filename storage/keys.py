@@ -29,6 +29,7 @@ _TOKENS: Final = _JOBS.tokens_asked * _LEFT / func.nullif(_JOBS.requests_total, 
 _ALL_WORK: Final = select(func.coalesce(func.sum(_LEFT), 0), func.coalesce(func.sum(_TOKENS), 0)).where(
     _JOBS.status.in_(QUOTA_JOB_STATUSES)
 )
+_MAY_CACHE: Final = select(_KEYS.c.cache).where(_KEYS.c.id == bindparam("key_id"))
 _LIMITED: Final = or_(ApiKey.max_requests_queued.is_not(None), ApiKey.max_tokens_queued.is_not(None))
 _LIMITS: Final = select(ApiKey.max_requests_queued, ApiKey.max_tokens_queued).where(
     ApiKey.id == bindparam("key_id"), _LIMITED
@@ -89,6 +90,16 @@ def change_retention(session: Session, key_id: str, kept_s: Mapping[str, float |
     """Change how long a key's data is kept: columns such as `prompts_kept_s`, in seconds; None: as the settings say."""
     if kept_s:
         session.execute(update(ApiKey).where(ApiKey.id == key_id).values(**kept_s))
+
+
+def change_cache(session: Session, key_id: str, cache: bool) -> None:
+    """Change whether later requests of a key may be answered from the cache."""
+    session.execute(update(ApiKey).where(ApiKey.id == key_id).values(cache=cache))
+
+
+def may_cache(session: Session | Connection, key_id: str) -> bool:
+    """Return whether requests of a key may be answered from the cache; those of other owners may."""
+    return session.scalar(_MAY_CACHE, {"key_id": key_id}) is not False
 
 
 def revoke_key(session: Session, key_id: str) -> bool:

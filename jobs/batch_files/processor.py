@@ -23,6 +23,7 @@ from jobs.streaming.events import job_events
 from jobs.submission.batch_file_validator import BatchLimits, LineReader, ValidationResult, validate_lines
 from jobs.submission.input_lines import Line, split_lines
 from jobs.submission.models import known_models
+from jobs.submission.parameters.identity import cache_default
 from jobs.submission.request_parser import Rules, parse_item, refused_request
 from jobs.submission.responses_api.stored_history import StoredHistory
 from jobs.tracing import span
@@ -157,6 +158,8 @@ class _InputReading(_Task):
             context_tokens=models.context_tokens(result.model),
             models=models,
             history=StoredHistory(self.database, self.claim.api_key_id or None),
+            owner=self.claim.api_key_id or "",
+            cache=cache_default(self.database, self.settings, self.claim.api_key_id),
         )
         reader = LineReader(rules.endpoint, models, limits.line_bytes, result.model)
         tokens = self._write(rules, reader, result.ids.generated())

@@ -29,7 +29,8 @@ class Parameters(TypedDict, total=False):
     top_k: int | None
     min_p: float | None
     n: int | None
-    seed: int | None
+    seed: int | Literal["identity"] | None
+    cache: bool | None
     ignore_eos: bool | None
     presence_penalty: float | None
     frequency_penalty: float | None

@@ -71,6 +71,7 @@ _IDLE_SAMPLING: Final[Mapping[str, tuple[tuple[Any, ...], Any]]] = {
     "prompt_logprobs": ((False,), None),
 }
 _TYPES: Final[Mapping[str, str]] = {
+    "seed": "integer or `identity`",
     "stop": "string or list of strings",
     "stop_token_ids": "list of integers",
     "logit_bias": "object",
@@ -195,6 +196,10 @@ FIELDS: Final[tuple[Field, ...]] = (
     _refused("best_of", "integer", "Choices are not ranked; set n.", 1, endpoints=_TEXT),
     # OpenAI's Responses
     *_responses(),
+    # bASIC
+    _honoured(
+        "cache", "boolean", "False: computed, though an equal request has an answer; true where BASIC_CACHE asks."
+    ),
     # vLLM
     _refused("use_beam_search", "boolean", _BEAMS, False),
     _refused("length_penalty", "number", _BEAMS, 1.0),

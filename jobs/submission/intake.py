@@ -52,6 +52,7 @@ from jobs.submission.managed.fields import NOTHING_MANAGED, Managed
 from jobs.submission.managed.pilot import PilotSize, check_pilot
 from jobs.submission.models import ModelNames, known_models
 from jobs.submission.parameters.grammar import read_grammar
+from jobs.submission.parameters.identity import cache_default
 from jobs.submission.parameters.sampling import parameter_fields, parse_parameters
 from jobs.submission.request_buffer import RequestBuffer
 from jobs.submission.request_parser import Rules, given_id, max_total_tokens, parse_body, parse_item
@@ -351,6 +352,8 @@ def _rules(
         context_tokens=models.context_tokens(model),
         models=models,
         history=StoredHistory(database, submission.api_key_id or None),
+        owner=submission.api_key_id or "",
+        cache=cache_default(database, settings, submission.api_key_id),
     )
 
 

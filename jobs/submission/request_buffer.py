@@ -37,7 +37,7 @@ class RequestBuffer:
     def add(self, request: NewRequest) -> None:
         """Append a request."""
         failure = None if request.failure is None else asdict(request.failure)
-        fields = (request.tokens, request.prompt_tokens, request.timeout_s)
+        fields = (request.tokens, request.prompt_tokens, request.timeout_s, request.identity)
         packed = to_json((request.custom_id, request.body, failure, *fields))
         self._file.write(packed + b"\n")  # JSON strings contain no newline
         self._count += 1
@@ -46,7 +46,7 @@ class RequestBuffer:
         """Yield the requests, each with its size in bytes."""
         self._file.seek(0)
         for line in self._file:
-            custom_id, body, failure, tokens, prompt_tokens, timeout_s = from_json(line)
+            custom_id, body, failure, tokens, prompt_tokens, timeout_s, identity = from_json(line)
             yield NewRequest(
                 custom_id,
                 body,
@@ -55,4 +55,5 @@ class RequestBuffer:
                 prompt_tokens,
                 timeout_s,
                 size_bytes=len(line),
+                identity=identity,
             )

@@ -36,6 +36,7 @@ from jobs.submission.fields import PARAMETERS
 from jobs.submission.items import Item
 from jobs.submission.models import ModelNames
 from jobs.submission.parameters.grammar import read_grammar
+from jobs.submission.parameters.identity import IDENTITY_SEED, identity_of, with_identity_seed
 from jobs.submission.parameters.reasoning import merged_options
 from jobs.submission.parameters.sampling import (
     SAMPLING,
@@ -84,6 +85,8 @@ class Rules:
     context_tokens: int | None = None  # of the workers that serve the model; None if unknown
     models: ModelNames = field(default_factory=lambda: ModelNames({}))  # the other names of the model
     grammar: GrammarSpec | None = None  # of requests that ask for none of their own
+    owner: str = ""
+    cache: bool | None = None  # of requests that do not say (jobs.submission.parameters.identity.cache_default)
     history: History = field(default_factory=History)
 
 
@@ -95,12 +98,12 @@ def parse_item(item: Item, rules: Rules) -> NewRequest:
             if name in fields:
                 check_custom_id(fields[name], name)
                 break
-        body = _request(fields, rules, item.index)
+        body, identity = _request(fields, rules, item.index)
         if "keep" in fields:
             body = body.model_copy(update={"keep": read_keep(fields["keep"])})
         timeout_s = _timeout_s(fields.get("timeout_s"))
         prompt, output = token_bounds(body, rules.context_tokens)
-        return NewRequest(_id_of(item), body.stored(), None, prompt + output, prompt, timeout_s)
+        return NewRequest(_id_of(item), body.stored(), None, prompt + output, prompt, timeout_s, identity=identity)
     except RequestRefused as refused:
         return refused_request(refused, item)
     except MemoryError:
@@ -141,8 +144,9 @@ def parse_body(body: Any, rules: Rules) -> NewRequest:
     for name in ("model", text):
         if name not in fields:
             raise MissingParameter(f"The field {name} is required.", param=name)
-    request = _request(fields, rules, 0)
-    return NewRequest("request-0", body=request.stored(), tokens=max_total_tokens(request, rules.context_tokens))
+    request, identity = _request(fields, rules, 0)
+    tokens = max_total_tokens(request, rules.context_tokens)
+    return NewRequest("request-0", body=request.stored(), tokens=tokens, identity=identity)
 
 
 _PROMPT_OF: Mapping[Endpoint, str] = {
@@ -259,7 +263,8 @@ def _timeout_s(value: Any) -> float | None:
     return float(value)
 
 
-def _request(fields: Mapping[str, Any], rules: Rules, index: int) -> GenerationRequest:
+def _request(fields: Mapping[str, Any], rules: Rules, index: int) -> tuple[GenerationRequest, str | None]:
+    """Return the request of a body, and its identity, if equal requests have its answer."""
     refuse_unknown(fields, _PROMPT_FIELDS | PARAMETERS | _input_fields(rules.endpoint))
     if fields.get("model", rules.model) != rules.model != rules.models.find(fields["model"]):
         raise InvalidValue(
@@ -270,16 +275,16 @@ def _request(fields: Mapping[str, Any], rules: Rules, index: int) -> GenerationR
     conversation = read_conversation(fields, rules.history)
     with as_given(fields, rules.endpoint, conversation.places):
         given = parameter_fields(_parameters_in(fields), rules.endpoint)
-        request = _chat_request({**given, "messages": conversation.messages}, rules, index)
-    return request.model_copy(update={"response": read_options(fields)})
+        request, identity = _chat_request({**given, "messages": conversation.messages}, rules, index)
+    return request.model_copy(update={"response": read_options(fields)}), identity
 
 
 def _parameters_in(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name in PARAMETERS}
 
 
-def _chat_request(fields: Mapping[str, Any], rules: Rules, index: int) -> GenerationRequest:
-    """Return the request of a body with `messages` or `prompt`."""
+def _chat_request(fields: Mapping[str, Any], rules: Rules, index: int) -> tuple[GenerationRequest, str | None]:
+    """Return the request of a body with `messages` or `prompt`, and its identity."""
     given = body_fields(_parameters_in(fields))
     parameters = parse_parameters(given, rules.endpoint, rules.defaults)
     grammar = read_grammar(given, rules.endpoint, rules.grammar)
@@ -291,7 +296,11 @@ def _chat_request(fields: Mapping[str, Any], rules: Rules, index: int) -> Genera
     _refuse_many(len(prompt.get("prompts", ())), sampling.n)
     options = merged_options(rules.defaults, parameters)
     tools = read_tools({**rules.defaults, **parameters}, rules.max_prompt_chars)
-    return GenerationRequest(model=rules.model, sampling=sampling, tools=tools, grammar=grammar, **prompt, **options)
+    request = GenerationRequest(model=rules.model, sampling=sampling, tools=tools, grammar=grammar, **prompt, **options)
+    asked = {**rules.defaults, **parameters}
+    if asked.get("seed") == IDENTITY_SEED:
+        request = with_identity_seed(request, rules.endpoint)
+    return request, identity_of(request, rules.endpoint, rules.owner, asked, rules.cache)
 
 
 def _sampling_for(parameters: Mapping[str, Any], rules: Rules, index: int) -> SamplingParameters:
@@ -299,6 +308,8 @@ def _sampling_for(parameters: Mapping[str, Any], rules: Rules, index: int) -> Sa
     if rules.endpoint == COMPLETIONS_ENDPOINT:
         base["max_tokens"] = COMPLETIONS_MAX_TOKENS
     given = {**rules.defaults, **parameters}
+    if given.get("seed") == IDENTITY_SEED:
+        given["seed"] = 0
     sampling = sampling_parameters(base | {name: value for name, value in given.items() if name in SAMPLING})
     return sampling if index < MAX_TRACED_REQUESTS else sampling.model_copy(update={"record_trees": 0})
 

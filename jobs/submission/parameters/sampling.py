@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from jobs.errors import InvalidValue, UnsupportedParameter
 from jobs.messages import COMPLETIONS_ENDPOINT, RESPONSES_ENDPOINT, Endpoint, SamplingParameters
 from jobs.submission.fields import PARAMETERS, Field, Treatment, field_of
+from jobs.submission.parameters.identity import IDENTITY_SEED, cache_option
 from jobs.submission.parameters.reasoning import chat_options
 from jobs.submission.parameters.tools import tool_options
 from jobs.submission.responses_api.chat_form import chat_parameters
@@ -38,10 +39,11 @@ def parse_parameters(
         parameters["max_tokens"] = asked["max_completion_tokens"]
     if type(cap := parameters.get("max_tokens")) is int:
         parameters["max_tokens"] = min(cap, _MAX_CAP)
-    sampling = sampling_parameters({"seed": 0} | parameters, names)
+    seed = {"seed": 0} if parameters.get("seed") == IDENTITY_SEED else {}  # known when the whole request is
+    sampling = sampling_parameters({"seed": 0} | parameters | seed, names)
     if defaults is None:  # else those of the job may ask for something
         refuse_asking_for_nothing(sampling)
-    return parameters | chat_options(asked, endpoint) | tool_options(asked, endpoint)
+    return parameters | chat_options(asked, endpoint) | tool_options(asked, endpoint) | cache_option(asked)
 
 
 def parameter_fields(fields: Mapping[str, Any], endpoint: Endpoint) -> dict[str, Any]:

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from sqlalchemy import text
 
+from storage.cached_answers import CacheScope, Repeats, copy_answers
 from storage.records import Checkpoint, Claim, RequestFailure, RequestProgress
 from storage.session import Database
 from tests.databases import make_empty, open_sqlite
+from tests.factories import a_request
 from tests.unit.storage import acts
 from tests.unit.storage.conftest import KINDS
 
@@ -31,6 +33,7 @@ class TwoWorkers(RuleBasedStateMachine):
         super().__init__()
         self.database = empty()
         self.held: dict[str, list[Claim]] = {"w1": [], "w2": []}
+        self.repeats = {worker: Repeats(CacheScope("scope", "fp_1")) for worker in self.held}
         self.written: dict[tuple[str, int], list[Checkpoint]] = {}  # checkpoints that each owner of a lease has sent
         self.ended: dict[Any, Any] = {}
 
@@ -39,13 +42,14 @@ class TwoWorkers(RuleBasedStateMachine):
 
     @initialize()
     def record(self) -> None:
-        acts.record(self.database, "a", 3)
-        acts.record(self.database, "b", 2)
+        equal = [a_request(f"equal-{number}", identity="same") for number in range(3)]
+        acts.record(self.database, "a", [*equal, a_request()])
+        acts.record(self.database, "b", [equal[0], a_request()])
 
     @rule(worker=WORKERS, limit=st.integers(1, 3))
     def claim(self, worker: str, limit: int) -> None:
         holding = [claim.lease.key for claim in self.held[worker]]
-        claims = acts.claim(self.database, worker, limit, holding=holding)
+        claims = acts.claim(self.database, worker, limit, holding=holding, repeats=self.repeats[worker])
         others = {claim.lease for held in self.held.values() for claim in held}
         assert others.isdisjoint(claim.lease for claim in claims)
         self.held[worker] += claims
@@ -61,7 +65,8 @@ class TwoWorkers(RuleBasedStateMachine):
         finished = (acts.end_of(*before),) if ends else ()
         sent = RequestProgress(claim.lease, (before[-1],), finished, ends=ends)
         for _ in range(1 + twice):
-            result = acts.flush(self.database, worker, sent, held=[c.lease for c in self.held[worker]])
+            leases = [c.lease for c in self.held[worker]]
+            result = acts.flush(self.database, worker, sent, held=leases, numerics="fp_1")
         lost = result.lost | ({claim.lease.key} if ends else set())
         self.held[worker] = [c for c in self.held[worker] if c.lease.key not in lost]
 
@@ -70,6 +75,12 @@ class TwoWorkers(RuleBasedStateMachine):
         if self.held[worker]:
             lease = self.held[worker].pop(0).lease
             acts.flush(self.database, worker, RequestProgress(lease, failure=RequestFailure("invalid_value", "no")))
+
+    @rule(worker=WORKERS)
+    def copy(self, worker: str) -> None:
+        repeats = self.repeats[worker]
+        with self.database.write() as session:
+            copy_answers(session, repeats.answered, repeats.scope)
 
     @rule(worker=WORKERS)
     def release(self, worker: str) -> None:

@@ -10,9 +10,11 @@ import pytest
 from sqlalchemy import event
 
 from storage import event_log, leases, queries, writes
+from storage.cached_answers import CacheScope, Repeats, copy_answers
 from storage.event_log import Cursor
 from storage.records import RequestProgress
 from storage.session import Database
+from tests.factories import a_request
 from tests.unit.storage.acts import cancel, claim, flush, record, release, tokens_of, view, whole
 
 
@@ -34,13 +36,15 @@ def plans_of(database: Database, act: Callable[[], object]) -> dict[str, list[st
 
 def work(database: Database) -> None:
     """The frequent writes of workers, on two jobs."""
-    claims = claim(database, limit=6)
+    repeats = Repeats(CacheScope("scope", "fp_1"))
+    claims = claim(database, limit=6, repeats=repeats)
     flush(database, "w1", *(RequestProgress(c.lease, (tokens_of(1, 1, 2),)) for c in claims))
     flush(database, "w1", *(whole(c.lease, 1, 3) for c in claims[:3]), held=[c.lease for c in claims[3:]])
     release(database, "w1", *(c.lease for c in claims[3:]))
     claim(database, "w2", lease_s=-1)
-    claim(database, "w1")
+    claim(database, "w1", repeats=repeats)
     with database.write() as session:
+        copy_answers(session, {"same"}, repeats.scope)
         leases.jobs_to_notify(session, -1.0)
         writes.end_jobs(session)
         writes.expire_requests(session)
@@ -59,7 +63,7 @@ def look(database: Database) -> None:
 @pytest.fixture
 def two_jobs(sqlite: Database) -> Database:
     record(sqlite, "job-1", 6)
-    record(sqlite, "job-2", 6)
+    record(sqlite, "job-2", [a_request(f"equal-{number}", identity="same") for number in range(6)])
     return sqlite
 
 
@@ -68,7 +72,9 @@ def test_workers_read_only_requests_they_name_or_that_are_unfinished(two_jobs: D
 
     steps = {(step, sql) for sql, plan in plans.items() for step in plan if re.search(r"\brequests\b", step)}
     assert len(steps) > 10
-    few = re.compile(r"job_id=\? AND (request_index|status)=\?|USING INDEX ix_requests_(suspect_group|expires_at)")
+    few = re.compile(
+        r"job_id=\? AND (request_index|status)=\?|USING INDEX ix_requests_(suspect_group|expires_at|identity_status)"
+    )
     assert [found for found in steps if not few.search(found[0])] == []
 
 

@@ -154,6 +154,7 @@ ALONE = {  # they mean nothing without other fields
     "guided_whitespace_pattern": " ?",
     "tool_choice": "none",
     "parallel_tool_calls": False,
+    "cache": False,  # of the request's identity, not of the request
 }
 
 
