@@ -72,6 +72,7 @@ class Repeats:
     scope: CacheScope
     answered: set[str] = field(default_factory=set)  # identities with an answer to copy
     waiting: set[str] = field(default_factory=set)  # identities whose answer is being computed
+    refused: set[str] = field(default_factory=set)  # identities with an answer that could not be copied
     _led: set[str] = field(default_factory=set)  # identities of requests that this claim takes
     _now: float = 0.0
 
@@ -102,7 +103,7 @@ class Repeats:
         taken: list[RequestKey] = []
         for row in rows:
             key, state = (row.job_id, row.request_index), found.get((row.job_id, row.request_index))
-            if state is not None and state.answered:
+            if state is not None and state.answered and row.identity not in self.refused:
                 self.answered.add(row.identity)
             elif state is not None and wait and (state.computed or row.identity in self._led | taken_now):
                 self.waiting.add(row.identity)
@@ -139,7 +140,7 @@ _TRY_LOCKS: Final = text(
 
 
 @cache
-def _lookup() -> Select[Any]:
+def _lookup() -> Select[*tuple[Any, ...]]:
     """Return the query of what is known of a request's identity; a pilot is computed, as its steps are its purpose."""
     other, job = aliased(Request), aliased(JobRow)
     same = and_(other.identity == Request.identity, other.cache_scope == bindparam("scope"))
@@ -285,7 +286,8 @@ def _fitting(
     targets: Sequence[AnyRow], sources: Mapping[str, AnyRow], choices: Mapping[RequestKey, list[AnyRow]]
 ) -> list[AnyRow]:
     """Return the first of the requests, whose texts fit into one transaction."""
-    fitting, chars = [], 0
+    fitting: list[AnyRow] = []
+    chars = 0
     for target in targets:
         source = sources[target.identity]
         chars += sum(len(row.text) for row in choices[source.job_id, source.request_index])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from storage.cached_answers import CacheScope
 from worker.engine.sequence import Sequence as EngineSequence
 from worker.engine.stats import StepBatch
 from worker.settings import WorkerSettings
@@ -60,6 +61,7 @@ class Setup:
     codec: CodecOptions
     reserved: int  # slots that are kept for interactive requests
     numerics: str | None = None  # fingerprint of what fixes the bits of its texts
+    cache_scope: CacheScope | None = None  # what decides its answers; None: none is copied
 
 
 @dataclass(frozen=True, slots=True)

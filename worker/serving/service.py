@@ -28,6 +28,7 @@ from jobs.upkeep.reconciler import Reconciler
 from storage import numerics, writes
 from storage.records import NewWorker
 from storage.session import DATABASE_UNAVAILABLE, LONG_STATEMENT_TIMEOUT_S, Database, unavailable_reason
+from worker.loading.cache_scope import cache_scope
 from worker.loading.loader import LoadedModel
 from worker.serving.energy import BusyPower, device_meter
 from worker.serving.engine_loop import EngineLoop
@@ -298,6 +299,7 @@ class EngineService:
             # An engine with a single slot reserves none.
             reserved=min(self._settings.interactive_sequences, self._loaded.options.max_sequences - 1),
             numerics=self._loaded.numerics.fingerprint,
+            cache_scope=cache_scope(self._loaded) if self._settings.cache != "off" else None,
         )
 
     def _registration(self) -> NewWorker:

@@ -53,18 +53,18 @@ def identity_of(
     greedy = "temperature" in request.sampling.model_fields_set and request.sampling.temperature == 0
     if not greedy and "seed" not in given:
         return None
-    return _digest(request, endpoint, owner, seeded=not greedy).hexdigest()[:_HEX_DIGITS]
+    return _digest(request, endpoint, owner, seeded=not greedy).hex()[:_HEX_DIGITS]
 
 
 def with_identity_seed(request: GenerationRequest, endpoint: str) -> GenerationRequest:
     """Return a request with the seed that follows from all the rest of it, the same for every owner."""
-    digest = _digest(request, endpoint, "", seeded=False).digest()
+    digest = _digest(request, endpoint, "", seeded=False)
     seed = int.from_bytes(digest[:8], "big") >> 1  # 63 bits fit a signed 64-bit integer
     return request.model_copy(update={"sampling": request.sampling.model_copy(update={"seed": seed})})
 
 
-def _digest(request: GenerationRequest, endpoint: str, owner: str, *, seeded: bool) -> Any:
+def _digest(request: GenerationRequest, endpoint: str, owner: str, *, seeded: bool) -> bytes:
     stored = {name: value for name, value in request.stored().items() if name not in _NO_PART}
     left_out = {"record_trees"} if seeded else {"record_trees", "seed"}
     stored["sampling"] = {name: value for name, value in stored["sampling"].items() if name not in left_out}
-    return hashlib.sha256(to_json((owner, endpoint, stored)).encode())
+    return hashlib.sha256(to_json((owner, endpoint, stored)).encode()).digest()

@@ -177,7 +177,8 @@ def test_an_erased_or_pruned_answer_is_never_copied(database: Database) -> None:
                 hide_job(session, job_id)
             list(erase_job(database, job_id)) if remove == "erased" else None
         else:
-            list(prune.prune(database, prune.Ages(**{f"{remove}_s": -1.0})))
+            old = prune.Ages(outputs_s=-1.0) if remove == "outputs" else prune.Ages(prompts_s=-1.0)
+            list(prune.prune(database, old))
     with database.read() as session:
         assert session.scalars(select(Request.identity).where(Request.job_id.in_(["source-2", "source-3"]))).all() == [
             None,

@@ -14,8 +14,9 @@ from jobs.errors import DatabaseUnavailable, RequestRefused
 from jobs.logs import log_context
 from jobs.messages import MESSAGE_VERSION
 from storage import leases
+from storage.cached_answers import CacheScope, Repeats
 from storage.fair_share import AGEING_REQUESTS, Ageing
-from storage.records import Checkpoint, RequestFailure, RequestKey, RequestPlan
+from storage.records import Checkpoint, Claim, RequestFailure, RequestKey, RequestPlan
 from storage.session import DATABASE_UNAVAILABLE, Database, unavailable_reason
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepResult
@@ -66,10 +67,12 @@ class RequestLoop:
         interval_s: float,
         reserved: int = 0,
         ageing_requests: int = AGEING_REQUESTS,
+        cache_scope: CacheScope | None = None,
     ) -> None:
         """Flush every `interval_s`; `reserved` of the engine's slots are kept for interactive requests.
 
-        A priority class gets a request after `ageing_requests` of others.
+        A priority class gets a request after `ageing_requests` of others. Requests with an answer of the `cache_scope`
+        get a copy of it; None: all are decoded.
         """
         self._codec = codec
         self._sink = sink
@@ -81,6 +84,7 @@ class RequestLoop:
         self._interval_s = interval_s
         self._reserved = reserved
         self._ageing = Ageing(ageing_requests)
+        self._repeats = None if cache_scope is None else Repeats(cache_scope)
         self._readers = RequestReader(codec)
         self._active: dict[RequestKey, ActiveRequest] = {}
         self._choices: dict[int, tuple[ActiveRequest, ActiveChoice]] = {}  # that the engine decodes, by number
@@ -187,6 +191,7 @@ class RequestLoop:
                     reserved=reserved,
                     body_version=MESSAGE_VERSION,
                     ageing=self._ageing,
+                    repeats=self._repeats,
                 )
         except DATABASE_UNAVAILABLE as error:
             raise _unavailable(error) from error
@@ -195,14 +200,28 @@ class RequestLoop:
             self._renewed_at = now
         # Where there was work there may be more. A claim without slots for batch requests says nothing about them: keep
         # the flag, or the next free slot would stay empty until the next poll.
-        self._more_waiting = bool(claims) or (self._more_waiting and free_slots <= reserved)
+        found = bool(claims) or (self._repeats is not None and bool(self._repeats.answered))
+        self._more_waiting = found or (self._more_waiting and free_slots <= reserved)
         self._notified = self._may_claim = False
         self._claimed_at = time.monotonic()
         self._claim_s = self._claimed_at - now
         for claim in claims:
             self._active[claim.lease.key] = ActiveRequest(claim, reading=True)
             self._readers.put(claim)
+        if self._repeats is not None and self._repeats.answered:
+            self._copy_answers(self._repeats)
         return bool(claims)
+
+    def _copy_answers(self, repeats: Repeats) -> None:
+        """Answer the requests whose answers the last claim has found."""
+        try:
+            while self._sink.copy_answers(repeats.answered, repeats.scope):
+                pass
+        except DATABASE_UNAVAILABLE as error:
+            raise _unavailable(error) from error
+        except Exception:  # they are decoded instead
+            repeats.refused |= repeats.answered
+            log.exception("Answers can't be copied", extra={"action": "copies_failed"})
 
     def _claim_slots(self) -> tuple[int, int]:
         """Return the slots that a claim may fill, and how many of them are kept for interactive requests."""
@@ -395,7 +414,13 @@ class RequestLoop:
         ended = {key for key, request in self._active.items() if request.ended}
         # The last claim found no more of a job that ran as many requests as it may: it may run another one now.
         self._notified |= any(self._active[key].claim.max_concurrent is not None for key in ended)
-        self._drop(ended | result.lost | result.returned)
+        gone = ended | result.lost | result.returned
+        self._notified |= any(self._is_awaited(self._active[key].claim) for key in gone if key in self._active)
+        self._drop(gone)
+
+    def _is_awaited(self, claim: Claim) -> bool:
+        """Return whether the last claim has left out requests that wait for the answer of this one."""
+        return self._repeats is not None and claim.identity in self._repeats.waiting
 
     def _drop(self, keys: set[RequestKey]) -> None:
         for request in [self._active.pop(key) for key in keys if key in self._active]:

@@ -54,6 +54,7 @@ def _serve(channel: SocketChannel, setup: Setup) -> int:
         interval_s=settings.partials_interval_s,
         reserved=setup.reserved,
         ageing_requests=settings.priority_ageing_requests,
+        cache_scope=setup.cache_scope,
     )
     exempt_loaded_objects()
     while loop.hand_back_s is None:

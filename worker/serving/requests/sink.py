@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 from jobs.errors import DatabaseUnavailable
 from jobs.messages import PartialEvent, Piece
 from jobs.streaming.events import error_of, job_events
-from storage import writes
+from storage import cached_answers, writes
+from storage.cached_answers import CacheScope, CopiedAnswer
 from storage.dialect import storable
 from storage.records import Checkpoint, FinishedChoice, FlushResult, Lease, RequestFailure, RequestKey, RequestProgress
 from storage.session import DATABASE_UNAVAILABLE, Database, is_too_large, unavailable_reason
@@ -59,6 +61,19 @@ class Sink:
         for job_id, status in result.ended_jobs:
             log.info("Job %s is %s", job_id, status, extra={"action": "job_ended", "job_id": job_id})
         return result
+
+    def copy_answers(self, identities: Collection[str], scope: CacheScope) -> bool:
+        """Answer some of the requests with these identities by copies, and publish; return whether there are more.
+
+        Raises the errors of the database.
+        """
+        with self._database.write() as session:
+            copied = cached_answers.copy_answers(session, identities, scope)
+        events = [event for answer in copied.answers for event in _copy_events(answer)]
+        self._publish([*events, *job_events(copied.ended_jobs)])
+        for job_id, status in copied.ended_jobs:
+            log.info("Job %s is %s", job_id, status, extra={"action": "job_ended", "job_id": job_id})
+        return copied.more
 
     def _write(self, start: int, end: int, held: Sequence[Lease]) -> FlushResult:
         """Write the pending entries start..end-1 in one transaction; bisect them if the database rejects a value.
@@ -140,6 +155,20 @@ class Sink:
         lease = request.claim.lease
         identity = {"job_id": lease.job_id, "request": request.claim.custom_id, "index": lease.request_index}
         return PartialEvent.model_validate({**identity, "choice": choice, "seq": seq, **fields})
+
+
+def _copy_events(answer: CopiedAnswer) -> Iterator[PartialEvent]:
+    """Yield the events of a request that was answered by a copy: the whole text of each choice at once."""
+    identity = {"job_id": answer.job_id, "request": answer.custom_id, "index": answer.request_index}
+    for choice in answer.choices:
+        pieces = ({"text": choice.text, "source": "target"},) if choice.text else ()
+        parts: tuple[dict[str, Any], ...] = (
+            {"type": "started"},
+            {"type": "tokens", "text": choice.text, "pieces": pieces, "tokens": choice.completion_tokens},
+            {"type": "finished", "finish_reason": choice.finish_reason},
+        )
+        for seq, fields in enumerate(parts):
+            yield PartialEvent.model_validate({**identity, "choice": choice.choice_index, "seq": seq, **fields})
 
 
 def _progress(request: ActiveRequest, now: float) -> RequestProgress:

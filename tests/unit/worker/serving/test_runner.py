@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ from jobs.openai.logprobs import TokenAlternatives
 from jobs.settings import JobsSettings
 from jobs.verification.sample import start_verification
 from storage import leases, queries, verifications, writes
+from storage.cached_answers import CacheScope
 from storage.lease_recovery import reclaim
 from storage.models import ChoiceOutput, DecodeStep, JobRow, Partial, Request
 from storage.records import NewJob, NewRequest
@@ -74,7 +75,9 @@ class Worker:
         codec: Codec | None = None,
         numerics: str | None = None,
         access: DeviceAccess | None = None,
+        scope: CacheScope | None = None,
     ) -> None:
+        numerics = numerics if scope is None else scope.numerics
         options = replace(OPTIONS, max_sequences=max_sequences, kv_tokens=kv_tokens)
         self.events: list[PartialEvent] = []
         self.database = database
@@ -102,6 +105,7 @@ class Worker:
             lease_s=30.0,
             interval_s=interval_s,
             reserved=reserved,
+            cache_scope=scope,
         )
         self.runner = Runner(self.engine, self.requests)
 
@@ -127,6 +131,7 @@ def submit(
     job_id: str = "batch_1",
     priority: int = 0,
     compare_plain: int = 0,
+    identities: Sequence[str] | None = None,
     **sampling: Any,
 ) -> None:
     parameters = SamplingParameters.model_validate(
@@ -134,7 +139,9 @@ def submit(
     )
     requests = [
         NewRequest(
-            f"request-{i}", GenerationRequest(model=MODEL, prompt=p, sampling=parameters).model_dump(mode="json")
+            f"request-{i}",
+            GenerationRequest(model=MODEL, prompt=p, sampling=parameters).model_dump(mode="json"),
+            identity=None if identities is None else identities[i],
         )
         for i, p in enumerate(prompts)
     ]

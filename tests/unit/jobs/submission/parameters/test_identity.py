@@ -38,9 +38,10 @@ UNLIKE = {"seed": 4, "temperature": 0.5, "top_logprobs": 0}  # other values than
 
 def read(fields: dict[str, Any], endpoint: Endpoint = CHAT_ENDPOINT, **changed: Any) -> NewRequest:
     """A request with a seed, or with these fields."""
+    given: dict[str, Any] = {"cache": True, "owner": "key_1"} | changed
     parsed = parse_item(
         Item(0, {"temperature": 1.0, "seed": 3, **PROMPTS[endpoint], **fields}),
-        replace(rules(endpoint), **({"cache": True, "owner": "key_1"} | changed)),
+        replace(rules(endpoint), **given),
     )
     assert parsed.failure is None, parsed.failure
     return parsed
