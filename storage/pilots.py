@@ -13,8 +13,8 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Text, Update, and_, bindparam, cast, func, insert, or_, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, Text, Update, and_, bindparam, cast, exists, func, insert, or_, select, update
+from sqlalchemy.orm import Session, aliased
 
 from storage.dialect import database_now, has_open_requests, has_queued_requests
 from storage.models import ChoiceOutput, JobRow, PackedSteps, PilotRow, Request, Worker
@@ -73,7 +73,8 @@ class PilotRecord:
     open: int  # of them, neither completed nor failed
     outputs: Sequence[PilotOutput]
     steps: Sequence[PilotStep]  # by worker and time
-    waiting: Sequence[WaitingRequest]  # requests of the job outside the pilot
+    waiting: Sequence[WaitingRequest]  # requests of the job outside the pilot that must be computed
+    copied: int  # other requests outside the pilot: they get copies of answers (storage.cached_answers)
     serving: bool  # only the pilot's requests run
 
 
@@ -147,12 +148,15 @@ def read_pilot(session: Session, job_id: str) -> PilotRecord | None:
     if not statuses:
         return None
     prompts = _Prompts()
+    outputs = _outputs(session, job_id, prompts)
+    waiting, copied = _waiting(session, job_id, prompts)
     return PilotRecord(
         requests=len(statuses),
         open=sum(status in OPEN_REQUEST_STATUSES for status in statuses),
-        outputs=_outputs(session, job_id, prompts),
+        outputs=outputs,
         steps=_steps(session, job_id),
-        waiting=_waiting(session, job_id, prompts),
+        waiting=waiting,
+        copied=copied,
         serving=bool(session.scalar(select(JobRow.pilot_only).where(JobRow.id == job_id))),
     )
 
@@ -196,16 +200,37 @@ def _outputs(session: Session, job_id: str, prompts: _Prompts) -> list[PilotOutp
     return texts
 
 
-def _waiting(session: Session, job_id: str, prompts: _Prompts) -> list[WaitingRequest]:
+def _waiting(session: Session, job_id: str, prompts: _Prompts) -> tuple[list[WaitingRequest], int]:
+    """Return the requests outside the pilot that must be computed, and the number of the others."""
     sampling = Request.body["sampling"]
     limit, n = sampling["max_tokens"].as_integer(), sampling["n"].as_integer()
     rest = and_(Request.job_id == job_id, Request.body.is_not(None), ~_in_pilot(), Request.status != "failed")
-    query = select(Request.request_index, _SIZE, n, limit, *_PROMPT).where(rest).order_by(Request.request_index)
-    rows = session.execute(query.execution_options(yield_per=_ROWS_AT_ONCE))
-    return [
-        WaitingRequest(size, (n or 1) * _number_of(prompt[-1]), limit, prompts.repeats(index, prompt))
-        for index, size, n, limit, *prompt in rows
-    ]
+    columns = (_SIZE, n, limit, Request.identity, _is_answered().label("answered"), *_PROMPT)
+    query = select(Request.request_index, *columns).where(rest).order_by(Request.request_index)
+    waiting: list[WaitingRequest] = []
+    computed: set[str] = set()
+    copied = 0
+    for index, size, n, limit, identity, answered, *prompt in session.execute(
+        query.execution_options(yield_per=_ROWS_AT_ONCE)
+    ):
+        if answered or identity in computed:
+            copied += 1
+            continue
+        texts = (n or 1) * _number_of(prompt[-1])
+        waiting.append(WaitingRequest(size, texts, limit, prompts.repeats(index, prompt)))
+        if identity is not None:
+            computed.add(identity)
+    return waiting, copied
+
+
+def _is_answered() -> ColumnElement[bool]:
+    """Return the condition that a request outside the pilot has a copy of an answer, or that there is one to copy."""
+    other, job = aliased(Request), aliased(JobRow)
+    itself = and_(other.job_id == Request.job_id, other.request_index == Request.request_index)
+    same = and_(other.identity == Request.identity, other.status == "completed", ~itself)
+    source = exists().where(same, job.id == other.job_id, job.erased_at.is_(None))
+    its_own = and_(ChoiceOutput.job_id == Request.job_id, ChoiceOutput.request_index == Request.request_index)
+    return or_(exists().where(its_own, ChoiceOutput.cached_from.is_not(None)), source)
 
 
 def _number_of(prompts: str | None) -> int:

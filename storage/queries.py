@@ -76,6 +76,11 @@ class JobView:
     # Sampling parameters that the model's generation config gave to its first request; not in lists.
     sampling_defaults: Mapping[str, Any] | None = None
 
+    @property
+    def computed_completion_tokens(self) -> int:
+        """Completion tokens that a worker has decoded for this job: those that its speed counts."""
+        return self.completion_tokens - self.cached_completion_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class JobViewPage:
@@ -138,6 +143,13 @@ class OutputView:
     def completion_tokens(self) -> int:
         """Completion tokens of all choices."""
         return sum(choice.completion_tokens for choice in self.choices)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt and completion tokens of copied answers; 0: they were computed."""
+        copied = [choice for choice in self.choices if choice.cached_from is not None]
+        prompts = sum(choice.prompt_tokens for choice in copied if choice.first_of_prompt)
+        return prompts + sum(choice.completion_tokens for choice in copied)
 
     @property
     def reasoning_tokens(self) -> int | None:

@@ -40,6 +40,10 @@ class Totals:
     requests_failed: int
     prompt_tokens: int
     completion_tokens: int
+    # Of these: copied from earlier answers.
+    requests_cached: int
+    cached_prompt_tokens: int
+    cached_completion_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,10 @@ def _open_jobs(session: Session, now: float) -> tuple[OpenJobs, ...]:
 
 
 def _totals(session: Session) -> tuple[Totals, ...]:
-    names = ("requests_completed", "requests_failed", "prompt_tokens", "completion_tokens")
+    names = (
+        *("requests_completed", "requests_failed", "prompt_tokens", "completion_tokens"),
+        *("requests_cached", "cached_prompt_tokens", "cached_completion_tokens"),
+    )
     sums = (func.sum(getattr(JobRow, name)) for name in names)
     rows = session.execute(select(JobRow.model, *sums).group_by(JobRow.model).order_by(JobRow.model))
     return tuple(Totals(row[0], *map(int, row[1:])) for row in rows)

@@ -64,7 +64,8 @@ class Cluster:
         notify = WorkerNotifier(self.redis_url).notify
         database = Database.open(self.database_url)
         try:
-            submission = Submission(items, model, parameters={"temperature": 0, "ignore_eos": True} | parameters)
+            asked = {"temperature": 0, "ignore_eos": True, "cache": False} | parameters
+            submission = Submission(items, model, parameters=asked)
             return create_job(submission, database=database, notify=notify, settings=settings)
         finally:
             database.dispose()

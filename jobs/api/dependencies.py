@@ -115,7 +115,9 @@ def _require_budget(session: Session, job: JobView) -> None:
     if reason is None:
         return
     name, option = ("tokens", "--budget-tokens") if reason == BY_TOKENS else ("seconds", "--budget-seconds")
-    spent = job.prompt_tokens + job.completion_tokens if reason == BY_TOKENS else round(elapsed_s(job), 1)
+    cached = job.cached_prompt_tokens + job.cached_completion_tokens
+    tokens = job.prompt_tokens + job.completion_tokens - cached
+    spent = tokens if reason == BY_TOKENS else round(elapsed_s(job), 1)
     limit = job.budget_tokens if reason == BY_TOKENS else job.budget_s
     raise BudgetSpent(
         f"The job has spent {spent} of its budget of {limit} {name}. Raise it: basic resume {job.id} {option} N, "

@@ -14,6 +14,7 @@ from jobs.cli.options import (
     AsJson,
     BudgetSeconds,
     BudgetTokens,
+    Cache,
     IdColumn,
     Keep,
     MaxTokens,
@@ -28,6 +29,7 @@ from jobs.cli.options import (
     budget_of,
     columns_of,
     print_json,
+    read_seed,
     source_of,
 )
 from jobs.client.async_client import CountPrompts
@@ -67,6 +69,7 @@ def estimate(
     max_tokens: MaxTokens = None,
     temperature: Temperature = TOOLS_TEMPERATURE,
     seed: Seed = None,
+    cache: Cache = None,
     schema: SchemaFile = None,
     endpoint: OfEndpoint = None,
     budget_tokens: BudgetTokens = None,
@@ -96,7 +99,8 @@ def estimate(
                 budget=budget_of(budget_tokens, budget_seconds),
                 max_tokens=max_tokens,
                 temperature=temperature,
-                seed=seed,
+                seed=read_seed(seed),
+                cache=cache,
                 response_format=None if schema is None else schema_file(schema),
             )
             typer.echo(f"Running a pilot of job {found.id}; if you leave: basic estimate --job {found.id}", err=True)
@@ -117,6 +121,11 @@ def _estimate_lines(predicted: JobEstimate, running: bool) -> list[str]:
     lines += [
         f"The other {rest.requests:,} requests, {predicted.batch_sequences} texts at once on each of "
         f"{predicted.workers} workers, with 90 % intervals:",
+        *(
+            [f"  cached             {rest.requests_cached:,} requests, in none of these"]
+            if rest.requests_cached
+            else []
+        ),
         f"  prompt tokens      {_number(rest.prompt_tokens)}",
         f"  completion tokens  {_number(rest.completion_tokens)}",
         f"  time               {'unknown: no step was measured' if rest.seconds is None else _time(rest.seconds)}",

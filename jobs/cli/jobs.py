@@ -16,6 +16,7 @@ from jobs.cli.options import (
     AsJson,
     BudgetSeconds,
     BudgetTokens,
+    Cache,
     IdColumn,
     IdempotencyKey,
     JobId,
@@ -38,6 +39,7 @@ from jobs.cli.options import (
     columns_of,
     print_json,
     read_labels,
+    read_seed,
     source_of,
 )
 from jobs.cli.output_files import append_outputs, refuse_output_file, write_outputs
@@ -83,6 +85,7 @@ def submit(
     max_tokens: MaxTokens = None,
     temperature: Temperature = TOOLS_TEMPERATURE,
     seed: Seed = None,
+    cache: Cache = None,
     schema: SchemaFile = None,
     endpoint: OfEndpoint = None,
     name: Name = None,
@@ -130,7 +133,8 @@ def submit(
     parameters: Parameters = {
         "max_tokens": max_tokens,
         "temperature": temperature,
-        "seed": seed,
+        "seed": read_seed(seed),
+        "cache": cache,
         "response_format": form,
     }
     with lookup.connect() as client:

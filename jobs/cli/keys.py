@@ -27,6 +27,10 @@ _Retention = typer.Option(
     help="How long to keep prompts, outputs and steps after their job has ended, and files, such as "
     "prompts=7d,outputs=30d. Default: BASIC_PROMPT_DAYS and so on.",
 )
+_Cache = typer.Option(
+    "--cache/--no-cache",
+    help="Whether its requests may get copies of its earlier answers, where BASIC_CACHE allows it. Default: yes.",
+)
 _MAX_REQUESTS_PER_MINUTE = 100_000
 
 key_commands = typer.Typer(
@@ -60,6 +64,7 @@ def create(
         str | None, typer.Option(help="Lifetime: a number and m, h or d, such as 30d. Default: no expiry.")
     ] = None,
     retention: Annotated[str | None, _Retention] = None,
+    cache: Annotated[bool, _Cache] = True,
     key_file: Annotated[
         Path | None,
         typer.Option(
@@ -89,6 +94,7 @@ def create(
         if known is None:
             keys.add_key(session, stored)
             keys.change_retention(session, stored.id, kept_s)
+            keys.change_cache(session, stored.id, cache)
     if known is not None:
         _refuse_another(known, stored)
     if as_json:
@@ -129,11 +135,14 @@ def list_keys(as_json: AsJson = False) -> None:
 @key_commands.command()
 def update(
     key: Annotated[str, typer.Argument(help="Id of the key, or its name if it is unique.")],
-    retention: Annotated[str, _Retention],
+    retention: Annotated[str | None, _Retention] = None,
+    cache: Annotated[bool | None, _Cache] = None,
 ) -> None:
-    """Change how long what belongs to a key is kept; NAME=default goes back to the settings.
+    """Change how long what belongs to a key is kept; NAME=default goes back to the settings. Or change its cache.
 
     Example: basic keys update alice --retention prompts=7d,files=1d,steps=default
+
+    Example: basic keys update alice --no-cache
     """
     from storage import keys
 
@@ -141,6 +150,8 @@ def update(
     with _database() as database, database.write() as session:
         key_id = _find(keys.list_keys(session), key)
         keys.change_retention(session, key_id, kept_s)
+        if cache is not None:
+            keys.change_cache(session, key_id, cache)
     typer.echo(f"Changed {key_id}")
 
 
@@ -179,6 +190,7 @@ def _fields(key: KeyView) -> dict[str, Any]:
         "max_tokens_queued": key.max_tokens_queued,
         "requests_per_minute": key.max_requests_per_minute,
         "kept_s": {name: age_s for name in _KEPT if (age_s := getattr(key, f"{name}_kept_s")) is not None},
+        "cache": key.cache,
         "created_at": int(key.created_at),
         "expires_at": None if key.expires_at is None else int(key.expires_at),
         "revoked_at": None if key.revoked_at is None else int(key.revoked_at),

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from pydantic import BaseModel
@@ -49,7 +49,20 @@ Temperature = Annotated[
     float,
     typer.Option(min=0, max=2, help="Temperature of lines that set none. 0 is greedy; the API's default is 1."),
 ]
-Seed = Annotated[int | None, typer.Option(help="Random seed: the same seed gives the same text.")]
+Seed = Annotated[
+    str | None,
+    typer.Option(
+        metavar="INTEGER|identity",
+        help="Random seed: the same seed gives the same text; identity: one that follows from each request.",
+    ),
+]
+Cache = Annotated[
+    bool | None,
+    typer.Option(
+        "--cache/--no-cache",
+        help="Whether requests that equal earlier ones get copies of their answers. Default: as BASIC_CACHE says.",
+    ),
+]
 SchemaFile = Annotated[
     Path | None,
     typer.Option(dir_okay=False, exists=True, help="JSON schema of the answers of lines that set none."),
@@ -100,6 +113,16 @@ def read_labels(given: list[str] | None) -> dict[str, str]:
         if labels.setdefault(key, value) != value:
             raise typer.BadParameter(f"{key} has two values; a job has one for each key", param_hint="--label")
     return labels
+
+
+def read_seed(given: str | None) -> int | Literal["identity"] | None:
+    """Return a seed from its option: a whole number, or the word."""
+    if given is None or given == "identity":
+        return given
+    try:
+        return int(given)
+    except ValueError as exc:
+        raise typer.BadParameter(f"{given!r} is neither a whole number nor identity", param_hint="--seed") from exc
 
 
 def print_json(value: BaseModel | list[JobInfo] | dict[str, Any]) -> None:

@@ -201,6 +201,7 @@ def closing_table(info: JobInfo, statistics: Statistics, database: str | None) -
     rows: dict[str, str | Text] = {
         "job": Text.assemble(f"{info.id} (", status_text(info), ")"),
         "requests": f"{counts.completed} completed, {counts.failed} failed, {counts.total} in all",
+        **_cached(info),
         "tokens": _number(statistics.get("completion_tokens"), ",d"),
         "tokens/s": _number(statistics.get("tokens_per_s"), ".1f"),
         "mean acceptance length": _number(statistics.get("mean_acceptance_length"), ".2f", " tokens per step"),
@@ -220,6 +221,7 @@ def status_table(info: JobInfo, now: float) -> Table:
         "model": f"{info.model}, {info.endpoint}",
         "submitted": f"{local_time(info.created_at)}, {age_text(info.created_at, now)}",
         "requests": f"{counts.completed:,d} completed, {counts.failed:,d} failed, {counts.total:,d} in all",
+        **_cached(info),
         "tokens": f"{progress.completion_tokens:,d} written, {progress.prompt_tokens:,d} read",
         "tokens/s": _number(progress.tokens_per_s, ",.1f", f" over {duration_text(progress.elapsed_s)}"),
     }
@@ -241,6 +243,12 @@ def status_table(info: JobInfo, now: float) -> Table:
     if info.paused_at is not None:
         rows["paused"] = f"{local_time(info.paused_at)}, {age_text(info.paused_at, now)}{_pause_reason(info)}"
     return _grid(rows.items())
+
+
+def _cached(info: JobInfo) -> dict[str, str | Text]:
+    """Return the row about copied answers; none where there are none."""
+    cached, tokens = info.progress.requests_cached, info.progress.cached_tokens
+    return {"cached": f"{cached:,d} requests, {tokens:,d} tokens"} if cached else {}
 
 
 def jobs_table(jobs: Sequence[JobInfo], width: int, now: float) -> Table:

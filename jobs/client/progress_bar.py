@@ -42,6 +42,8 @@ def speed_text(info: JobInfo) -> str:
     parts = [f"{progress.completion_tokens:,} tokens"]
     if progress.tokens_per_s:
         parts.append(f"{progress.tokens_per_s:,.1f} tokens/s")
+    if progress.requests_cached:
+        parts.append(f"{progress.requests_cached:,} cached")
     failed = info.request_counts.failed
     if failed and not completed_with_failures(info.status, failed):
         parts.append(f"{failed} failed")

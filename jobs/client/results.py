@@ -40,6 +40,8 @@ class JobProgress(Reply):
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    requests_cached: int = 0  # of the completed ones: answered by copies of earlier answers
+    cached_tokens: int = 0  # prompt and completion tokens of these; no speed counts them
     elapsed_s: float = 0.0
     tokens_per_s: float | None = None
     time_left_s: float | None = None  # estimated from the requests completed so far
@@ -137,6 +139,7 @@ class RestPrediction(Reply):
     """What the other requests of a job will take. None: it can't be predicted."""
 
     requests: int
+    requests_cached: int = 0  # of these: they get copies of answers, so that nothing below counts them
     prompt_tokens: Prediction
     completion_tokens: Prediction
     seconds: Prediction | None = None
@@ -207,6 +210,7 @@ class Choice(Reply):
     finish_reason: str
     completion_tokens: int
     numerics: str | None = None  # what fixed the bits of the text; None: an older version computed it
+    cached_from: str | None = None  # the answer that it is a copy of: job id/index of the request
     logprobs: dict[str, Any] | None = None  # in OpenAI's format, if requested
     token_ids: tuple[int, ...] | None = None  # if requested, as are the next two
     prompt_token_ids: tuple[int, ...] | None = None

@@ -46,9 +46,9 @@ def ended(job: JobView) -> int:
 
 
 def tokens_per_s(job: JobView) -> float | None:
-    """Return the mean tokens per second of a job so far."""
+    """Return the mean tokens per second of a job so far, without copied answers."""
     seconds = elapsed_s(job)
-    return job.completion_tokens / seconds if seconds > 0 else None
+    return job.computed_completion_tokens / seconds if seconds > 0 else None
 
 
 def left(job: JobView) -> str:

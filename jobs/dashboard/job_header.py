@@ -98,7 +98,8 @@ class JobHeader:
         show_labels(self._labels, job)
         self._bar.props(f"value={format.ended(job) / max(1, job.requests_total):.4f}")
         failed = f", {job.requests_failed:,d} failed" if job.requests_failed else ""
-        self._counts.set_text(f"{format.ended(job):,d} of {job.requests_total:,d} requests{failed}")
+        cached = f", {job.requests_cached:,d} from the cache" if job.requests_cached else ""
+        self._counts.set_text(f"{format.ended(job):,d} of {job.requests_total:,d} requests{cached}{failed}")
         rate = format.number(format.tokens_per_s(job))
         self._speed.set_text(f"{job.completion_tokens:,d} tokens · {rate} tokens/s · {format.left(job)}")
         self._why_paused.set_text(pause_text(job))

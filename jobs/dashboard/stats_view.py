@@ -76,6 +76,7 @@ def _figures(stats: JobStats) -> Sequence[tuple[str, str, str]]:
         ("Off by", format.percent(stats.miscalibration), "accepted against expected draft tokens"),
         ("Draft nodes per step", format.number(stats.mean_tree_nodes, 2), ""),
         ("Tokens written", f"{stats.completion_tokens:,d}", f"{stats.prompt_tokens:,d} read"),
+        ("From the cache", f"{stats.requests_cached:,d}", f"requests, {_cached_tokens(stats):,d} tokens: in no speed"),
         ("Tokens per joule", format.number(stats.tokens_per_joule, 2), "if the device reports energy"),
     )
 
@@ -84,6 +85,10 @@ def _speedup_check(check: SpeedupCheckStats) -> tuple[str, str, str]:
     fields = asdict(check)
     value = format.speedup(fields.pop("speedup"), fields.pop("speedup_error"))
     return "Compared with plain", value, check_text(**fields)
+
+
+def _cached_tokens(stats: JobStats) -> int:
+    return stats.cached_prompt_tokens + stats.cached_completion_tokens
 
 
 def _expected(stats: JobStats) -> str:

@@ -160,4 +160,13 @@ def usage(view: OutputView) -> Json:
     """Return the token counts of a request; its prompt counts once for all choices."""
     prompt, completion, reasoning = view.prompt_tokens, view.completion_tokens, view.reasoning_tokens
     counts: Json = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-    return counts if reasoning is None else counts | {"completion_tokens_details": {"reasoning_tokens": reasoning}}
+    counts |= {} if reasoning is None else {"completion_tokens_details": {"reasoning_tokens": reasoning}}
+    return counts | cached_usage(view)
+
+
+def cached_usage(view: OutputView) -> Json:
+    """Return how many tokens were not computed, because the answer is a copy of an earlier one; nothing if all were.
+
+    OpenAI's `cached_tokens` are those of a prompt whose keys and values were there: another thing.
+    """
+    return {"cached_answer_tokens": view.cached_tokens} if view.cached_tokens else {}

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from jobs.messages import FunctionTool, GenerationRequest, ResponseOptions, Tools
 from jobs.openai.answer_words import answer_parts
-from jobs.openai.completions import answer_format
+from jobs.openai.completions import answer_format, cached_usage
 from jobs.openai.response_items import (
     ItemStatus,
     call_id_of,
@@ -148,7 +148,7 @@ def _error(output: OutputView | None) -> Json:
 
 
 def _usage(output: OutputView) -> Json:
-    """Return the token counts. Cached tokens are not counted: always 0."""
+    """Return the token counts. `cached_tokens` are of prompts whose KV was there: not counted, always 0."""
     prompt, completion = output.prompt_tokens, output.completion_tokens
     return {
         "input_tokens": prompt,
@@ -156,4 +156,5 @@ def _usage(output: OutputView) -> Json:
         "output_tokens": completion,
         "output_tokens_details": {"reasoning_tokens": output.reasoning_tokens or 0},
         "total_tokens": prompt + completion,
+        **cached_usage(output),
     }

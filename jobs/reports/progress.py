@@ -16,11 +16,12 @@ def elapsed_s(job: JobView) -> float:
 
 
 def time_left_s(job: JobView) -> float | None:
-    """Return the estimated seconds to the end of a running job, None before its first request completes.
+    """Return the estimated seconds to the end of a running job, None before the first request is computed.
 
-    Only completed requests count for the pace: a request can fail without taking time.
+    Only computed requests count for the pace: one that fails, or gets a copy of an answer, can take no time.
     """
-    if not job.requests_completed:
+    computed = job.requests_completed - job.requests_cached
+    if computed <= 0:
         return None
     left = job.requests_total - job.requests_completed - job.requests_failed
-    return elapsed_s(job) * left / job.requests_completed
+    return elapsed_s(job) * left / computed

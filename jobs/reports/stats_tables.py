@@ -41,6 +41,9 @@ def summary_rows(statistics: Statistics) -> Iterable[tuple[str, str]]:
     completed, failed, total = (statistics[f"requests_{name}"] for name in ("completed", "failed", "total"))
     yield "requests", f"{completed:,d} completed, {failed:,d} failed, {total:,d} in all"
     yield "tokens", f"{statistics['completion_tokens']:,d} written, {statistics['prompt_tokens']:,d} read"
+    if statistics.get("requests_cached"):
+        tokens = statistics["cached_prompt_tokens"] + statistics["cached_completion_tokens"]
+        yield "cached", f"{statistics['requests_cached']:,d} requests, {tokens:,d} tokens: not in the lines below"
     yield "tokens/s", _number(statistics.get("tokens_per_s"), ".1f", f" over {statistics['wall_s']:,.1f} s")
     yield "speed-up over plain", _speedup(statistics)
     if statistics.get("comparison") is not None:

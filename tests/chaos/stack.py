@@ -60,6 +60,7 @@ class Stack:
             "BASIC_API_PORT": self.api_url.rpartition(":")[2],
             "BASIC_TARGET": str(target),
             "BASIC_WEBHOOK_NETWORKS": "127.0.0.0/8",
+            "BASIC_CACHE": "off",  # the same prompts are decoded again and again
             "BASIC_DTYPE": "float32",
             "BASIC_MAX_SEQUENCES": "8",
             "BASIC_MAX_CONTEXT": "512",

@@ -151,16 +151,21 @@ def _queue(stats: QueueStats) -> Iterator[Metric]:
 
 def _totals(stats: QueueStats) -> Iterator[Metric]:
     ended = CounterMetricFamily("basic_requests_ended", "Requests that have ended.", labels=["model", "outcome"])
-    tokens = CounterMetricFamily("basic_tokens", "Prompt and completion tokens.", labels=["model", "kind"])
+    tokens = CounterMetricFamily("basic_tokens", "Computed prompt and completion tokens.", labels=["model", "kind"])
+    cached = CounterMetricFamily("basic_requests_cached", "Requests answered by copies.", labels=["model"])
+    copied = CounterMetricFamily("basic_cached_tokens", "Tokens of copied answers.", labels=["model", "kind"])
     for model in stats.totals:
         ended.add_metric([model.model, "completed"], model.requests_completed)
         ended.add_metric([model.model, "failed"], model.requests_failed)
-        tokens.add_metric([model.model, "prompt"], model.prompt_tokens)
-        tokens.add_metric([model.model, "completion"], model.completion_tokens)
+        tokens.add_metric([model.model, "prompt"], model.prompt_tokens - model.cached_prompt_tokens)
+        tokens.add_metric([model.model, "completion"], model.completion_tokens - model.cached_completion_tokens)
+        cached.add_metric([model.model], model.requests_cached)
+        copied.add_metric([model.model, "prompt"], model.cached_prompt_tokens)
+        copied.add_metric([model.model, "completion"], model.cached_completion_tokens)
     errors = CounterMetricFamily("basic_request_errors", "Requests without a result, by error code.", labels=["code"])
     for code, count in stats.errors:
         errors.add_metric([code], count)
-    yield from (ended, tokens, errors)
+    yield from (ended, tokens, cached, copied, errors)
 
 
 _GAUGES: Final[tuple[tuple[str, str, str], ...]] = (

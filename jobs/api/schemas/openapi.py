@@ -24,6 +24,7 @@ from jobs.submission.carried import MAX_KEPT_VALUES
 from jobs.submission.fields import PARAMETERS, Treatment, field_of
 from jobs.submission.managed.fields import MAX_CONCURRENT, MAX_NAME_CHARS
 from jobs.submission.managed.pilot import MAX_PILOT_REQUESTS
+from jobs.submission.parameters.identity import IDENTITY_SEED
 from jobs.submission.parameters.tools import MAX_TOOLS
 from jobs.submission.request_parser import MAX_CUSTOM_ID_CHARS, MAX_TIMEOUT_S
 from storage.webhooks import EVENT_TYPES
@@ -66,6 +67,11 @@ def _parameters() -> Json:
         "anyOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": MAX_STOP_STRINGS}],
         "description": schemas["stop"]["description"],
     }
+    schemas["seed"] = {
+        "anyOf": [{k: v for k, v in schemas["seed"].items() if k != "description"}, {"const": IDENTITY_SEED}],
+        "description": schemas["seed"]["description"],
+    }
+    schemas["cache"] |= {"type": "boolean"}
     schemas["max_completion_tokens"] = {**schemas["max_tokens"], "description": "Same as max_tokens; takes precedence."}
     schemas["logprobs"] = {
         "anyOf": [{"type": "boolean"}, {"type": "integer", "minimum": 0, "maximum": 20}],

@@ -112,6 +112,8 @@ class Progress(_Reply):
 
     prompt_tokens: int
     completion_tokens: int
+    requests_cached: int  # of the completed ones: answered by copies of earlier answers
+    cached_tokens: int  # prompt and completion tokens of these; no speed counts them
     elapsed_s: float
     tokens_per_s: float | None
     time_left_s: float | None
@@ -220,6 +222,7 @@ class RestReply(_Reply):
     """What the other requests of a job will take. Null: it can't be predicted."""
 
     requests: int
+    requests_cached: int  # of these: they get copies of answers, so that nothing below counts them
     prompt_tokens: IntervalReply
     completion_tokens: IntervalReply
     seconds: IntervalReply | None
@@ -278,6 +281,7 @@ class OutputChoice(_Reply):
     # What fixed the bits of the text (/v1/numerics); two with a comma between them: it was resumed on another kind of
     # device or by another version.
     numerics: str | None = None
+    cached_from: str | None = None  # the answer that it is a copy of: job id/index of the request
     logprobs: Json | None = None  # if requested, as are the next three
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
@@ -297,6 +301,7 @@ class OutputUsage(_Reply):
     completion_tokens: int
     total_tokens: int
     completion_tokens_details: CompletionDetails | None = None  # if the model marks its reasoning
+    cached_answer_tokens: int | None = None  # prompt and completion tokens of an answer that is a copy
 
 
 class OutputLine(_Reply):

@@ -86,7 +86,11 @@ def job_estimate(job_id: str, record: PilotRecord, pilot: Pilot, found: Estimate
             "prompt_tokens": sum(request.prompt_tokens for request in pilot.requests),
             "completion_tokens": sum(text.completion_tokens for text in record.outputs),
         },
-        "rest": {"requests": len(pilot.rest), **asdict(found)},
+        "rest": {
+            "requests": len(pilot.rest) + record.copied,
+            "requests_cached": record.copied,
+            **asdict(found),
+        },
         "workers": pilot.workers,
         "batch_sequences": pilot.slots,
         "power_w": pilot.power_w,
@@ -208,6 +212,7 @@ def output(view: OutputView, endpoint: str, job_id: str) -> Json:
             "finish_reason": finish_reason(form, choice),
             "completion_tokens": choice.completion_tokens,
             **({} if choice.numerics is None else {"numerics": choice.numerics}),
+            **({} if choice.cached_from is None else {"cached_from": choice.cached_from}),
             **_details(choice, endpoint),
         }
         for choice in view.choices
@@ -257,8 +262,10 @@ def _progress(view: JobView) -> Json:
     return {
         "prompt_tokens": view.prompt_tokens,
         "completion_tokens": view.completion_tokens,
+        "requests_cached": view.requests_cached,
+        "cached_tokens": view.cached_prompt_tokens + view.cached_completion_tokens,
         "elapsed_s": round(run_s, 3),
-        "tokens_per_s": round(view.completion_tokens / run_s, 3) if run_s > 0 else None,
+        "tokens_per_s": round(view.computed_completion_tokens / run_s, 3) if run_s > 0 else None,
         "time_left_s": None if left_s is None else round(left_s, 1),
     }
 

@@ -13,6 +13,7 @@ from storage.budgets import spent_budget
 from storage.cached_answers import CacheScope, Copied, Repeats, copy_answers
 from storage.erasure import erase_job, hide_job
 from storage.models import ChoiceOutput, DecodeStep, JobRow, PilotRow, Request
+from storage.pilots import read_pilot
 from storage.records import Claim, NewRequest, RequestFailure, RequestProgress
 from storage.session import Database
 from tests.factories import a_request
@@ -236,6 +237,10 @@ def test_a_pilot_is_computed_and_the_rest_of_its_job_takes_its_answers(database:
         session.execute(update(JobRow).values(pilot_only=True))
     worker = Serving(database)
     assert len(worker.answer_all()) == 2
+    with database.read() as session:
+        pilot = read_pilot(session, "job-1")
+    assert pilot is not None
+    assert (len(pilot.waiting), pilot.repeats) == (0, 2), "a prediction counts no copies"
     with database.write() as session:
         pausing.resume_job(session, "job-1")
     assert worker.answer_all() == []
