@@ -239,7 +239,7 @@ def _targets(session: Session, identities: Collection[str]) -> Sequence[AnyRow]:
 
 
 def _locked(session: Session, rows: Iterable[AnyRow]) -> Sequence[AnyRow]:
-    """Lock those of the requests that nobody has claimed or ended meanwhile, or claims now."""
+    """Lock those of the requests that are still queued, and that no claim has locked."""
     still = (is_request([(row.job_id, row.request_index) for row in rows]), Request.status == "queued")
     query = select(*_REPEAT).where(*still, Request.lease_number == 0, Request.identity.is_not(None))
     ordered = query.order_by(Request.job_id, Request.request_index)

@@ -117,8 +117,10 @@ def read_labels(given: list[str] | None) -> dict[str, str]:
 
 def read_seed(given: str | None) -> int | Literal["identity"] | None:
     """Return a seed from its option: a whole number, or the word."""
-    if given is None or given == "identity":
-        return given
+    if given is None:
+        return None
+    if given == "identity":
+        return "identity"
     try:
         return int(given)
     except ValueError as exc:
