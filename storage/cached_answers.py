@@ -3,8 +3,8 @@
 Equal requests of one owner have the same `requests.identity`, and workers that would compute the same answer have the
 same `CacheScope`. An answer can be copied if its request has both. A claim leaves out requests with such an answer, and
 those whose answer a worker computes now (`Repeats`); the worker then calls `copy_answers`. Nothing of a wait is stored:
-each claim looks again, so that a request is claimed if the one that it waited for fails, is cancelled or paused, is
-erased, or loses its worker.
+each claim looks again, so that a request is claimed if the one that it waited for fails, is cancelled, paused or
+erased.
 
 Only requests that were never claimed are answered so. A copy is no source of further copies: its identity is NULL.
 """
@@ -74,11 +74,10 @@ class Repeats:
     waiting: set[str] = field(default_factory=set)  # identities whose answer is being computed
     refused: set[str] = field(default_factory=set)  # identities with an answer that could not be copied
     _led: set[str] = field(default_factory=set)  # identities of requests that this claim takes
-    _now: float = 0.0
 
-    def begin(self, now: float) -> None:
-        """Begin a claim at `now` of the database's clock: what the last one saw may have changed."""
-        self.answered, self.waiting, self._led, self._now = set(), set(), set(), now
+    def begin(self) -> None:
+        """Begin a claim: what the last one saw may have changed."""
+        self.answered, self.waiting, self._led = set(), set(), set()
 
     @property
     def full(self) -> bool:
@@ -117,7 +116,7 @@ class Repeats:
         """Return what is known of the identities of requests that were never claimed."""
         if not rows:
             return {}
-        given = {"scope": self.scope.name, "numerics": self.scope.numerics, "now": self._now}
+        given = {"scope": self.scope.name, "numerics": self.scope.numerics}
         keys = [(row.job_id, row.request_index) for row in rows]
         found = session.execute(_lookup().where(is_request(keys)), given)
         return {(row.job_id, row.request_index): row for row in found}
@@ -144,10 +143,11 @@ def _lookup() -> Select[*tuple[Any, ...]]:
     """Return the query of what is known of a request's identity; a pilot is computed, as its steps are its purpose."""
     other, job = aliased(Request), aliased(JobRow)
     same = and_(other.identity == Request.identity, other.cache_scope == bindparam("scope"))
-    runs = and_(other.status == "running", other.lease_expires_at >= bindparam("now"))
+    # One that was begun and waits, such as after the death of its worker, is not overtaken: it has tokens already.
+    soon = and_(other.status == "queued", other.lease_number > 0, job.priority_class >= JobRow.priority_class)
     serving = and_(job.status == "in_progress", job.paused_at.is_(None), job.erased_at.is_(None))
     answered = exists().where(same, *_is_source(other, job))
-    computed = exists().where(same, runs, job.id == other.job_id, serving)
+    computed = exists().where(same, or_(other.status == "running", soon), job.id == other.job_id, serving)
     failed = and_(other.identity == Request.identity, other.status == "failed", other.lease_number > 0)
     failures = select(other.job_id).where(failed).limit(_FAILURES).correlate(Request).subquery()
     fails = select(func.count()).select_from(failures).scalar_subquery() >= _FAILURES
@@ -233,7 +233,10 @@ _REPEAT: Final = (Request.job_id, Request.request_index, Request.custom_id, Requ
 
 def _targets(session: Session, identities: Collection[str]) -> Sequence[AnyRow]:
     may_be = (Request.identity.in_(identities), Request.status == "queued", Request.lease_number == 0)
-    open_job = (is_serving(), ~JobRow.pilot_only, JobRow.erased_at.is_(None))
+    open_job = (
+        is_serving(),
+        ~JobRow.pilot_only,
+    )  # as claims have it, or a request would be neither claimed nor answered
     query = select(*_REPEAT).join(JobRow, JobRow.id == Request.job_id).where(*may_be, *open_job)
     return session.execute(query.order_by(Request.job_id, Request.request_index).limit(_COPIES)).all()
 

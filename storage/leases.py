@@ -80,7 +80,7 @@ def claim(
         return []
     now = database_now(session)
     if repeats is not None:
-        repeats.begin(now)
+        repeats.begin()
     held = _held(session, worker_id, holding)
     if any(row.suspect_group is not None and not row.proven for row in held):
         return []

@@ -104,7 +104,7 @@ def test_a_job_is_submitted_followed_and_inspected(page: Page) -> None:
 
 def test_tokens_arrive_and_a_job_is_cancelled(page: Page, service: LocalService) -> None:
     with Client(service.api_url) as client:
-        job = client.submit(["abc"] * 400, ignore_eos=True, temperature=0)
+        job = client.submit(["abc"] * 400, ignore_eos=True, temperature=0, cache=False)
     page.goto(f"/dashboard/jobs/{job.id}")
 
     expect(page.locator(".model-text").first).not_to_be_empty()
@@ -119,7 +119,7 @@ def test_tokens_arrive_and_a_job_is_cancelled(page: Page, service: LocalService)
 def test_lists_and_statistics_of_a_running_job_follow_it_to_its_end(page: Page, service: LocalService) -> None:
     """No element is clicked after the pages are open."""
     with Client(service.api_url) as client:
-        job = client.submit(["abc"] * 400, ignore_eos=True, temperature=0)
+        job = client.submit(["abc"] * 400, ignore_eos=True, temperature=0, cache=False)
         page.goto(f"/dashboard/jobs/{job.id}")
         open_tab(page, "Requests")
         page.get_by_role("button", name="Running").click()
@@ -307,7 +307,7 @@ def test_a_table_is_not_submitted_as_prompts(page: Page, tmp_path: Path) -> None
 
 def test_a_job_is_paused_and_resumed(page: Page, service: LocalService) -> None:
     with Client(service.api_url) as client:
-        job = client.submit(["abc"] * 400, ignore_eos=True, temperature=0)
+        job = client.submit(["abc"] * 400, ignore_eos=True, temperature=0, cache=False)
         page.goto(f"/dashboard/jobs/{job.id}")
         status = page.locator(".status").first
         page.get_by_role("button", name="Pause").click()
@@ -515,7 +515,7 @@ def test_once_there_is_a_key_the_pages_ask_for_it_and_a_revoked_one_closes_them(
     log_in(page, key)
     assert all(cookie["httpOnly"] for cookie in page.context.cookies() if cookie["name"] == "basic_session")
     with Client(service.api_url, api_key=key) as client:
-        job = client.submit(["abc"] * 400, ignore_eos=True, temperature=0)
+        job = client.submit(["abc"] * 400, ignore_eos=True, temperature=0, cache=False)
         places = ["/dashboard/", "/dashboard/stats", "/dashboard/workers", f"/dashboard/jobs/{job.id}"]
         pages = [page.context.new_page() for _ in places]
         for opened, place in zip(pages, places, strict=True):

@@ -30,10 +30,14 @@ def stack(tmp_path: Path, tiny_target: Path) -> Iterator[Stack]:
     made.stop()
 
 
-def submit(stack: Stack, job_id: str, *prompts: str, max_tokens: int = 30) -> None:
+def submit(stack: Stack, job_id: str, *prompts: str, max_tokens: int = 30, reused: bool = False) -> None:
     sampling = SamplingParameters(seed=1, max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     requests = [
-        NewRequest(f"r{n}", GenerationRequest(model=MODEL, prompt=prompt, sampling=sampling).model_dump(mode="json"))
+        NewRequest(
+            f"r{n}",
+            GenerationRequest(model=MODEL, prompt=prompt, sampling=sampling).model_dump(mode="json"),
+            identity=prompt if reused else None,
+        )
         for n, prompt in enumerate(prompts)
     ]
     with stack.database.write() as session:
@@ -186,3 +190,22 @@ def test_a_worker_that_receives_no_messages_restarts_and_serves_its_jobs_meanwhi
     stack.wait_for(lambda: stack.status("worker-0") is not None, "the watchdog")
     assert stack.status("worker-0") == 75
     assert "no message has arrived from Redis" in (stack.directory / "worker-0.log").read_text()
+
+
+@pytest.mark.long
+def test_equal_requests_are_decoded_once_over_the_death_of_their_worker(stack: Stack) -> None:
+    stack.environment |= {"BASIC_CACHE": "on"}
+    stack.start(doors=False)
+    submit(stack, "undisturbed", "one", max_tokens=200)
+    stack.wait_for(lambda: ended(stack, "undisturbed"), "the undisturbed job")
+    submit(stack, "job", *["one"] * 3, max_tokens=200, reused=True)
+    submit(stack, "another", *["one"] * 2, max_tokens=200, reused=True)
+    stack.wait_for(lambda: stack.rows("SELECT count(*) FROM partials WHERE seq > 1") != [(0,)], "tokens of one of them")
+    stack.kill("worker-0", signal.SIGKILL)
+
+    stack.wait_for(lambda: ended(stack, "job") and ended(stack, "another"), "the end of both jobs")
+
+    assert stack.rows("SELECT sum(requests_cached) FROM jobs") == [(4,)]
+    texts = [text for job_id in ("undisturbed", "job", "another") for _, text in text_of(stack, job_id)]
+    assert len(texts) == 6
+    assert len(set(texts)) == 1

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
-from storage import event_log, leases, pausing, prune, queries
+from storage import cached_answers, event_log, leases, pausing, prune, queries
 from storage.budgets import spent_budget
 from storage.cached_answers import CacheScope, Copied, Repeats, copy_answers
 from storage.erasure import erase_job, hide_job
@@ -135,36 +135,33 @@ def test_after_two_failures_nothing_waits_for_a_third(database: Database) -> Non
     assert len(worker.claim()) == 4
 
 
-@pytest.mark.parametrize("ends", ["cancelled", "paused", "erased", "lapsed"])
+@pytest.mark.parametrize("ends", ["cancelled", "paused", "erased"])
 def test_a_duplicate_takes_over_from_one_that_may_not_end(database: Database, ends: str) -> None:
     record(database, "job-1", equal(1))
     worker = Serving(database)
-    (leader,) = worker.claim(lease_s=-1.0 if ends == "lapsed" else 30.0)
+    (leader,) = worker.claim()
     record(database, "job-2", equal(2))
     if ends == "cancelled":
         cancel(database, leader.lease.job_id)
-    elif ends != "lapsed":
+    else:
         with database.write() as session:
-            if ends == "paused":
-                pausing.pause_job(session, leader.lease.job_id)
-            else:
-                hide_job(session, leader.lease.job_id)
-    other = Serving(database, "w2")
-    with database.write() as session:  # before a lapsed lease is found
-        taken = leases.claim(session, "w2", "tiny", 4, 30.0, repeats=other.repeats)
-    assert [one.lease.job_id for one in taken] == ["job-2"]
+            pausing.pause_job(session, "job-1") if ends == "paused" else hide_job(session, "job-1")
+    assert [one.lease.job_id for one in Serving(database, "w2").claim()] == ["job-2"]
 
 
 def test_a_request_that_was_begun_continues_and_others_wait_for_it(database: Database) -> None:
-    record(database, "job-1", equal(2))
+    record(database, "job-1", equal(1))
     dead = Serving(database, "dead")
     (leader,) = dead.claim(lease_s=-1.0)
+    record(database, "job-2", equal(2))
     worker = Serving(database)
+    with database.write() as session:
+        assert leases.claim(session, "w1", "tiny", 8, 30.0, repeats=worker.repeats) == [], "its lapse is not found yet"
     (again,) = worker.claim()
     assert again.lease.request_index == leader.lease.request_index
     worker.complete(again)
     assert worker.answer_all() == []
-    assert outputs(database)[1].cached_from == "job-1/0"
+    assert outputs(database, "job-2")[1].cached_from == "job-1/0"
 
 
 def test_an_erased_or_pruned_answer_is_never_copied(database: Database) -> None:
@@ -200,6 +197,17 @@ def test_an_answer_that_is_erased_after_the_claim_is_computed(database: Database
         hide_job(session, "job-1")
     assert worker.copy() == Copied()
     assert len(worker.claim()) == 1
+
+
+def test_a_hidden_job_that_still_runs_ends(database: Database) -> None:
+    record(database, "job-1", equal(1))
+    worker = Serving(database)
+    worker.answer_all()
+    record(database, "job-2", equal(1))
+    with database.write() as session:
+        hide_job(session, "job-2")
+    assert worker.answer_all() == []
+    assert requests_of(database, "job-2")[0].status == "completed"
 
 
 def test_two_workers_that_claim_at_once_compute_equal_requests_once(database: Database) -> None:
@@ -278,13 +286,16 @@ def test_a_reader_gets_the_whole_text_of_a_copy_once(database: Database) -> None
     assert again.events == ()
 
 
-def test_copies_of_many_identities_take_several_claims_and_no_request_is_left(database: Database) -> None:
-    named = [a_request(f"r{number}", identity=f"id-{number}") for number in range(80)]
+def test_copies_of_many_identities_take_several_claims_and_no_request_is_left(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cached_answers, "MAX_REPEATS", 6)
+    named = [a_request(f"r{number}", identity=f"id-{number}") for number in range(20)]
     record(database, "job-1", named)
-    Serving(database).answer_all(limit=80)
-    record(database, "job-2", named)
-    assert Serving(database).answer_all(limit=16) == []
-    assert view(database, "job-2").requests_cached == 80
+    Serving(database).answer_all(limit=20)
+    record(database, "job-2", [*named, a_request("last")])
+    assert [one.custom_id for one in Serving(database).answer_all(limit=2)] == ["last"]
+    assert view(database, "job-2").requests_cached == 20
 
 
 def test_a_copy_has_what_its_source_has(database: Database) -> None:

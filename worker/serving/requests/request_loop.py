@@ -48,6 +48,7 @@ _IDLE_SETTLE_S = 0.5  # wait of an idle engine for short requests, so that they 
 _IDLE_POLL_S = 0.05  # wait of an idle engine for a long request, before it checks for other work
 _READ_REPORTS = 16  # reports read before the engine is told
 _STATUS_S = 0.5  # between two messages about its own status
+_MAX_FRUITLESS = 20  # others copy at the same time, or the source is erased; more would be a bug
 _RENEWAL_FENCE = 2 / 3  # share of a lease without renewal after which leases are renewed before anything is decoded
 
 
@@ -85,6 +86,7 @@ class RequestLoop:
         self._reserved = reserved
         self._ageing = Ageing(ageing_requests)
         self._repeats = None if cache_scope is None else Repeats(cache_scope)
+        self._fruitless = 0  # times in a row that no answer was copied, though a claim had found some
         self._readers = RequestReader(codec)
         self._active: dict[RequestKey, ActiveRequest] = {}
         self._choices: dict[int, tuple[ActiveRequest, ActiveChoice]] = {}  # that the engine decodes, by number
@@ -215,13 +217,17 @@ class RequestLoop:
     def _copy_answers(self, repeats: Repeats) -> None:
         """Answer the requests whose answers the last claim has found."""
         try:
-            while self._sink.copy_answers(repeats.answered, repeats.scope):
-                pass
+            copied = self._sink.copy_answers(repeats.answered, repeats.scope)
+            self._fruitless = 0 if copied.answers else self._fruitless + 1
+            while copied.more:
+                copied = self._sink.copy_answers(repeats.answered, repeats.scope)
         except DATABASE_UNAVAILABLE as error:
             raise _unavailable(error) from error
         except Exception:  # they are decoded instead
             repeats.refused |= repeats.answered
             log.exception("Answers can't be copied", extra={"action": "copies_failed"})
+        if self._fruitless >= _MAX_FRUITLESS:  # nothing may be left out for ever
+            repeats.refused |= repeats.answered
 
     def _claim_slots(self) -> tuple[int, int]:
         """Return the slots that a claim may fill, and how many of them are kept for interactive requests."""

@@ -14,7 +14,7 @@ from jobs.errors import DatabaseUnavailable
 from jobs.messages import PartialEvent, Piece
 from jobs.streaming.events import error_of, job_events
 from storage import cached_answers, writes
-from storage.cached_answers import CacheScope, CopiedAnswer
+from storage.cached_answers import CacheScope, Copied, CopiedAnswer
 from storage.dialect import storable
 from storage.records import Checkpoint, FinishedChoice, FlushResult, Lease, RequestFailure, RequestKey, RequestProgress
 from storage.session import DATABASE_UNAVAILABLE, Database, is_too_large, unavailable_reason
@@ -62,8 +62,8 @@ class Sink:
             log.info("Job %s is %s", job_id, status, extra={"action": "job_ended", "job_id": job_id})
         return result
 
-    def copy_answers(self, identities: Collection[str], scope: CacheScope) -> bool:
-        """Answer some of the requests with these identities by copies, and publish; return whether there are more.
+    def copy_answers(self, identities: Collection[str], scope: CacheScope) -> Copied:
+        """Answer some of the requests with these identities by copies, publish, and return what was done.
 
         Raises the errors of the database.
         """
@@ -73,7 +73,7 @@ class Sink:
         self._publish([*events, *job_events(copied.ended_jobs)])
         for job_id, status in copied.ended_jobs:
             log.info("Job %s is %s", job_id, status, extra={"action": "job_ended", "job_id": job_id})
-        return copied.more
+        return copied
 
     def _write(self, start: int, end: int, held: Sequence[Lease]) -> FlushResult:
         """Write the pending entries start..end-1 in one transaction; bisect them if the database rejects a value.
