@@ -48,6 +48,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("BASIC_")}
     changes = {
         "BASIC_API_PORT": "0",
+        "BASIC_CACHE": "opt-in",  # most tests ask for the same again to see it decoded
         "BASIC_LEASE_S": str(LEASE_S),
         "BASIC_MAX_CONTEXT": str(CONTEXT_TOKENS),
         "BASIC_MODEL_ALIASES": "gpt-4o-mini=smollm2-135m-instruct",

@@ -27,8 +27,8 @@ def submitted(service: Service, name: str, *options: str, lines: list[Any]) -> t
 def test_equal_requests_are_computed_once_in_a_job_and_between_jobs(service: Service) -> None:
     lines = [{"prompt": "The sea is"}] * 10
     plain, computed = submitted(service, "plain", "--no-cache", lines=lines)
-    first, texts = submitted(service, "first", lines=lines)
-    second, again = submitted(service, "second", lines=lines)
+    first, texts = submitted(service, "first", "--cache", lines=lines)
+    second, again = submitted(service, "second", "--cache", lines=lines)
     assert [info["progress"]["requests_cached"] for info in (plain, first, second)] == [0, 9, 10]
     assert computed == texts == again
     emitted = service.rows(
@@ -38,7 +38,7 @@ def test_equal_requests_are_computed_once_in_a_job_and_between_jobs(service: Ser
 
 
 def test_a_seed_by_identity_makes_sampled_requests_equal(service: Service) -> None:
-    options = ("--temperature", "1", "--seed", "identity")
+    options = ("--temperature", "1", "--seed", "identity", "--cache")
     info, outputs = submitted(service, "sampled", *options, lines=[{"prompt": "Once"}] * 2 + [{"prompt": "Twice"}])
     assert info["progress"]["requests_cached"] == 1
     assert outputs[0] == outputs[1]
@@ -46,6 +46,7 @@ def test_a_seed_by_identity_makes_sampled_requests_equal(service: Service) -> No
 
 def test_a_chat_and_a_stream_get_the_answer_that_is_there(service: Service, client: OpenAI) -> None:
     asked: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "max_tokens": 8, "temperature": 1.0, "seed": 77}
+    asked["extra_body"] = {"cache": True}
     computed = client.chat.completions.create(**asked)
     copied = client.chat.completions.create(**asked)
     stream = client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
@@ -57,7 +58,7 @@ def test_a_chat_and_a_stream_get_the_answer_that_is_there(service: Service, clie
     cached = [usage.to_dict().get("cached_answer_tokens") for usage in usages if usage is not None]
     assert cached == [None, computed.usage.total_tokens, computed.usage.total_tokens]
     other = client.chat.completions.create(**asked | {"seed": 78})
-    again = client.chat.completions.create(**asked, extra_body={"cache": False})
+    again = client.chat.completions.create(**asked | {"extra_body": {"cache": False}})
     for reply in (other, again):
         assert reply.usage is not None
         assert "cached_answer_tokens" not in reply.usage.to_dict()

@@ -31,6 +31,7 @@ class Service:
     def __init__(self, data_dir: Path) -> None:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("BASIC_")}
         own = {"BASIC_DATA_DIR": str(data_dir), "BASIC_API_PORT": "0", "BASIC_MAX_SEQUENCES": str(FULL)}
+        own["BASIC_CACHE"] = "opt-in"  # an answer is asked for whole and as a stream, and both are decoded
         own["BASIC_THREADS"] = "2"  # `make integration` gives one to every other service
         self.environment = inherited | own
         said = self.basic("up", "--detach", "--json")

@@ -50,6 +50,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     data_dir = tmp_path_factory.mktemp("data")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("BASIC_")}
     own = {"BASIC_DATA_DIR": str(data_dir), "BASIC_API_PORT": "0", "BASIC_TARGET": str(model), "BASIC_DRAFT": "suffix"}
+    own["BASIC_CACHE"] = "opt-in"  # the same is asked for in several ways, and decoded each time
     environment = inherited | own
     up = subprocess.run(
         [BASIC, "up", "--detach", "--json"], env=environment, capture_output=True, text=True, check=False
