@@ -248,7 +248,7 @@ def test_a_pilot_is_computed_and_the_rest_of_its_job_takes_its_answers(database:
     with database.read() as session:
         pilot = read_pilot(session, "job-1")
     assert pilot is not None
-    assert (len(pilot.waiting), pilot.repeats) == (0, 2), "a prediction counts no copies"
+    assert (len(pilot.waiting), pilot.copied) == (0, 2), "a prediction counts no copies"
     with database.write() as session:
         pausing.resume_job(session, "job-1")
     assert worker.answer_all() == []
