@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import lru_cache
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -27,16 +27,24 @@ from sqlalchemy import (
     cast,
     exists,
     func,
-    literal,
     or_,
     select,
     text,
-    true,
     update,
 )
 from sqlalchemy.orm import Session, aliased
 
-from storage.dialect import AnyRow, database_now, dialect_of, insert_many, is_one_of, is_request, is_serving
+from storage.dialect import (
+    AnyRow,
+    database_now,
+    dialect_of,
+    has_keys,
+    insert_many,
+    is_one_of,
+    is_request,
+    is_serving,
+    key_parameters,
+)
 from storage.models import ChoiceOutput, JobRow, PackedSteps, Request
 from storage.progress.json_text import to_json
 from storage.progress.new_rows import insert_new
@@ -84,11 +92,11 @@ class Repeats:
         """Whether the claim has left out, or takes, as many as one claim may."""
         return len(self.answered) + len(self.waiting) >= MAX_REPEATS or len(self._led) >= MAX_LEADERS
 
-    def allowed(self) -> ColumnElement[bool]:
-        """Return the condition that a request is none of those that are left out."""
+    def allowed(self) -> ColumnElement[bool] | None:
+        """Return the condition that a request is none of those that are left out; None: none is."""
         left_out = self.answered | self.waiting
         fresh = Request.lease_number == 0
-        return ~and_(fresh, func.coalesce(Request.identity, "").in_(left_out)) if left_out else true()
+        return ~and_(fresh, func.coalesce(Request.identity, "").in_(left_out)) if left_out else None
 
     def left_over(self, session: Session, rows: Sequence[AnyRow], *, wait: bool = True) -> list[RequestKey]:
         """Return those of the locked requests that must be computed now, in order.
@@ -116,9 +124,9 @@ class Repeats:
         """Return what is known of the identities of requests that were never claimed."""
         if not rows:
             return {}
-        given = {"scope": self.scope.name, "numerics": self.scope.numerics}
-        keys = [(row.job_id, row.request_index) for row in rows]
-        found = session.execute(_lookup().where(is_request(keys)), given)
+        jobs, parameters = key_parameters((row.job_id, row.request_index) for row in rows)
+        given = {**parameters, "scope": self.scope.name, "numerics": self.scope.numerics}
+        found = session.execute(_lookup(jobs), given)
         return {(row.job_id, row.request_index): row for row in found}
 
 
@@ -138,8 +146,8 @@ _TRY_LOCKS: Final = text(
 )
 
 
-@cache
-def _lookup() -> Select[*tuple[Any, ...]]:
+@lru_cache(maxsize=64)  # as the statements of claims: to build one takes longer than to run it
+def _lookup(jobs: int) -> Select[*tuple[Any, ...]]:
     """Return the query of what is known of a request's identity; a pilot is computed, as its steps are its purpose."""
     other, job = aliased(Request), aliased(JobRow)
     same = and_(other.identity == Request.identity, other.cache_scope == bindparam("scope"))
@@ -155,7 +163,7 @@ def _lookup() -> Select[*tuple[Any, ...]]:
     return (
         select(*columns, and_(computed, ~fails).label("computed"))
         .join(JobRow, JobRow.id == Request.job_id)
-        .where(~JobRow.pilot_only)
+        .where(has_keys(jobs), ~JobRow.pilot_only)
     )
 
 
@@ -418,7 +426,7 @@ def _answer(target: AnyRow, choices: Iterable[AnyRow]) -> CopiedAnswer:
 
 
 def claimed_scope() -> ColumnElement[str | None]:
-    """Return the value of `cache_scope` for a request that a worker claims, from its earlier one; parameter: `scope`."""
+    """Return the value of `cache_scope` for a request that a worker claims, from its earlier one and `scope`."""
     scope = bindparam("scope", type_=Text())
     same = or_(Request.lease_number == 0, Request.cache_scope == scope)
     return case((and_(Request.identity.is_not(None), same), scope), else_=None)
