@@ -28,8 +28,8 @@ from jobs.upkeep.reconciler import Reconciler
 from storage import numerics, writes
 from storage.records import NewWorker
 from storage.session import DATABASE_UNAVAILABLE, LONG_STATEMENT_TIMEOUT_S, Database, unavailable_reason
-from worker.loading.cache_scope import cache_scope
 from worker.loading.loader import LoadedModel
+from worker.serving.cache_scope import cache_scope
 from worker.serving.energy import BusyPower, device_meter
 from worker.serving.engine_loop import EngineLoop
 from worker.serving.messages import Setup

@@ -10,7 +10,7 @@ import pytest
 from storage.cached_answers import CacheScope
 from storage.numerics import Numerics
 from tests.models import byte_tokenizer
-from worker.loading.cache_scope import cache_scope
+from worker.serving.cache_scope import cache_scope
 from worker.text.codec import Codec
 
 
