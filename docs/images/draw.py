@@ -19,6 +19,7 @@ from jobs.settings import JobsSettings
 from tests.browser import browser
 
 IMAGES = Path(__file__).parent
+WRITTEN = "[...document.querySelectorAll('.model-text')].filter(text => text.innerText.length > 200).length > 3"
 PROMPTS = IMAGES.parents[1] / "examples" / "prompts.jsonl"
 
 
@@ -39,7 +40,8 @@ def main() -> None:
                 _draw(page, "jobs", seconds=9)
                 page.set_viewport_size({"width": 1200, "height": 800})
                 page.goto(f"/dashboard/jobs/{lakes.id}")
-                _draw(page, "job", seconds=4)
+                page.wait_for_function(WRITTEN, timeout=300_000)
+                _draw(page, "job", seconds=0)
         finally:
             down(settings.data_dir)
 
