@@ -60,7 +60,7 @@ class JobsSettings(StorageSettings):
     cache: Literal["on", "opt-in", "off"] = Field(
         "on",
         description="Whether a request that equals an earlier one of its owner gets a copy of its answer; on: unless "
-        "it says `cache: false`; opt-in: if it says `cache: true`; off: never.",
+        "its field cache is false; opt-in: if it is true; off: never.",
     )
     file_days: float = Field(30, gt=0, description="Days to keep a file without expires_after.")
     prompt_days: float = Field(0, ge=0, description="Days to keep the prompts of jobs that have ended; 0: for ever.")
