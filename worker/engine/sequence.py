@@ -170,7 +170,7 @@ class Sequence:
         return kept
 
 
-# Fields that are pickled by name, and their defaults; the token counts and the cached bias are computed anew.
+# Fields that are pickled by name, and their defaults; the token counts and the cached bias are computed again.
 _APART = ("ids", "packed", "open_bias", "prompt_logprobs", "history", "number")
 _DEFAULTS = {field.name: field.default for field in fields(Sequence) if field.name not in _APART}
 
