@@ -346,7 +346,7 @@ def test_a_job_is_verified_and_its_signed_report_saved(page: Page, service: Loca
 
 def test_a_job_that_waits_after_its_pilot_shows_what_the_rest_takes(page: Page, service: LocalService) -> None:
     with Client(service.api_url) as client:
-        job = client.submit(["abc"] * 20, pilot=4, max_tokens=8, ignore_eos=True, temperature=0)
+        job = client.submit([f"abc {n}" for n in range(20)], pilot=4, max_tokens=8, ignore_eos=True, temperature=0)
         page.goto(f"/dashboard/jobs/{job.id}")
         figures = page.locator("dl.figures").first
         expect(figures).to_contain_text("Requests that wait16")
@@ -359,7 +359,7 @@ def test_a_job_that_waits_after_its_pilot_shows_what_the_rest_takes(page: Page, 
 
 def test_a_deleted_job_is_gone_after_a_question_that_names_what_is_erased(page: Page, service: LocalService) -> None:
     with Client(service.api_url) as client:
-        job = client.submit(["abc"] * 400, ignore_eos=True, temperature=0, max_concurrent=1)
+        job = client.submit([f"abc {n}" for n in range(400)], ignore_eos=True, temperature=0, max_concurrent=1)
         page.goto(f"/dashboard/jobs/{job.id}")
         copy, title = page.get_by_role("button", name="Copy id"), page.get_by_role("heading", level=1)
         expect(copy).to_have_count(1)
