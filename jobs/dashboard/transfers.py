@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -31,32 +31,41 @@ def add_transfers(api: FastAPI, services: Services, sessions: Sessions) -> None:
 
 
 def _add_download(api: FastAPI, services: Services, sessions: Sessions) -> None:
+    """Add the outputs of a job."""
 
-    @api.get(f"{BASE}/jobs/{{job_id}}/outputs", include_in_schema=False)
-    async def outputs(request: Request, job_id: str) -> Response:
-        try:
-            caller = await PageContext.of(request, services, sessions).authenticate()
-        except CallerRefused:
-            return RedirectResponse(f"{BASE}/login", 303)
-        job = await run_in_threadpool(find_job, services, job_id, caller)
+    def outputs(job_id: str, caller: Caller) -> Response:
+        job = find_job(services, job_id, caller)
         headers = {"content-disposition": f'attachment; filename="{job.id}.jsonl"'}
         lines = OutputSource(services, job).lines(after=-1)
         return _Download(lines, caller, api.state, headers=headers, media_type="application/x-ndjson; charset=utf-8")
+
+    _add_file(api, "jobs/{item_id}/outputs", services, sessions, outputs)
 
 
 def _add_report(api: FastAPI, services: Services, sessions: Sessions) -> None:
     """Add the signed report of a verification: else as `GET /v1/verifications/{id}/report`."""
 
-    @api.get(f"{BASE}/verifications/{{verification_id}}/report", include_in_schema=False)
-    async def report(request: Request, verification_id: str) -> Response:
+    def report(verification_id: str, caller: Caller) -> Response:
+        found = find_verification(verification_id, services, caller)
+        reply = read_report(found, services, caller)
+        reply.headers["content-disposition"] = f'attachment; filename="{found.id}.json"'
+        return reply
+
+    _add_file(api, "verifications/{item_id}/report", services, sessions, report)
+
+
+def _add_file(
+    api: FastAPI, path: str, services: Services, sessions: Sessions, read: Callable[[str, Caller], Response]
+) -> None:
+    """Add a file that a link of a page opens; `read` runs in a thread. Without a session the browser gets the login."""
+
+    @api.get(f"{BASE}/{path}", include_in_schema=False)
+    async def file(request: Request, item_id: str) -> Response:
         try:
             caller = await PageContext.of(request, services, sessions).authenticate()
         except CallerRefused:
             return RedirectResponse(f"{BASE}/login", 303)
-        found = await run_in_threadpool(find_verification, verification_id, services, caller)
-        reply = await run_in_threadpool(read_report, found, services, caller)
-        reply.headers["content-disposition"] = f'attachment; filename="{found.id}.json"'
-        return reply
+        return await run_in_threadpool(read, item_id, caller)
 
 
 def _add_upload(api: FastAPI, services: Services, sessions: Sessions) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from tests.unit.worker.engine.cpu.test_kernels import TEXT, tree
 from worker.engine.model.packed_model import PackedModel
-from worker.engine.segments import chain
+from worker.engine.segments import KvMove, chain
 
 
 def check_rows(model: PackedModel) -> None:
@@ -24,6 +25,21 @@ def check_rows(model: PackedModel) -> None:
     together = model.forward(others)[1:-1]
     for i, node in enumerate(path):
         assert torch.equal(together[node], alone[i])
+
+
+def check_moves(model: PackedModel) -> None:
+    """Assert that an accepted path and a copied prefix keep all that is stored of a token."""
+    for slot in range(2):
+        model.forward([chain(slot, 0, TEXT[:33], keep_last=True)])
+    shown = tree(0, 33)
+    model.forward([shown])
+    model.compact([KvMove(0, 34, 33 + np.array([1, 3, 4]))])
+    model.forward([chain(1, 33, [int(shown.ids[node]) for node in (0, 1, 3, 4)], keep_last=True)])
+    model.kv.poison(2)
+    model.copy_prefix(0, 2, 37)
+    after = [model.forward([chain(slot, 37, [5], keep_last=True)]) for slot in range(3)]
+    assert torch.equal(after[0], after[1])
+    assert torch.equal(after[0], after[2])
 
 
 def check_threads(model: PackedModel) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.models import packed, tiny
-from tests.unit.worker.engine.bits import check_rows, check_threads
-from tests.unit.worker.engine.cpu.test_kernels import TEXT, compiled, tree
+from tests.unit.worker.engine.bits import check_moves, check_rows, check_threads
+from tests.unit.worker.engine.cpu.test_kernels import compiled
 from tests.unit.worker.engine.harness import decode, drafter, engine, options, outputs, sequences
 from worker.engine.attention_options import AttentionOptions
 from worker.engine.cpu.attention import CpuAttentionPlan
@@ -23,7 +23,7 @@ from worker.engine.model.packed_model import PackedModel
 from worker.engine.options import Mode
 from worker.engine.output_lengths import OutputLengths
 from worker.engine.sampling.parameters import Sampling
-from worker.engine.segments import KvMove, chain
+from worker.engine.segments import chain
 
 DTYPES = [torch.float32, torch.bfloat16]
 SAMPLED = Sampling(temperature=0.9, top_k=20, top_p=0.95)
@@ -93,18 +93,7 @@ def test_a_row_has_the_same_bits_alone_in_a_batch_in_a_tree_and_in_any_chunk(dty
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_accepted_path_and_a_copied_prefix_keep_their_scales(dtype: torch.dtype) -> None:
-    model = quick(dtype)
-    for slot in range(2):
-        model.forward([chain(slot, 0, TEXT[:33], keep_last=True)])
-    shown = tree(0, 33)
-    model.forward([shown])
-    model.compact([KvMove(0, 34, 33 + np.array([1, 3, 4]))])
-    model.forward([chain(1, 33, [int(shown.ids[node]) for node in (0, 1, 3, 4)], keep_last=True)])
-    model.kv.poison(2)
-    model.copy_prefix(0, 2, 37)
-    after = [model.forward([chain(slot, 37, [5], keep_last=True)]) for slot in range(3)]
-    assert torch.equal(after[0], after[1])
-    assert torch.equal(after[0], after[2])
+    check_moves(quick(dtype))
 
 
 def test_bits_do_not_depend_on_the_number_of_threads() -> None:

@@ -7,22 +7,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from tests import families
 from tests.models import packed
-from tests.unit.worker.engine.bits import check_rows, check_threads
-from tests.unit.worker.engine.cpu.test_kernels import TEXT, compiled, tree
+from tests.unit.worker.engine.bits import check_moves, check_rows, check_threads
+from tests.unit.worker.engine.cpu.test_kernels import TEXT, compiled
 from worker.engine.kv.fp8 import store_kv_in_fp8
 from worker.engine.model.architecture import kv_bytes_per_token, latent_dim_of
 from worker.engine.model.backend import fuse_layers, stored_bytes
 from worker.engine.model.latent import LatentHeads
 from worker.engine.model.loading import load
 from worker.engine.model.packed_model import PackedModel
-from worker.engine.segments import KvMove, chain
+from worker.engine.segments import chain
 from worker.planning.shapes import shape_from_config
 
 LAYERS, LATENT, ROTATED = 2, 48, 16
@@ -79,18 +78,7 @@ def test_bits_do_not_depend_on_the_number_of_threads() -> None:
 
 @pytest.mark.parametrize("in_fp8", [False, True])
 def test_an_accepted_path_and_a_copied_prefix_keep_their_latents(in_fp8: bool) -> None:
-    model = quick(torch.bfloat16, in_fp8)
-    for slot in range(2):
-        model.forward([chain(slot, 0, TEXT[:33], keep_last=True)])
-    shown = tree(0, 33)
-    model.forward([shown])
-    model.compact([KvMove(0, 34, 33 + np.array([1, 3, 4]))])
-    model.forward([chain(1, 33, [int(shown.ids[node]) for node in (0, 1, 3, 4)], keep_last=True)])
-    model.kv.poison(2)
-    model.copy_prefix(0, 2, 37)
-    after = [model.forward([chain(slot, 37, [5], keep_last=True)]) for slot in range(3)]
-    assert torch.equal(after[0], after[1])
-    assert torch.equal(after[0], after[2])
+    check_moves(quick(torch.bfloat16, in_fp8))
 
 
 def test_absorbed_weights_are_held_once() -> None:
