@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from sqlalchemy import Engine, event, text
+from sqlalchemy.exc import OperationalError
 
 from storage import schema
 from storage.models import Base
 from storage.session import STATEMENT_TIMEOUT_S, Database, make_engine, write_connection
 
 # One statement list, children before parents. TRUNCATE recreates every table and index, which takes 50 times as long.
-_EMPTY = ";".join(f"DELETE FROM {table.name}" for table in reversed(Base.metadata.sorted_tables))
+_TABLES = [table.name for table in reversed(Base.metadata.sorted_tables)]
+_EMPTY = ";".join(f"DELETE FROM {table}" for table in _TABLES)
+_FILLED = " UNION ALL ".join(f"SELECT '{table}' WHERE EXISTS (SELECT 1 FROM {table})" for table in _TABLES)
 
 
 def open_sqlite(path: Path) -> Database:
@@ -54,20 +57,45 @@ def _migrated_file() -> bytes:
         return path.read_bytes()
 
 
-class _SharedEngine:
-    """The engine of one database at a time, for all tests of a process: a new engine compiles every statement again."""
+class _SharedDatabase:
+    """One file and its connections for all tests of a process.
+
+    A new engine compiles every statement again, and a new file costs each connection more than a small test does.
+    """
 
     def __init__(self) -> None:
         self._folder = TemporaryDirectory(prefix="basic-tests-")
-        self.path: Path | None = None
-        self.database = Database.open(f"sqlite:///{self._folder.name}/basic.sqlite3")
-        event.listen(self.database.engine, "do_connect", self._redirect, insert=True)
+        self.path = Path(self._folder.name) / "basic.sqlite3"
+        self.database = open_sqlite(self.path)
+        self.in_use = False
         event.listen(self.database.engine, "connect", never_sync)
 
-    def _redirect(self, _dialect: Any, _record: Any, arguments: list[Any], _options: Any) -> None:
-        """Connect to the file of the running test."""
-        assert self.path is not None
-        arguments[0] = str(self.path)
+    def empty(self) -> None:
+        """Delete all rows; write a new file if a test changed the tables or kept a connection."""
+        with suppress(OperationalError):
+            if self._delete_rows():
+                return
+        self.database.dispose()
+        for file in self.path.parent.iterdir():
+            file.unlink()
+        _write_empty(self.path)
+
+    def _delete_rows(self) -> bool:
+        engine = self.database.engine
+        if engine.pool.checkedout():  # type: ignore[attr-defined]
+            return False
+        with write_connection(engine) as connection:
+            if connection.exec_driver_sql("PRAGMA schema_version").scalar_one() != _schema_version():
+                return False
+            for (table,) in connection.exec_driver_sql(_FILLED).all():
+                connection.exec_driver_sql(f"DELETE FROM {table}")
+        return True
+
+
+@cache
+def _schema_version() -> int:
+    """Return the number that SQLite changes with every change of a table."""
+    return int.from_bytes(_empty_file()[40:44])
 
 
 def never_sync(connection: Any, _record: object) -> None:
@@ -75,7 +103,7 @@ def never_sync(connection: Any, _record: object) -> None:
     connection.execute("PRAGMA synchronous = OFF")
 
 
-_shared = cache(_SharedEngine)
+_shared = cache(_SharedDatabase)
 
 
 @contextmanager
@@ -88,17 +116,17 @@ def on_sqlite(directory: Path) -> Iterator[Database]:
 
 @contextmanager
 def on_shared_sqlite(directory: Path) -> Iterator[Database]:
-    """Yield an empty database in a new file, with the engine of all unit tests: one test at a time."""
+    """Yield the empty database of all unit tests, one test at a time; a link in the directory opens it, too."""
     shared = _shared()
-    assert shared.path is None
-    path = directory / "basic.sqlite3"
-    _write_empty(path)
-    shared.path = path
+    assert not shared.in_use
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "basic.sqlite3").symlink_to(shared.path)
+    shared.in_use = True
     try:
         yield shared.database
     finally:
-        shared.database.dispose()
-        shared.path = None
+        shared.empty()
+        shared.in_use = False
 
 
 @contextmanager
