@@ -135,7 +135,7 @@ def test_lists_and_statistics_of_a_running_job_follow_it_to_its_end(page: Page, 
             figures = shown.locator("dl.figures").first
             expect(figures).to_contain_text("Tokens per second")
             before = figures.inner_text()
-            expect(figures).not_to_have_text(before, use_inner_text=True)  # the list may be missing while it is replaced
+            expect(figures).not_to_have_text(before, use_inner_text=True)  # the list may be missing while replaced
         job.cancel()
     expect(row.locator(".status")).to_have_text("cancelled")
     expect(page.get_by_text("No requests.")).to_be_visible()
