@@ -26,6 +26,8 @@ class Admission:
 
     def num_fitting(self, running: Collection[EngineSequence], candidates: Sequence[EngineSequence]) -> int:
         """Return how many of `candidates`, the first ones, fit beside the running sequences; one fits if none runs."""
+        if self._longest_tokens([*running, *candidates]) <= self._slots.pages * self._slots.page_tokens:
+            return len(candidates)
         now, final = self._pages([*running, *candidates])
         if peak_pages(now, final) <= self._slots.pages:  # as most often
             return len(candidates)
@@ -55,6 +57,10 @@ class Admission:
             else:
                 high = middle - 1
         return low
+
+    def _longest_tokens(self, sequences: Sequence[EngineSequence]) -> int:
+        """Return the tokens that the pages of `sequences` hold if each has its longest output, or a few more."""
+        return sum([s.num_prompt + s.max_tokens for s in sequences]) + len(sequences) * self._slots.page_tokens
 
     def _pages(self, sequences: Sequence[EngineSequence]) -> tuple[IntArray, IntArray]:
         """Return the pages that each sequence takes now, and those that it is expected to take when it ends."""

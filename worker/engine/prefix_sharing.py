@@ -69,7 +69,7 @@ class PrefixSharing:
                 reader, end = leader, length
             else:  # the prefix is there, or is not read in this step
                 self._stop_waiting(reader)
-                self._copy(reader, *self._longest_cached(reader, (leader.slot, common)))
+                self._copy(reader, *self._longest_cached(reader, wanted_prefix(reader), (leader.slot, common)))
                 reader, end = sequence, len(sequence.ids)
         return reader, end
 
@@ -86,9 +86,9 @@ class PrefixSharing:
 
     def _start(self, sequence: Sequence, selected: Container[Sequence] | None) -> None:
         """Copy the longest cached prefix, or wait for a longer one that is about to be prefilled."""
-        end = len(sequence.ids)
-        leader, length = self._upcoming.join(sequence, sequence.prefix_ids(end), end, wanted_prefix(sequence))
-        cached = self._longest_cached(sequence)
+        end, wanted = len(sequence.ids), wanted_prefix(sequence)
+        leader, length = self._upcoming.join(sequence, sequence.prefix_ids(end), end, wanted)
+        cached = self._longest_cached(sequence, wanted)
         useful = max(cached[1] + 1, sequence.cached + 1, MIN_SHARED_PREFIX)
         if leader is not None and length >= useful:
             common = length
@@ -110,12 +110,11 @@ class PrefixSharing:
             self._slots.copy_prefix(source, sequence.slot, length)
             sequence.cached = length
 
-    def _longest_cached(self, sequence: Sequence, like: tuple[int, int] | None = None) -> tuple[int, int]:
-        """Return the slot with the longest cached prefix of a sequence, and its length.
+    def _longest_cached(self, sequence: Sequence, wanted: int, like: tuple[int, int] | None = None) -> tuple[int, int]:
+        """Return the slot with the longest cached prefix of `ids[:wanted]` of a sequence, and its length.
 
         `like` has a slot whose sequence starts with the same tokens, and their number.
         """
-        wanted = wanted_prefix(sequence)
         ids = sequence.prefix_ids(wanted)
         found = self._slots.longest_prefix(ids, wanted, like)
         if found.ends and found.length < wanted:
