@@ -13,9 +13,10 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, replace
+from functools import cache
 from typing import Final
 
-from sqlalchemy import ColumnElement, and_, case, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, bindparam, case, or_, select, update
 from sqlalchemy.orm import Session
 
 from storage.dialect import database_now, insert_many, is_one_of
@@ -31,7 +32,8 @@ _POISON: Final = replace(
 
 def is_due(session: Session, model: str, body_version: int) -> bool:
     """Return whether a job of the model waits for its check and no worker holds it."""
-    return session.scalar(select(_is_due(database_now(session), model, body_version))) or False
+    given = {"now": database_now(session), "model": model, "body_version": body_version}
+    return session.connection().execute(_due(), given).scalar() or False
 
 
 def claim_check(
@@ -41,12 +43,12 @@ def claim_check(
     now = database_now(session)
     oldest = (
         select(JobRow.id)
-        .where(_waits(now, model, body_version))
+        .where(_waits())
         .order_by(JobRow.finished_at, JobRow.id)
         .limit(1)
         .with_for_update(skip_locked=True)
     )
-    job_id = session.scalar(oldest)
+    job_id = session.scalar(oldest, {"now": now, "model": model, "body_version": body_version})
     if job_id is None:
         return None
     new_attempt = case((JobRow.comparing_until.is_(None), 1), else_=0)  # one that lapsed has been counted
@@ -106,15 +108,21 @@ def fail_checks(session: Session, dead: Collection[str] = ()) -> list[str]:
     return job_ids
 
 
-def _is_due(now: float, model: str, body_version: int) -> ColumnElement[bool]:
-    return select(JobRow.id).where(_waits(now, model, body_version)).exists()
+@cache  # an idle worker asks every second, and building a statement takes longer than executing it
+def _due() -> Select[bool]:
+    return select(select(JobRow.id).where(_waits()).exists())
 
 
-def _waits(now: float, model: str, body_version: int) -> ColumnElement[bool]:
-    not_held = or_(JobRow.comparing_until.is_(None), JobRow.comparing_until < now)
+def _waits() -> ColumnElement[bool]:
+    """Return the condition that a job waits for its check; parameters: `now`, `model`, `body_version`."""
+    not_held = or_(JobRow.comparing_until.is_(None), JobRow.comparing_until < bindparam("now"))
     may_be_tried = or_(JobRow.compare_attempts < MAX_LONE_CRASHES, JobRow.comparing_until.is_not(None))
     # Only completed jobs: a cancelled or expired job gets no more work.
-    finished = and_(JobRow.status == "completed", JobRow.model == model, JobRow.body_version <= body_version)
+    finished = and_(
+        JobRow.status == "completed",
+        JobRow.model == bindparam("model"),
+        JobRow.body_version <= bindparam("body_version"),
+    )
     return and_(_is_requested(), finished, not_held, may_be_tried)
 
 

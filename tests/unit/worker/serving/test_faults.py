@@ -92,8 +92,8 @@ def test_any_exception_for_one_request_ends_that_request_alone(
         return real(self, *arguments, **named)
 
     monkeypatch.setattr(owner, name, broken)
-    submit(database, "one", "bad", "three", n=2, logprobs=1, record_trees=2, max_tokens=6)
-    worker = Worker(database, "a")
+    submit(database, "one", "bad", "three", n=2, logprobs=1, record_trees=2, max_tokens=4)
+    worker = Worker(database, "a", max_sequences=6)
     worker.run()
     assert statuses(database) == {
         0: ("completed", None),
@@ -111,7 +111,7 @@ def test_any_exception_for_one_request_ends_that_request_alone(
 
 def test_nan_logits_of_one_request_are_that_requests_error(database: Database) -> None:
     def law(prefix: tuple[int, ...]) -> Tensor:
-        return torch.full((258,), torch.nan) if ord("!") in prefix and len(prefix) > 25 else words(prefix)
+        return torch.full((258,), torch.nan) if ord("!") in prefix and len(prefix) > 10 else words(prefix)
 
     submit(database, "one", "two!", "three", temperature=1.0)
     Worker(database, "a", law).run()
@@ -268,7 +268,7 @@ def a_claim(index: int, prompt: str) -> Claim:
 def read_all(reading: RequestReader, count: int) -> list[tuple[int, Any]]:
     found: list[tuple[int, Any]] = []
     while len(found) < count:
-        found += [(claim.lease.request_index, result) for claim, result in reading.take(1.0, 1.0)]
+        found += [(claim.lease.request_index, result) for claim, result in reading.take(0.02, 0.02)]
     return found
 
 
@@ -302,7 +302,7 @@ def test_endless_tokenization_is_interrupted(monkeypatch: pytest.MonkeyPatch) ->
         return [[1]]
 
     monkeypatch.setattr(Codec, "encode_all", endless)
-    monkeypatch.setattr(request_reader, "_MAX_READ_S", 0.05)
+    monkeypatch.setattr(request_reader, "_MAX_READ_S", 0.02)
     reading = RequestReader(Codec(byte_tokenizer(), frozenset(), 100, 258))
     reading.put(a_claim(0, "endless"))
     reading.put(a_claim(1, "fine"))

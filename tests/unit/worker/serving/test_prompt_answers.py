@@ -71,7 +71,7 @@ def test_an_answer_of_no_tokens_is_its_prompt(database: Database) -> None:
 
 @pytest.mark.parametrize("turns", [1, 3, 5])
 def test_an_answer_that_another_worker_continues_is_the_same(database: Database, turns: int) -> None:
-    asked = {"prompts": ("the cat " * 12, tuple(b"a dog")), "max_tokens": 20, **SCORED}
+    asked = {"prompts": ("the cat " * 12, tuple(b"a dog")), "max_tokens": 12, **SCORED}
     submit(database, job_id="undisturbed", **asked)
     Worker(database, "a", interval_s=AT_END).run()
     submit(database, **asked)
@@ -81,7 +81,9 @@ def test_an_answer_that_another_worker_continues_is_the_same(database: Database,
     leaving.runner.hand_back()
     with database.read() as session:
         assert session.scalars(select(Request).where(Request.job_id == "batch_1")).one().status == "queued"
-    Worker(database, "c", interval_s=AT_END).run()
+    heir = Worker(database, "c", interval_s=AT_END)
+    heir.run()
+    assert heir.model.forwards
     assert answer(database) == answer(database, job_id="undisturbed")
 
 

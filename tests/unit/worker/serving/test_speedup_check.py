@@ -30,15 +30,15 @@ def compared(database: Database, job_id: str = "batch_1") -> list[CheckedRequest
 
 def run_until_it_compares(worker: Worker) -> None:
     for _ in range(500):
-        worker.runner.run_once(notified=True)
-        if worker.runner.busy and not worker.runner.stats["requests"]:
+        worker.runner.run_once(notified=worker._work_waits())
+        if worker.engine.busy and not worker.runner.stats["requests"]:
             return
     raise AssertionError("it never compared anything")
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_sampled_job_is_decoded_in_both_variants_with_the_same_texts(database: Database, temperature: float) -> None:
-    submit(database, "one", "two", "three", "four", "five", compare_plain=4, temperature=temperature)
+    submit(database, "one", "two", "three", "four", "five", compare_plain=4, temperature=temperature, max_tokens=18)
     Worker(database, "a", interval_s=AT_END).run(2_000)
     rows = compared(database)
     assert [row.same_text for row in rows] == [True] * 4
@@ -102,7 +102,7 @@ def test_plain_steps_have_as_many_sequences_as_those_with_drafts(
         take(variant, result)
 
     monkeypatch.setattr(speedup_check._Variant, "take", noted)
-    submit(database, "one", "two", "three", compare_plain=3, max_tokens=40, stop=["dog"])
+    submit(database, "one", "two", "the cat and the", compare_plain=3, max_tokens=14, stop=["dog"])
     with database.write() as session:
         session.execute(
             text("UPDATE requests SET body = json_set(body, '$.sampling.stop', json('[]')) WHERE request_index < 2")
@@ -149,22 +149,22 @@ def test_texts_of_the_job_are_not_drafts_of_its_speedup_check(
 
 def test_the_sample_of_a_job_is_always_the_same(database: Database, tmp_path: Path) -> None:
     prompts = [f"prompt {n}" for n in range(9)]
-    submit(database, *prompts, compare_plain=3, max_tokens=4)
+    submit(database, *prompts, compare_plain=3, max_tokens=2)
     Worker(database, "a", interval_s=AT_END).run(2_000)
     (tmp_path / "other").mkdir()
     with on_sqlite(tmp_path / "other") as other:
-        submit(other, *prompts, compare_plain=3, max_tokens=4)
-        Worker(other, "b").run(2_000)
+        submit(other, *prompts, compare_plain=3, max_tokens=2)
+        Worker(other, "b", interval_s=AT_END).run(2_000)
         again = [row.request_index for row in compared(other)]
     assert [row.request_index for row in compared(database)] == again
     assert len(again) == 3
 
 
 def test_new_requests_preempt_a_speedup_check(database: Database) -> None:
-    submit(database, "one", "two", "three", compare_plain=3)
+    submit(database, "one", "two", "three", compare_plain=3, max_tokens=6)
     worker = Worker(database, "a", interval_s=AT_END)
     run_until_it_compares(worker)
-    submit(database, "four", "five", "six", job_id="batch_2")
+    submit(database, "four", "five", "six", job_id="batch_2", max_tokens=6)
     worker.runner.run_once(notified=True)
     assert worker.runner.stats["requests"] == 3
     worker.run(2_000)
@@ -178,13 +178,13 @@ def test_new_requests_preempt_a_speedup_check(database: Database) -> None:
 
 
 def test_an_engine_with_one_slot_decodes_one_variant_after_the_other(database: Database) -> None:
-    submit(database, "one", "two", compare_plain=2)
+    submit(database, "one", "two", compare_plain=2, max_tokens=6)
     Worker(database, "a", max_sequences=1, interval_s=AT_END).run(2_000)
     assert [row.same_text for row in compared(database)] == [True, True]
 
 
 def test_a_text_that_differs_is_logged_as_an_error(database: Database, caplog: pytest.LogCaptureFixture) -> None:
-    submit(database, "one", "two", compare_plain=2)
+    submit(database, "one", "two", compare_plain=2, max_tokens=6)
     worker = Worker(database, "a", interval_s=AT_END)
     run_until_it_compares(worker)
     worker.runner.hand_back()
@@ -202,7 +202,7 @@ def test_a_text_that_differs_is_logged_as_an_error(database: Database, caplog: p
 
 
 def test_a_speedup_check_does_not_change_its_job(database: Database) -> None:
-    submit(database, "one", "two", compare_plain=2)
+    submit(database, "one", "two", compare_plain=2, max_tokens=6)
     worker = Worker(database, "a", interval_s=AT_END)
     run_until_it_compares(worker)
     before = texts(database), steps(database), len(worker.events)
@@ -216,7 +216,7 @@ def steps(database: Database) -> int:
 
 
 def test_a_stopping_worker_releases_its_speedup_check_at_once(database: Database) -> None:
-    submit(database, "one", "two", compare_plain=2)
+    submit(database, "one", "two", compare_plain=2, max_tokens=6)
     first = Worker(database, "a", interval_s=AT_END)
     run_until_it_compares(first)
     second = Worker(database, "b", interval_s=AT_END)
@@ -228,9 +228,9 @@ def test_a_stopping_worker_releases_its_speedup_check_at_once(database: Database
 
 
 def test_a_speedup_check_that_killed_two_workers_is_not_claimed_again(database: Database) -> None:
-    submit(database, "one", "two", compare_plain=2)
+    submit(database, "one", "two", compare_plain=2, max_tokens=6)
     for name in ("a", "b"):
-        run_until_it_compares(Worker(database, name))  # and never comes back
+        run_until_it_compares(Worker(database, name, interval_s=AT_END))  # and never comes back
         with database.write() as session:
             speedup_checks.fail_checks(session, [name])
     third = Worker(database, "c", interval_s=AT_END)
@@ -239,7 +239,7 @@ def test_a_speedup_check_that_killed_two_workers_is_not_claimed_again(database: 
 
 
 def test_a_request_that_can_no_longer_be_decoded_is_left_out(database: Database) -> None:
-    submit(database, "one", "two", compare_plain=2)
+    submit(database, "one", "two", compare_plain=2, max_tokens=6)
     worker = Worker(database, "a", interval_s=AT_END)
     run_until_it_compares(worker)
     worker.runner.hand_back()

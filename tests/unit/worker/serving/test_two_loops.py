@@ -74,7 +74,7 @@ def test_an_engine_whose_reports_are_not_read_holds_back_and_goes_on_when_they_a
     worker = Worker(database, "b")
     worker.requests.notify()
     worker.requests.admit()
-    for _ in range(50):
+    for _ in range(25):
         worker.engine.run_once()
     held_at = worker.model.forwards
     for _ in range(5):
@@ -92,7 +92,7 @@ def expiries(database: Database) -> list[float | None]:
 
 
 def test_leases_are_not_renewed_and_nothing_is_claimed_while_the_engine_does_not_report(database: Database) -> None:
-    submit(database, "one", max_tokens=100)
+    submit(database, "one", max_tokens=30)
     worker = Worker(database, "a")
     for _ in range(3):
         worker.runner.run_once(notified=True)
@@ -135,12 +135,12 @@ def test_an_engine_that_waits_for_its_turn_runs_no_step_and_keeps_its_leases(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine_loop, "_REPORT_S", 0.0)
-    submit(database, "one", max_tokens=30)
+    submit(database, "one")
     Worker(database, "alone", interval_s=AT_END).run()
     expected = texts(database)
     with database.write() as session:
         session.execute(text("DELETE FROM outputs"))
-    submit(database, "one", job_id="again", max_tokens=30)
+    submit(database, "one", job_id="again")
     access = Denied()
     worker = Worker(database, "a", access=access)
     for _ in range(3):
@@ -158,12 +158,12 @@ def test_an_engine_that_waits_for_its_turn_runs_no_step_and_keeps_its_leases(
 
 
 def test_results_of_a_lost_lease_are_not_those_of_the_next_claim(database: Database) -> None:
-    submit(database, "one", max_tokens=30)
+    submit(database, "one")
     Worker(database, "undisturbed", interval_s=AT_END).run()
     expected = texts(database)
     with database.write() as session:
         session.execute(text("DELETE FROM outputs"))
-    submit(database, "one", job_id="again", max_tokens=30)
+    submit(database, "one", job_id="again")
     worker = Worker(database, "a")
     for _ in range(3):
         worker.runner.run_once(notified=True)
