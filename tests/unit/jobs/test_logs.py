@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi.testclient import TestClient
 from sqlalchemy.exc import OperationalError
 
 from jobs.api.app import make_api
 from jobs.logs import log_context, log_to_stderr, without_secrets
 from jobs.settings import JobsSettings
 from storage.session import Database
+from tests.api_client import ApiClient
 from tests.databases import on_sqlite
 from tests.unit.worker.serving.test_runner import Worker, submit
 
@@ -124,7 +124,7 @@ def test_the_api_server_logs_the_call_and_job_of_each_line(
 
     monkeypatch.setattr("storage.queries.job", away)
     api = make_api(settings, database, notify=lambda job_id, model: True)
-    with logging_to_stderr(log_format), TestClient(api, raise_server_exceptions=False) as client:
+    with logging_to_stderr(log_format), ApiClient(api, raise_server_exceptions=False) as client:
         reply = client.get("/v1/jobs/batch_0123/stats")
     assert reply.status_code == 503
     said = [line for line in capsys.readouterr().err.splitlines() if "The database does not answer" in line]

@@ -11,12 +11,13 @@ from openai import OpenAI
 from jobs.api.app import make_api
 from jobs.settings import JobsSettings
 from storage.session import Database
+from tests.api_client import ApiClient
 from tests.unit.jobs.openai_client import openai_on
 
 
 @pytest.fixture
 def api(settings: JobsSettings, database: Database) -> Iterator[TestClient]:
-    with TestClient(make_api(settings, database, lambda *_: None), raise_server_exceptions=False) as client:
+    with ApiClient(make_api(settings, database, lambda *_: None), raise_server_exceptions=False) as client:
         yield client
 
 

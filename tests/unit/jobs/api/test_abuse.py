@@ -15,6 +15,7 @@ from jobs.messages import CHAT_ENDPOINT
 from jobs.settings import JobsSettings
 from storage import writes
 from storage.session import Database
+from tests.api_client import ApiClient
 from tests.databases import on_sqlite
 from tests.factories import a_worker_card
 
@@ -40,7 +41,7 @@ def serve(settings: JobsSettings, database: Database) -> Iterator[TestClient]:
     with database.write() as session:
         writes.register_worker(session, a_worker_card(target="tiny", context_tokens=100))
     wide = settings.model_copy(update={"max_body_bytes": 1_000_000, "max_json_bytes": 500_000})
-    with TestClient(make_api(wide, database, lambda job_id, model: None), raise_server_exceptions=False) as client:
+    with ApiClient(make_api(wide, database, lambda job_id, model: None), raise_server_exceptions=False) as client:
         yield client
 
 

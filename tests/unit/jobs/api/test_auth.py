@@ -20,6 +20,7 @@ from jobs.settings import JobsSettings
 from storage import keys
 from storage.models import ApiKey, JobRow
 from storage.session import Database
+from tests.api_client import ApiClient
 from tests.factories import a_key
 
 A_JOB = {"requests": ["Hello"], "max_tokens": 10}
@@ -29,7 +30,7 @@ A_JOB = {"requests": ["Hello"], "max_tokens": 10}
 def api(settings: JobsSettings, database: Database) -> Iterator[TestClient]:
     authenticator = Authenticator(database, local_key="sk-basic-local-1")
     app = make_api(settings, database, lambda job_id, model: None, authenticator)
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with ApiClient(app, raise_server_exceptions=False) as client:
         yield client
 
 
@@ -190,7 +191,7 @@ def test_queued_tokens_are_counted_by_max_tokens(api: TestClient, database: Data
 
 def test_a_full_queue_rejects_every_key(settings: JobsSettings, database: Database) -> None:
     full = settings.model_copy(update={"max_requests_queued": 1})
-    with TestClient(make_api(full, database, lambda job_id, model: None)) as api:
+    with ApiClient(make_api(full, database, lambda job_id, model: None)) as api:
         assert api.post("/v1/jobs", json=A_JOB).status_code == 200
         message = refused_for_now(api.post("/v1/jobs", json=A_JOB), "queue_full")
     assert message == "The queue would have 2 requests with this job; the limit is 1."
@@ -238,7 +239,7 @@ def test_without_a_key_the_api_server_refuses_to_listen_on_other_addresses(
 
 
 def test_on_a_public_address_a_key_is_needed_even_if_none_exists(settings: JobsSettings, database: Database) -> None:
-    with TestClient(make_api(settings, database, authenticator=Authenticator(database, keyless=False))) as api:
+    with ApiClient(make_api(settings, database, authenticator=Authenticator(database, keyless=False))) as api:
         assert api.get("/v1/jobs").status_code == 401
 
 

@@ -27,6 +27,7 @@ from storage import batches, files, leases, queries, writes
 from storage.models import JobRow, Request
 from storage.records import Claim, RequestFailure, RequestProgress
 from storage.session import Database
+from tests.api_client import ApiClient
 from tests.factories import a_checkpoint, a_finished_choice
 from tests.unit.jobs.openai_client import (
     CHAT,
@@ -103,7 +104,7 @@ def settings(settings: JobsSettings) -> JobsSettings:
 
 @pytest.fixture
 def world(settings: JobsSettings, database: Database) -> Iterator[World]:
-    with TestClient(make_api(settings, database, lambda *_: None), raise_server_exceptions=False) as api:
+    with ApiClient(make_api(settings, database, lambda *_: None), raise_server_exceptions=False) as api:
         yield World(settings, database, api)
 
 

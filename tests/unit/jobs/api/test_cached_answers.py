@@ -15,6 +15,7 @@ from storage.cached_answers import CacheScope, Repeats, copy_answers
 from storage.models import Request
 from storage.records import RequestProgress
 from storage.session import Database
+from tests.api_client import ApiClient
 from tests.factories import a_checkpoint, a_finished_choice, a_key
 from tests.unit.jobs.api.test_metrics import scrape
 
@@ -22,7 +23,7 @@ GREEDY: dict[str, Any] = {"max_tokens": 5, "temperature": 0}
 
 
 def client(settings: JobsSettings, database: Database) -> TestClient:
-    return TestClient(make_api(settings, database, lambda *_: None), raise_server_exceptions=False)
+    return ApiClient(make_api(settings, database, lambda *_: None), raise_server_exceptions=False)
 
 
 def submit(api: TestClient, headers: dict[str, str] | None = None, **fields: Any) -> str:

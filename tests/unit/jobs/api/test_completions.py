@@ -27,6 +27,7 @@ from storage.job_filter import JobFilter
 from storage.models import JobRow
 from storage.records import RequestFailure, RequestPlan, RequestProgress
 from storage.session import Database
+from tests.api_client import ApiClient
 from tests.factories import a_key, a_worker_card
 from tests.unit.jobs.api.test_routes import answer_all
 
@@ -45,7 +46,7 @@ def serve(settings: JobsSettings, database: Database) -> Iterator[Serve]:
         with database.write() as session:
             writes.register_worker(session, a_worker_card(target="tiny", context_tokens=100))
         app = make_api(settings.model_copy(update=changes), database, lambda job_id, model: work(database))
-        clients.append(TestClient(app, raise_server_exceptions=False))
+        clients.append(ApiClient(app, raise_server_exceptions=False))
         return clients[-1].__enter__()
 
     yield start
@@ -418,7 +419,7 @@ def test_an_answer_that_takes_too_long_is_cancelled_with_504(serve: Serve, datab
 
 
 def test_without_a_worker_a_call_gets_503_at_once(settings: JobsSettings, database: Database) -> None:
-    with TestClient(make_api(settings, database, lambda job_id, model: None)) as api:
+    with ApiClient(make_api(settings, database, lambda job_id, model: None)) as api:
         reply = api.post(CHAT_ENDPOINT, json=CHAT)
     assert reply.status_code == 503
     assert int(reply.headers["retry-after"]) > 0

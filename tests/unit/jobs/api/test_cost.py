@@ -16,6 +16,7 @@ from jobs.keys import Scope
 from jobs.settings import JobsSettings
 from jobs.submission.intake import QueueDepth
 from storage.session import Database
+from tests.api_client import ApiClient
 from tests.factories import a_key
 from tests.unit.jobs.api.test_routes import submitted
 
@@ -36,7 +37,7 @@ def statements(database: Database) -> Iterator[list[str]]:
 
 @pytest.fixture
 def api(settings: JobsSettings, database: Database) -> TestClient:
-    return TestClient(make_api(settings, database, lambda job_id, model: None))
+    return ApiClient(make_api(settings, database, lambda job_id, model: None))
 
 
 def test_a_status_call_reads_the_key_and_the_job_and_nothing_else(api: TestClient, database: Database) -> None:
@@ -79,7 +80,7 @@ def test_queued_requests_are_not_recounted_while_the_queue_is_half_empty() -> No
 
 def test_a_queue_is_never_filled_beyond_its_limit(settings: JobsSettings, database: Database) -> None:
     own = settings.model_copy(update={"max_requests_queued": 7})
-    api = TestClient(make_api(own, database, lambda job_id, model: None))
+    api = ApiClient(make_api(own, database, lambda job_id, model: None))
     replies = [api.post("/v1/jobs", json={"requests": ["a", "b"]}) for _ in range(5)]
     assert [reply.status_code for reply in replies] == [200, 200, 200, 429, 429]
     assert replies[-1].json()["error"]["code"] == QueueFull.code

@@ -20,6 +20,7 @@ from jobs.settings import JobsSettings
 from jobs.streaming.sse import encode_page
 from storage import writes
 from storage.session import Database
+from tests.api_client import ApiClient
 from tests.factories import a_worker_card
 from tests.unit.jobs.api.test_routes import answer_all, submitted
 
@@ -29,7 +30,7 @@ LINES = {"content-type": "application/x-ndjson"}
 @pytest.fixture
 def api(settings: JobsSettings, database: Database) -> TestClient:
     own = settings.model_copy(update={"max_body_bytes": 10_000_000, "max_file_bytes": 10_000_000})
-    return TestClient(make_api(own, database, lambda job_id, model: answer_all(database)))
+    return ApiClient(make_api(own, database, lambda job_id, model: answer_all(database)))
 
 
 def on_loop(call: Callable[..., Any], found: list[bool]) -> Callable[..., Any]:
@@ -98,7 +99,7 @@ def test_a_single_answer_and_its_log_probabilities_are_written_in_a_thread(
     with database.write() as session:
         writes.register_worker(session, a_worker_card(target="tiny"))
     told = ([["Paris.", -0.5]],)
-    api = TestClient(make_api(settings, database, lambda job_id, model: answer_all(database, logprobs=told)))
+    api = ApiClient(make_api(settings, database, lambda job_id, model: answer_all(database, logprobs=told)))
     found: list[bool] = []
     monkeypatch.setattr("jobs.openai.completions.logprobs_object", on_loop(logprobs_object, found))
     monkeypatch.setattr(completions, "usage", on_loop(completions.usage, found))

@@ -17,6 +17,7 @@ from jobs.api.http.h11_protocol import ConflictingLengths, StrictConnection
 from jobs.api.http.host_check import ServedNames
 from jobs.settings import JobsSettings
 from storage.session import Database
+from tests.api_client import ApiClient
 from tests.factories import a_key
 
 HOME = {"host": "127.0.0.1:8000"}
@@ -33,7 +34,7 @@ def a_client(settings: JobsSettings, database: Database, **fields: Any) -> TestC
         await websocket.accept()
         await websocket.close()
 
-    return TestClient(api, raise_server_exceptions=False)
+    return ApiClient(api, raise_server_exceptions=False)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from fastapi.testclient import TestClient
 from jobs.api.app import make_api
 from jobs.settings import JobsSettings
 from jobs.submission.fields import PARAMETERS
+from tests.api_client import ApiClient
 from tests.databases import on_sqlite
 from tests.paths import ROOT
 
@@ -25,7 +26,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     """A service for all cases: writing its document takes longer than any of them."""
     folder = tmp_path_factory.mktemp("openapi")
     settings = JobsSettings(data_dir=folder, redis_url="redis://127.0.0.1:1/0", target="tiny", max_requests=5)
-    with on_sqlite(folder) as database, TestClient(make_api(settings, database, lambda job_id, model: None)) as client:
+    with on_sqlite(folder) as database, ApiClient(make_api(settings, database, lambda job_id, model: None)) as client:
         yield client
 
 

@@ -36,13 +36,14 @@ from jobs.settings import JobsSettings
 from storage import writes
 from storage.queries import JobStats
 from storage.session import Database
+from tests.api_client import ApiClient
 from tests.factories import a_worker_card
 from tests.unit.jobs.api.test_routes import answer_all, submitted
 
 
 @pytest.fixture
 def api(settings: JobsSettings, database: Database) -> TestClient:
-    return TestClient(make_api(settings, database, lambda job_id, model: None))
+    return ApiClient(make_api(settings, database, lambda job_id, model: None))
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ def test_completions_match_their_models(
 ) -> None:
     with database.write() as session:
         writes.register_worker(session, a_worker_card(target="tiny"))
-    api = TestClient(make_api(settings, database, lambda job_id, model: answer_all(database, numerics="fp_1")))
+    api = ApiClient(make_api(settings, database, lambda job_id, model: answer_all(database, numerics="fp_1")))
     call = {**body, "model": "tiny"}
     assert whole.model_validate_json(api.post(path, json=call).content, strict=True).system_fingerprint == "fp_1"
     streamed = api.post(path, json={**call, "stream": True, "stream_options": {"include_usage": True}})

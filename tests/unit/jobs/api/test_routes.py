@@ -20,6 +20,7 @@ from storage.models import Request
 from storage.numerics import Numerics
 from storage.records import RequestPlan, RequestProgress, SpeedupCheckResult
 from storage.session import Database
+from tests.api_client import ApiClient
 from tests.factories import a_checkpoint, a_finished_choice, a_key, a_worker_card
 
 LINES = {"content-type": "application/x-ndjson"}
@@ -45,7 +46,7 @@ def notified() -> Notified:
 
 @pytest.fixture
 def api(settings: JobsSettings, database: Database, notified: Notified) -> Iterator[TestClient]:
-    with TestClient(make_api(settings, database, notified), raise_server_exceptions=False) as client:
+    with ApiClient(make_api(settings, database, notified), raise_server_exceptions=False) as client:
         yield client
 
 
@@ -165,7 +166,7 @@ def test_job_lists_accept_order_status_and_an_empty_after(api: TestClient, datab
 
 
 def test_a_job_is_accepted_while_redis_is_down(settings: JobsSettings, database: Database) -> None:
-    with TestClient(make_api(settings, database)) as api:
+    with ApiClient(make_api(settings, database)) as api:
         job = submitted(api)
         assert api.get("/readyz").json()["redis"] == "degraded"
     with database.read() as session:

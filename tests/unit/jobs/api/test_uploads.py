@@ -21,6 +21,7 @@ from jobs.errors import ServiceUnavailable
 from jobs.settings import JobsSettings
 from storage.models import FileChunk, UploadRow
 from storage.session import Database
+from tests.api_client import ApiClient
 from tests.factories import a_key
 from tests.in_process import InProcess
 from tests.unit.jobs.openai_client import openai_on
@@ -33,7 +34,7 @@ def api(settings: JobsSettings, database: Database) -> Iterator[TestClient]:
     settings = settings.model_copy(
         update={"max_file_bytes": 3_000_000, "max_body_bytes": 3_000_000, "max_requests": 200_000}
     )
-    with TestClient(make_api(settings, database, lambda *_: None), raise_server_exceptions=False) as client:
+    with ApiClient(make_api(settings, database, lambda *_: None), raise_server_exceptions=False) as client:
         yield client
 
 

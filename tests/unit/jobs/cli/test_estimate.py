@@ -4,13 +4,13 @@ import json
 from typing import Any
 
 import pytest
-from fastapi.testclient import TestClient
 
 from jobs.api.app import make_api
 from jobs.cli import lookup
 from jobs.errors import BudgetSpent, NoPilot
 from jobs.settings import JobsSettings
 from storage.session import Database
+from tests.api_client import ApiClient
 from tests.unit.jobs.api.test_routes import answer_all
 from tests.unit.jobs.cli.test_cli import Run, run
 
@@ -61,7 +61,7 @@ def test_a_job_that_has_spent_its_budget_says_what_was_spent_and_how_to_raise_it
 ) -> None:
     job = submitted(budget={"tokens": 10})
     answer_all(database, limit=3, prompt_tokens=5, completion_tokens=4)
-    api = TestClient(make_api(settings, database, notify=lambda job_id, model: True))
+    api = ApiClient(make_api(settings, database, notify=lambda job_id, model: True))
     shown = api.get(f"/v1/jobs/{job}").json()
     assert (shown["status"], shown["pause_reason"]) == ("paused", "budget_tokens")
     assert shown["budget"] == {"tokens": 10, "seconds": None}
@@ -90,6 +90,6 @@ def test_a_job_that_has_spent_its_budget_says_what_was_spent_and_how_to_raise_it
 def test_a_budget_or_pilot_that_means_nothing_is_refused_by_name(
     settings: JobsSettings, database: Database, fields: dict[str, Any], param: str
 ) -> None:
-    api = TestClient(make_api(settings, database, notify=lambda job_id, model: True))
+    api = ApiClient(make_api(settings, database, notify=lambda job_id, model: True))
     reply = api.post("/v1/jobs", json={"prompts": ["Hello"], **fields})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)

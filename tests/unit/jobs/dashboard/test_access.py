@@ -16,6 +16,7 @@ from jobs.dashboard.transfers import add_transfers
 from jobs.settings import JobsSettings
 from storage import keys
 from storage.session import Database
+from tests.api_client import ApiClient
 from tests.factories import a_key
 from tests.unit.jobs.api.test_routes import answer_all
 
@@ -31,7 +32,7 @@ def api(settings: JobsSettings, database: Database) -> Iterator[TestClient]:
     _add_login(app, sessions)
     add_transfers(app, app.state.services, sessions)
     app.add_middleware(DashboardBodyLimit)
-    with TestClient(app, follow_redirects=False) as client:
+    with ApiClient(app, follow_redirects=False) as client:
         yield client
 
 

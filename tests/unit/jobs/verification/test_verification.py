@@ -28,6 +28,7 @@ from storage.erasure import erase_job, hidden_jobs
 from storage.models import Request
 from storage.numerics import Numerics
 from storage.session import Database
+from tests.api_client import ApiClient
 from tests.factories import a_key
 from tests.in_process import InProcess
 from tests.unit.jobs.api.test_routes import answer_all, submitted
@@ -38,7 +39,7 @@ FINISHED: dict[str, Any] = {"numerics": "fp_1"}
 
 @pytest.fixture
 def api(settings: JobsSettings, database: Database) -> TestClient:
-    return TestClient(make_api(settings, database, lambda job_id, model: None))
+    return ApiClient(make_api(settings, database, lambda job_id, model: None))
 
 
 def verified(api: TestClient, database: Database, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def test_texts_whose_bits_may_depend_on_the_batch_or_on_two_devices_are_not_call
 def test_a_verification_belongs_to_the_owner_of_its_job_and_is_in_no_list(
     settings: JobsSettings, database: Database
 ) -> None:
-    api = TestClient(make_api(settings, database, lambda job_id, model: None))
+    api = ApiClient(make_api(settings, database, lambda job_id, model: None))
     owner, stranger = a_key(database), a_key(database)
     job = api.post("/v1/jobs", json={"model": "tiny", "prompts": ["Hello"]}, headers=owner).json()
     path = f"/v1/jobs/{job['id']}/verifications"
