@@ -11,7 +11,8 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cache
+from itertools import accumulate, chain
 from math import sqrt
 from random import Random
 from typing import Final
@@ -107,8 +108,8 @@ class JobLengths:
         groups: list[list[PilotText]] = [[] for _ in range(len(bounds) + 1)]
         for request in pilot:
             groups[self.group(request.size)] += request.texts
-        everything = LengthCurve(text for texts in groups for text in texts)
-        self._curves = [LengthCurve(texts) if texts else everything for texts in groups]
+        everything = cache(lambda: LengthCurve(chain.from_iterable(groups)))
+        self._curves = [LengthCurve(texts) if texts else everything() for texts in groups]
         self._base, self._slope = _line([(request.size, request.prompt_tokens) for request in pilot])
 
     def group(self, size: int) -> int:

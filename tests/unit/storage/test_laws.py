@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from sqlalchemy import text
 from storage.cached_answers import CacheScope, Repeats, copy_answers
 from storage.records import Checkpoint, Claim, RequestFailure, RequestProgress
 from storage.session import Database
-from tests.databases import make_empty, open_sqlite
+from tests.databases import make_empty, on_shared_sqlite
 from tests.factories import a_request
 from tests.unit.storage import acts
 from tests.unit.storage.conftest import KINDS
@@ -36,9 +37,6 @@ class TwoWorkers(RuleBasedStateMachine):
         self.repeats = {worker: Repeats(CacheScope("scope", "fp_1")) for worker in self.held}
         self.written: dict[tuple[str, int], list[Checkpoint]] = {}  # checkpoints that each owner of a lease has sent
         self.ended: dict[Any, Any] = {}
-
-    def teardown(self) -> None:
-        self.database.dispose()
 
     @initialize()
     def record(self) -> None:
@@ -120,15 +118,18 @@ class TwoWorkers(RuleBasedStateMachine):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_laws_hold_after_every_act(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> None:
     paths = (tmp_path / str(number) for number in count())
+    opened = ExitStack()
 
     def empty() -> Database:
         if kind == "sqlite":
-            return open_sqlite(next(paths))
+            opened.close()
+            return opened.enter_context(on_shared_sqlite(next(paths)))
         database: Database = request.getfixturevalue("postgresql")
         make_empty(database.engine)
         return database
 
-    run_state_machine_as_test(lambda: TwoWorkers(empty), settings=SETTINGS)  # type: ignore[arg-type]
+    with opened:
+        run_state_machine_as_test(lambda: TwoWorkers(empty), settings=SETTINGS)  # type: ignore[arg-type]
 
 
 SETTINGS = settings(

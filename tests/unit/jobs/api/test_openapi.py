@@ -17,23 +17,23 @@ from jobs.submission.fields import PARAMETERS
 from tests.api_client import ApiClient
 from tests.databases import on_sqlite
 from tests.paths import ROOT
+from tests.unit.jobs.api.document import openapi_document
 
 _CURL_BODY = re.compile(r"/v1/jobs[^\n]*\\\n\s+-d '([^']+)'")
 
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    """A service for all cases: writing its document takes longer than any of them."""
+    """A service for all cases."""
     folder = tmp_path_factory.mktemp("openapi")
     settings = JobsSettings(data_dir=folder, redis_url="redis://127.0.0.1:1/0", target="tiny", max_requests=5)
     with on_sqlite(folder) as database, ApiClient(make_api(settings, database, lambda job_id, model: None)) as client:
         yield client
 
 
-@pytest.fixture(scope="module")
-def document(api: TestClient) -> dict[str, Any]:
-    found: dict[str, Any] = api.get("/openapi.json").json()
-    return found
+@pytest.fixture
+def document() -> dict[str, Any]:
+    return openapi_document()
 
 
 def operations(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
