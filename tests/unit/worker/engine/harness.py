@@ -11,7 +11,7 @@ from tests.models import packed, tiny
 from worker.drafters.model import ModelDrafter
 from worker.drafters.suffix.drafter import SuffixDrafter
 from worker.engine.engine import Engine
-from worker.engine.model.packed_model import LanguageModel
+from worker.engine.model.packed_model import LanguageModel, PackedModel
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.sampling import parameters
 from worker.engine.sampling.parameters import Sampling
@@ -80,6 +80,15 @@ def greedy_and_sampled(
     return some
 
 
+@cache
+def shared_target(architecture: str = "llama", seed: int = 0, capacity: int = 512) -> PackedModel:
+    """Return a tiny model for one engine or drafter at a time: each clears it first, so it is as a new one.
+
+    Making one takes as long as decoding PROMPTS with it.
+    """
+    return packed(tiny(architecture, seed), slots=2 * len(PROMPTS), capacity=capacity)
+
+
 def engine(target: LanguageModel, drafter: Drafter | None, chosen: EngineOptions) -> Engine:
     """Return an engine on flat costs."""
     return Engine(target, drafter, chosen, FLAT_COSTS)
@@ -104,8 +113,9 @@ def plain_texts(
         some = greedy_and_sampled(sampling, max_tokens=max_tokens)
     else:
         some = sequences(max_tokens=max_tokens, sampling=sampling)
-    target = packed(tiny(architecture), slots=len(some))
-    decode(engine(target, None, options(Mode.PLAIN, max_sequences=len(some), prefill_rows=64)), some)
+    decode(
+        engine(shared_target(architecture), None, options(Mode.PLAIN, max_sequences=len(some), prefill_rows=64)), some
+    )
     return outputs(some)
 
 
@@ -126,5 +136,5 @@ def drafter(kind: str, seed: int = 0) -> Drafter:
     """Return a drafter by kind: `suffix`, `same` (the target's own weights) or `random` (others)."""
     if kind == "suffix":
         return SuffixDrafter()
-    model = tiny("llama", seed if kind == "same" else seed + 1)
-    return ModelDrafter(packed(model, capacity=1024), kind, model.config.vocab_size)
+    model = shared_target("llama", seed if kind == "same" else seed + 1, capacity=1024)
+    return ModelDrafter(model, kind, model.config.vocab_size)

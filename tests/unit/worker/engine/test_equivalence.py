@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models import ARCHITECTURES, packed, tiny
+from tests.models import ARCHITECTURES, tiny
 from tests.unit.worker.engine.harness import (
     MAX_TOKENS,
     PROMPTS,
@@ -21,6 +21,7 @@ from tests.unit.worker.engine.harness import (
     plain_texts,
     resumed_after,
     sequences,
+    shared_target,
 )
 from worker.engine.options import Mode
 from worker.engine.sampling.parameters import Sampling
@@ -44,16 +45,15 @@ def reference(architecture: str, max_tokens: int, eos: int | None = None) -> lis
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_plain_greedy_text_equals_transformers_generate(architecture: str) -> None:
     some = sequences()
-    decode(engine(packed(tiny(architecture)), None, all_at_once(Mode.PLAIN)), some)
+    decode(engine(shared_target(architecture), None, all_at_once(Mode.PLAIN)), some)
     assert outputs(some) == reference(architecture, MAX_TOKENS)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("kind", "nodes"), [("suffix", 4), ("same", 1), ("same", 60)])
 def test_greedy_tree_decoding_equals_transformers_generate(architecture: str, nodes: int, kind: str) -> None:
-    model = tiny(architecture)
     some = sequences()
-    results = decode(engine(packed(model), drafter(kind), all_at_once(Mode.PAPER, nodes=nodes)), some)
+    results = decode(engine(shared_target(architecture), drafter(kind), all_at_once(Mode.PAPER, nodes=nodes)), some)
     assert outputs(some) == reference(architecture, MAX_TOKENS)
     assert any(r.stats.tree_nodes for r in results), "no tree was verified, so nothing was tested"
 
@@ -63,7 +63,7 @@ def test_greedy_tree_decoding_equals_transformers_generate(architecture: str, no
 @pytest.mark.parametrize("mode", [Mode.PAPER, Mode.OPT_TREE])
 def test_text_does_not_depend_on_draft_mode_or_batch(sampling: Sampling, kind: str, mode: Mode) -> None:
     some = sequences(sampling=sampling)
-    decode(engine(packed(tiny()), drafter(kind), options(mode, max_sequences=2)), some[::-1])
+    decode(engine(shared_target(), drafter(kind), options(mode, max_sequences=2)), some[::-1])
     assert outputs(some) == plain_texts(sampling=sampling)
 
 
@@ -75,7 +75,7 @@ def test_sequences_without_drafts_have_the_same_text_beside_others_that_have_dra
     some = sequences(sampling=sampling)
     for sequence in some[::2]:
         sequence.drafts = False
-    results = decode(engine(packed(tiny()), drafter("same"), all_at_once(mode)), some)
+    results = decode(engine(shared_target(), drafter("same"), all_at_once(mode)), some)
     assert outputs(some) == plain_texts(sampling=sampling)
     plain = {sequence.number for sequence in some[::2]}
     assert not any(result.stats.tree_nodes for result in results if result.number in plain)
@@ -85,7 +85,7 @@ def test_sequences_without_drafts_have_the_same_text_beside_others_that_have_dra
 
 def test_a_draft_with_the_targets_weights_is_accepted_to_full_depth() -> None:
     some = sequences(max_tokens=16)
-    results = decode(engine(packed(tiny()), drafter("same"), all_at_once(Mode.PAPER, threshold=0, nodes=60)), some)
+    results = decode(engine(shared_target(), drafter("same"), all_at_once(Mode.PAPER, threshold=0, nodes=60)), some)
     accepted = [r.stats.accepted_tokens for r in results if r.stats.step]
     assert sum(accepted) / len(accepted) > 2.0
 
@@ -93,7 +93,7 @@ def test_a_draft_with_the_targets_weights_is_accepted_to_full_depth() -> None:
 def test_shared_noise_lifts_acceptance_when_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
     def accepted() -> float:
         some = sequences(max_tokens=16, sampling=Sampling(temperature=1.0))
-        results = decode(engine(packed(tiny()), drafter("random"), all_at_once(Mode.PAPER, threshold=0)), some)
+        results = decode(engine(shared_target(), drafter("random"), all_at_once(Mode.PAPER, threshold=0)), some)
         return sum(r.stats.accepted_tokens for r in results) / len(results)
 
     shared = accepted()
@@ -106,7 +106,7 @@ def test_shared_noise_lifts_acceptance_when_sampling(monkeypatch: pytest.MonkeyP
 def test_a_resumed_sequence_continues_as_if_it_had_not_stopped(sampling: Sampling, after: int) -> None:
     whole = plain_texts(sampling=sampling)
     resumed = resumed_after(after, whole, sequences(sampling=sampling))
-    decode(engine(packed(tiny()), drafter("suffix"), options(Mode.PAPER)), resumed)
+    decode(engine(shared_target(), drafter("suffix"), options(Mode.PAPER)), resumed)
     assert outputs(resumed) == whole
 
 
@@ -115,7 +115,7 @@ def test_a_text_ends_exactly_at_its_end_of_sequence_token_inside_an_accepted_pat
     eos = reference("llama", 20)[0][6]
     expected = reference("llama", 20, eos=eos)
     some = sequences(max_tokens=20, eos_ids=[eos])
-    decode(engine(packed(tiny()), drafter("same"), all_at_once(mode, nodes=60)), some)
+    decode(engine(shared_target(), drafter("same"), all_at_once(mode, nodes=60)), some)
     assert outputs(some) == expected
     assert some[0].finish_reason is FinishReason.STOP
 
@@ -123,7 +123,7 @@ def test_a_text_ends_exactly_at_its_end_of_sequence_token_inside_an_accepted_pat
 @pytest.mark.parametrize("max_tokens", [1, 2, 9])
 def test_max_tokens_cuts_inside_an_accepted_path(max_tokens: int) -> None:
     some = sequences(max_tokens=max_tokens)
-    results = decode(engine(packed(tiny()), drafter("same"), all_at_once(Mode.PAPER, nodes=60)), some)
+    results = decode(engine(shared_target(), drafter("same"), all_at_once(Mode.PAPER, nodes=60)), some)
     assert outputs(some) == reference("llama", max_tokens)
     assert {s.finish_reason for s in some} == {FinishReason.LENGTH}
     assert sum(r.stats.emitted_tokens for r in results) == max_tokens * len(some)
@@ -131,7 +131,7 @@ def test_max_tokens_cuts_inside_an_accepted_path(max_tokens: int) -> None:
 
 def test_step_numbers_add_up_to_the_tokens_of_each_sequence() -> None:
     some = sequences()
-    results = decode(engine(packed(tiny()), drafter("random"), options(Mode.PAPER)), some)
+    results = decode(engine(shared_target(), drafter("random"), options(Mode.PAPER)), some)
     for sequence in some:
         own = [r.stats for r in results if r.number == sequence.number]
         assert [n.step for n in own] == list(range(len(own)))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models import packed, tiny
+from tests.models import tiny
 from tests.unit.worker.engine.harness import (
     PROMPTS,
     decode,
@@ -23,6 +23,7 @@ from tests.unit.worker.engine.harness import (
     outputs,
     resumed_after,
     sequences,
+    shared_target,
 )
 from worker.engine.logprobs import MIN_LOGPROB, read_rows
 from worker.engine.options import Mode
@@ -60,13 +61,13 @@ def alike(some: Sequence[Sequence[TokenLogprobs]], others: Sequence[Sequence[Tok
 @cache
 def plainly(sampling: Sampling) -> tuple[list[EngineSequence], list[list[TokenLogprobs]]]:
     some = sequences(sampling=sampling)
-    return some, told(decode(engine(packed(tiny()), None, options(Mode.PLAIN)), some), some)
+    return some, told(decode(engine(shared_target(), None, options(Mode.PLAIN)), some), some)
 
 
 @pytest.mark.parametrize(("architecture", "sampling"), [("llama", GREEDY), ("llama", SAMPLED), ("gemma3", SAMPLED)])
 def test_logprobs_are_the_log_softmax_of_the_models_own_logits(architecture: str, sampling: Sampling) -> None:
     some = sequences(sampling=sampling)
-    found = told(decode(engine(packed(tiny(architecture)), drafter("suffix"), options(Mode.PAPER)), some), some)
+    found = told(decode(engine(shared_target(architecture), drafter("suffix"), options(Mode.PAPER)), some), some)
     model: Any = tiny(architecture)
     for sequence, entries in zip(some, found, strict=True):
         with torch.no_grad():
@@ -90,7 +91,7 @@ def test_logprobs_are_the_log_softmax_of_the_models_own_logits(architecture: str
 def test_logprobs_do_not_depend_on_draft_mode_or_batch(sampling: Sampling, kind: str, mode: Mode) -> None:
     _, alone = plainly(sampling)
     some = sequences(sampling=sampling)
-    results = decode(engine(packed(tiny()), drafter(kind), options(mode, max_sequences=2)), some[::-1])
+    results = decode(engine(shared_target(), drafter(kind), options(mode, max_sequences=2)), some[::-1])
     assert alike(told(results, some), alone)
 
 
@@ -98,7 +99,7 @@ def test_logprobs_do_not_depend_on_draft_mode_or_batch(sampling: Sampling, kind:
 def test_a_resumed_sequence_gets_the_same_logprobs(after: int) -> None:
     whole, expected = plainly(SAMPLED)
     resumed = resumed_after(after, outputs(whole), sequences(sampling=SAMPLED))
-    results = decode(engine(packed(tiny()), drafter("suffix"), options(Mode.PAPER)), resumed)
+    results = decode(engine(shared_target(), drafter("suffix"), options(Mode.PAPER)), resumed)
     assert alike(told(results, resumed), [entries[after:] for entries in expected])
 
 
@@ -115,7 +116,7 @@ def test_a_greedy_token_is_its_own_likeliest_alternative_and_probabilities_sum_t
 
 def test_tokens_after_the_end_have_no_logprobs() -> None:
     some = sequences(max_tokens=3, sampling=GREEDY)
-    found = told(decode(engine(packed(tiny()), drafter("same"), options(Mode.PAPER, nodes=60)), some), some)
+    found = told(decode(engine(shared_target(), drafter("same"), options(Mode.PAPER, nodes=60)), some), some)
     assert [len(entries) for entries in found] == [3] * len(PROMPTS)
 
 
@@ -123,7 +124,7 @@ def test_only_sequences_that_request_logprobs_get_them_and_as_many_as_requested(
     some = sequences()
     for sequence, wanted in zip(some, [None, 0, 3, None, 20], strict=True):
         sequence.sampling = Sampling(logprobs=wanted)
-    results = decode(engine(packed(tiny()), drafter("same"), options(Mode.PAPER)), some)
+    results = decode(engine(shared_target(), drafter("same"), options(Mode.PAPER)), some)
     for sequence in some:
         own = [r.logprobs for r in results if r.number == sequence.number]
         if sequence.sampling.logprobs is None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models import packed, tiny
+from tests.models import tiny
 from tests.unit.worker.engine.harness import (
     PROMPTS,
     decode,
@@ -20,6 +20,7 @@ from tests.unit.worker.engine.harness import (
     plain_texts,
     resumed_after,
     sequences,
+    shared_target,
 )
 from worker.engine.options import Mode
 from worker.engine.sampling.parameters import Sampling
@@ -44,7 +45,7 @@ def some(sampling: Sampling) -> list[EngineSequence]:
 @cache
 def plainly(sampling: Sampling) -> list[EngineSequence]:
     texts = some(sampling)
-    decode(engine(packed(tiny()), None, options(Mode.PLAIN)), texts)
+    decode(engine(shared_target(), None, options(Mode.PLAIN)), texts)
     return texts
 
 
@@ -65,7 +66,7 @@ def test_greedy_texts_are_those_of_transformers() -> None:
 def test_the_text_does_not_depend_on_drafts_and_ends_no_earlier(sampling: Sampling, kind: str, mode: Mode) -> None:
     expected = plainly(sampling)
     texts = some(sampling)
-    decode(engine(packed(tiny()), drafter(kind), options(mode, max_sequences=2, nodes=30)), texts[::-1])
+    decode(engine(shared_target(), drafter(kind), options(mode, max_sequences=2, nodes=30)), texts[::-1])
     assert outputs(texts) == outputs(expected)
     ended = [text for text in texts if text.finish_reason is FinishReason.STOP]
     assert ended
@@ -76,14 +77,14 @@ def test_the_text_does_not_depend_on_drafts_and_ends_no_earlier(sampling: Sampli
 def test_a_resumed_text_ends_no_earlier_either(after: int) -> None:
     whole = plainly(SAMPLED)
     resumed = resumed_after(after, outputs(whole), some(SAMPLED))
-    decode(engine(packed(tiny()), drafter("same"), options(Mode.PAPER)), resumed)
+    decode(engine(shared_target(), drafter("same"), options(Mode.PAPER)), resumed)
     assert outputs(resumed) == outputs(whole)
 
 
 def test_after_min_tokens_a_token_is_drawn_as_without() -> None:
     whole = plainly(SAMPLED)
     free = resumed_after(MIN_TOKENS, outputs(whole), some(Sampling(temperature=0.9, top_k=20, top_p=0.95)))
-    decode(engine(packed(tiny()), None, options(Mode.PLAIN)), free)
+    decode(engine(shared_target(), None, options(Mode.PLAIN)), free)
     assert outputs(free) == outputs(whole)
 
 

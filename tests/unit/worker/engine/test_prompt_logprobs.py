@@ -15,7 +15,16 @@ import pytest
 import torch
 
 from tests.models import ARCHITECTURES, TableModel, packed, tiny
-from tests.unit.worker.engine.harness import decode, drafter, engine, options, outputs, resumed_after, sequences
+from tests.unit.worker.engine.harness import (
+    decode,
+    drafter,
+    engine,
+    options,
+    outputs,
+    resumed_after,
+    sequences,
+    shared_target,
+)
 from tests.unit.worker.engine.test_logprobs import ROUNDING
 from tests.unit.worker.engine.test_sharing import last_token
 from worker.engine import scheduler
@@ -47,6 +56,7 @@ def told(results: Sequence[StepResult], some: Sequence[EngineSequence]) -> list[
     return found
 
 
+@cache
 def target() -> Any:
     model: Any = tiny()
     return packed(model.to(torch.bfloat16))
@@ -66,7 +76,7 @@ def plainly() -> list[list[TokenLogprobs]]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_they_are_the_log_softmax_of_one_forward_of_transformers(architecture: str) -> None:
     some = asking()
-    found = told(decode(engine(packed(tiny(architecture)), None, options(Mode.PLAIN)), some), some)
+    found = told(decode(engine(shared_target(architecture), None, options(Mode.PLAIN)), some), some)
     model: Any = tiny(architecture)
     for prompt, entries in zip(PROMPTS, found, strict=True):
         with torch.no_grad():
@@ -154,8 +164,8 @@ def test_others_share_the_prefix_of_a_prompt_that_is_scored() -> None:
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.9, top_k=20, logprobs=2)])
 def test_no_text_changes_where_they_are_asked_for(sampling: Sampling) -> None:
     plain, scored = asking(None, sampling=sampling), asking(sampling=sampling)
-    decode(engine(packed(tiny()), None, options(Mode.PLAIN)), plain)
-    decode(engine(packed(tiny()), drafter("same"), options(Mode.PAPER)), scored)
+    decode(engine(shared_target(), None, options(Mode.PLAIN)), plain)
+    decode(engine(shared_target(), drafter("same"), options(Mode.PAPER)), scored)
     assert outputs(scored) == outputs(plain)
 
 

@@ -8,8 +8,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from tests.models import packed, tiny
-from tests.unit.worker.engine.harness import FLAT_COSTS, drafter, options, sequences
+from tests.unit.worker.engine.harness import FLAT_COSTS, drafter, options, sequences, shared_target
 from worker.engine.engine import Engine
 from worker.engine.options import Mode
 from worker.engine.sampling.parameters import Sampling
@@ -54,7 +53,7 @@ def test_results_are_the_same_in_another_process() -> None:
     some = sequences(max_tokens=6, sampling=Sampling(logprobs=2), eos_ids=[3])
     for sequence in some:
         sequence.traced_steps = 3
-    running = Engine(packed(tiny()), drafter("suffix"), options(Mode.PAPER), FLAT_COSTS)
+    running = Engine(shared_target(), drafter("suffix"), options(Mode.PAPER), FLAT_COSTS)
     for sequence in some:
         running.add(sequence)
     emitted: dict[int, list[int]] = {sequence.number: [] for sequence in some}

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from tests.models import ARCHITECTURES, VOCAB, TableModel, packed, tiny
-from tests.unit.worker.engine.harness import decode, drafter, engine, greedy_and_sampled, options, outputs, sequences
+from tests.unit.worker.engine.harness import (
+    decode,
+    drafter,
+    engine,
+    greedy_and_sampled,
+    options,
+    outputs,
+    sequences,
+    shared_target,
+)
 from worker.engine import prefix_sharing
 from worker.engine.errors import NanLogits
 from worker.engine.kv.prefix_tree import Match, PrefixTree, common_prefix_length
@@ -41,7 +50,7 @@ def no_sharing(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def texts_without_sharing(architecture: str) -> list[list[int]]:
     """Decode all prompts while no prefix is shared; call it under `no_sharing`."""
     alone = greedy_and_sampled(SAMPLED, PROMPTS, 5)
-    decode(engine(packed(tiny(architecture)), None, options(Mode.PLAIN, prefill_rows=64)), alone)
+    decode(engine(shared_target(architecture), None, options(Mode.PLAIN, prefill_rows=64)), alone)
     return outputs(alone)
 
 
@@ -62,11 +71,12 @@ def test_text_is_the_same_with_and_without_sharing(
     no_sharing: pytest.MonkeyPatch, architecture: str, prefill_rows: int, cpu_kernels: bool
 ) -> None:
     alone = texts_without_sharing(architecture)
+    draft = drafter("same")
     if not cpu_kernels:
         no_sharing.setattr("worker.engine.model.backend.kernels", lambda dtype: None)
     no_sharing.setattr(prefix_sharing, "MIN_SHARED_PREFIX", 16)
     together = greedy_and_sampled(SAMPLED, PROMPTS, 5)
-    running = engine(packed(tiny(architecture)), drafter("same"), options(Mode.PAPER, prefill_rows=prefill_rows))
+    running = engine(packed(tiny(architecture)), draft, options(Mode.PAPER, prefill_rows=prefill_rows))
     decode(running, together)
     assert outputs(together) == alone
     again = greedy_and_sampled(SAMPLED, PROMPTS, 5)

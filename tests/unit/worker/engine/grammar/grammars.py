@@ -57,10 +57,10 @@ def vocabulary() -> GrammarVocabulary:
     )
 
 
-def target(seed: int = 0, **layout: Any) -> PackedModel:
-    """A tiny model with the vocabulary."""
-    model = tiny(seed=seed, vocab=WIDTH)
-    return packed(model, **layout)
+@cache
+def target(seed: int = 0, capacity: int = 512) -> PackedModel:
+    """A tiny model with the vocabulary, for one engine or drafter at a time, which clears it."""
+    return packed(tiny(seed=seed, vocab=WIDTH), capacity=capacity)
 
 
 def bound_by(
@@ -79,6 +79,6 @@ def constrained_engine(mode: Mode, kind: str = "suffix", model: PackedModel | No
     """Return an engine that knows the vocabulary, with a drafter by kind."""
     drafts: Drafter | None = None
     if mode is not Mode.PLAIN:
-        network = tiny(seed=0 if kind == "same" else 1, vocab=WIDTH)
-        drafts = drafter("suffix") if kind == "suffix" else ModelDrafter(packed(network, capacity=1024), kind, WIDTH)
+        network = target(seed=0 if kind == "same" else 1, capacity=1024)
+        drafts = drafter("suffix") if kind == "suffix" else ModelDrafter(network, kind, WIDTH)
     return Engine(model or target(), drafts, options(mode, **changes), FLAT_COSTS, vocabulary=vocabulary())

@@ -14,7 +14,16 @@ import pytest
 import torch
 
 from tests.models import ARCHITECTURES, packed, tiny
-from tests.unit.worker.engine.harness import PROMPTS, decode, drafter, engine, options, outputs, sequences
+from tests.unit.worker.engine.harness import (
+    PROMPTS,
+    decode,
+    drafter,
+    engine,
+    options,
+    outputs,
+    sequences,
+    shared_target,
+)
 from worker.engine.errors import ModelRefused, OutOfSlots
 from worker.engine.kv import dense
 from worker.engine.kv.dense import DenseKv, lazy_zeros
@@ -95,7 +104,7 @@ def test_overlapping_moves_copy_what_was_there_before() -> None:
 
 def test_freed_slots_leak_nothing_into_later_texts() -> None:
     expected = sequences()
-    decode(engine(packed(tiny()), None, options(Mode.PLAIN)), expected)
+    decode(engine(shared_target(), None, options(Mode.PLAIN)), expected)
     model = packed(tiny(), slots=2)
     for slot in range(2):
         model.kv.poison(slot)
@@ -129,7 +138,7 @@ def test_slots_add_up_under_random_arrivals_and_cancellations(seed: int) -> None
     rng = random.Random(seed)
     running = engine(packed(tiny(), slots=3), drafter("suffix"), options(Mode.PAPER, max_sequences=3))
     expected = sequences()
-    decode(engine(packed(tiny()), None, options(Mode.PLAIN)), expected)
+    decode(engine(shared_target(), None, options(Mode.PLAIN)), expected)
     some = sequences()
     waiting = list(some)
     cancelled: set[object] = set()
@@ -161,8 +170,8 @@ def test_the_lowest_slot_is_allocated_first_and_no_more_than_there_are() -> None
 def test_prompts_longer_than_a_chunk_are_read_in_chunks() -> None:
     long = [[2 + i % 50 for i in range(60)], *PROMPTS]
     some, whole = sequences(long), sequences(long)
-    decode(engine(packed(tiny()), None, options(Mode.PLAIN, prefill_rows=7)), some)
-    decode(engine(packed(tiny()), None, options(Mode.PLAIN, prefill_rows=500)), whole)
+    decode(engine(shared_target(), None, options(Mode.PLAIN, prefill_rows=7)), some)
+    decode(engine(shared_target(), None, options(Mode.PLAIN, prefill_rows=500)), whole)
     assert outputs(some) == outputs(whole)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models import packed, tiny
-from tests.unit.worker.engine.harness import decode, drafter, engine, options, outputs, sequences
+from tests.models import tiny
+from tests.unit.worker.engine.harness import decode, drafter, engine, options, outputs, sequences, shared_target
 from worker.engine.errors import ModelRefused
 from worker.engine.model.loading import load, output_weights
 from worker.engine.model.offload import OffloadOptions, is_offloaded
@@ -34,7 +34,7 @@ def test_a_model_with_layers_on_disk_writes_the_same_text(saved: Path, tmp_path:
     assert "disk" in model.hf_device_map.values()  # type: ignore[operator]
     spread, whole = sequences(), sequences()
     results = decode(engine(PackedModel(model, slots=4, capacity=512), drafter("same"), options(Mode.PAPER)), spread)
-    decode(engine(packed(tiny("llama")), None, options(Mode.PLAIN)), whole)
+    decode(engine(shared_target("llama"), None, options(Mode.PLAIN)), whole)
     assert outputs(spread) == outputs(whole)
     assert any(result.stats.accepted_tokens for result in results)
 

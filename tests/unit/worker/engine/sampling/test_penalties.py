@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
 
 from tests.goodness_of_fit import chi_square_p
-from tests.models import packed, tiny
+from tests.models import tiny
 from tests.unit.worker.engine.harness import (
     MAX_TOKENS,
     PROMPTS,
@@ -25,6 +25,7 @@ from tests.unit.worker.engine.harness import (
     plain_texts,
     resumed_after,
     sequences,
+    shared_target,
 )
 from tests.unit.worker.engine.sampling.test_sampling import (
     EveryToken,
@@ -90,7 +91,7 @@ def test_plain_greedy_text_equals_transformers_generate_under_its_processors() -
     model: Any = tiny()
     bias = ((4, 2.0), (9, -3.0))
     some = sequences(sampling=Sampling(repetition_penalty=1.3, logit_bias=bias), max_tokens=12)
-    decode(engine(packed(tiny()), None, options(Mode.PLAIN)), some)
+    decode(engine(shared_target(), None, options(Mode.PLAIN)), some)
     model.generation_config.eos_token_id = None
     for sequence, prompt in zip(some, PROMPTS, strict=True):
         out = model.generate(
@@ -109,7 +110,7 @@ def test_plain_greedy_text_equals_transformers_generate_under_its_processors() -
 def test_adjusted_text_does_not_depend_on_draft_or_batch(sampling: Sampling, kind: str) -> None:
     chosen = replace(sampling, temperature=0.9)
     some = greedy_and_sampled(chosen)
-    results = decode(engine(packed(tiny()), drafter(kind), options(Mode.PAPER, max_sequences=5)), some[::-1])
+    results = decode(engine(shared_target(), drafter(kind), options(Mode.PAPER, max_sequences=5)), some[::-1])
     assert outputs(some) == plain_texts(sampling=chosen, both=True)
     if kind == "same":
         assert sum(r.stats.accepted_tokens for r in results) > len(results), "drafts were not ranked as the target is"
@@ -122,7 +123,7 @@ def test_neighbours_in_a_batch_keep_their_own_adjustments() -> None:
         some = sequences()
         for i, sequence in enumerate(some):
             sequence.sampling = replace(mixed[i], key=noise_key(7, i))
-        decode(engine(packed(tiny()), drafter("same"), options(Mode.PAPER, max_sequences=max_sequences)), some)
+        decode(engine(shared_target(), drafter("same"), options(Mode.PAPER, max_sequences=max_sequences)), some)
         return outputs(some)
 
     assert texts(4) == texts(1)
@@ -134,7 +135,7 @@ def test_an_adjusted_sequence_resumes_from_its_tokens_with_the_same_text(tempera
     whole = plain_texts(sampling=chosen)
     for after in (1, MAX_TOKENS - 1):
         resumed = resumed_after(after, whole, sequences(sampling=chosen))
-        decode(engine(packed(tiny()), drafter("suffix"), options(Mode.PAPER)), resumed)
+        decode(engine(shared_target(), drafter("suffix"), options(Mode.PAPER)), resumed)
         assert outputs(resumed) == whole, after
 
 
@@ -177,7 +178,7 @@ def test_rows_that_are_drawn_at_once_give_the_text_of_lazy_draws(monkeypatch: py
         some = sequences()
         for i, sequence in enumerate(some):
             sequence.sampling = replace(mixed[i], key=noise_key(7, i))
-        decode(engine(packed(tiny()), drafter("same"), options(Mode.PAPER)), some)
+        decode(engine(shared_target(), drafter("same"), options(Mode.PAPER)), some)
         return outputs(some)
 
     lazy = texts()
@@ -190,4 +191,4 @@ def test_greedy_sequences_without_adjustments_take_one_argmax(monkeypatch: pytes
         raise AssertionError("a plain greedy tree was drawn row by row")
 
     monkeypatch.setattr(verifier, "draw", no_draw)
-    decode(engine(packed(tiny()), drafter("same"), options(Mode.PAPER)), sequences())
+    decode(engine(shared_target(), drafter("same"), options(Mode.PAPER)), sequences())
