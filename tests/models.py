@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -194,13 +194,14 @@ class TableModel:
     def _store(self, segment: Segment) -> Segment:
         slot = self._slots.setdefault(segment.slot, {})
         self.rows += len(segment.ids)
-        slot.update({segment.start + i: int(token) for i, token in enumerate(segment.ids)})
+        slot.update(enumerate(segment.ids.tolist(), segment.start))
         return segment
 
     def _row(self, segment: Segment, row: int) -> Tensor:
-        slot = self._slots[segment.slot]
-        own = range(segment.prefix, segment.start + row + 1)
-        seen = own if segment.visible is None else [segment.prefix + int(i) for i in segment.visible[row].nonzero()[0]]
-        text = tuple(slot[i] for i in [*range(segment.prefix), *seen])
+        slot, end = self._slots[segment.slot], segment.start + row + 1
+        seen: Iterable[int] = range(end)
+        if segment.visible is not None:
+            seen = [*range(segment.prefix), *(segment.prefix + segment.visible[row].nonzero()[0]).tolist()]
+        text = tuple(map(slot.__getitem__, seen))
         assert len(text) == int(segment.positions[row]) + 1, "a row sees as many tokens as its position says"
         return self.logits(text)

@@ -22,6 +22,7 @@ from tests.unit.worker.engine.harness import (
     plain_texts,
     resumed_after,
     sequences,
+    shared_target,
 )
 from worker.drafters.model import ModelDrafter
 from worker.drafters.suffix.drafter import SuffixDrafter
@@ -43,15 +44,17 @@ from worker.engine.speculation.drafting import Drafter
 
 TEXT = [int(i) for i in np.random.default_rng(0).integers(2, 60, 150)]
 SAMPLED = Sampling(temperature=0.9, top_k=20, top_p=0.95)
+SHORT = 64  # entries of a slot: a prompt, its text and a tree
 PARENTS = [-1, 0, 0, 1, 3, 2]  # parents of the nodes of a tree
 
 
 def model(
-    architecture: str = "llama", seed: int = 0, slots: int = 4, paged: bool = True, **options: Any
+    architecture: str = "llama", seed: int = 0, slots: int = 4, paged: bool = True, capacity: int = 176, **options: Any
 ) -> PackedModel:
+    """Return a model with room for TEXT and a tree; a bucket reads all `capacity` entries for each of its rows."""
     network = tiny(architecture, seed)
     network.set_attn_implementation(ATTENTION_NAME)
-    return PackedModel(network, slots=slots, capacity=272, cpu_kernels=False, paged=paged, **options)
+    return PackedModel(network, slots=slots, capacity=capacity, cpu_kernels=False, paged=paged, **options)
 
 
 def pages(of: PackedModel) -> PagedKv:
@@ -160,7 +163,7 @@ def test_no_bit_of_a_real_row_depends_on_the_padding(
 ) -> None:
     """Give padding rows of the same bucket other tokens, other positions, and a scratch block full of poison."""
     monkeypatch.setattr("worker.engine.paged.shape_buckets.BUCKETS", (bucket,))
-    ours = model(architecture)
+    ours = model(architecture, capacity=64)
     for before in ("prompts", "a tree and a long chunk"):
         ours.forward(STEPS[before])
     expected = ours.forward(STEPS[step])
@@ -278,14 +281,14 @@ def test_merged_parts_are_the_attention_over_both() -> None:
 
 def drafter(kind: str) -> Drafter | None:
     if kind == "model":
-        return ModelDrafter(model(seed=1, slots=6), kind, VOCAB)
+        return ModelDrafter(model(seed=1, slots=6, capacity=SHORT), kind, VOCAB)
     return SuffixDrafter() if kind == "suffix" else None
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_paged_texts_equal_plain_ones(architecture: str) -> None:
     for kind, mode in (("suffix", Mode.PAPER), ("model", Mode.OPT_TREE)):
-        some, ours = greedy_and_sampled(SAMPLED), model(architecture, slots=6)
+        some, ours = greedy_and_sampled(SAMPLED), model(architecture, slots=6, capacity=SHORT)
         pages(ours).poison_free()
         decode(engine(ours, drafter(kind), options(mode, max_sequences=6)), some[::-1])
         assert outputs(some) == plain_texts(architecture, sampling=SAMPLED, both=True)
@@ -293,7 +296,7 @@ def test_paged_texts_equal_plain_ones(architecture: str) -> None:
 
 
 def test_paged_texts_equal_plain_ones_without_drafts() -> None:
-    some, ours = greedy_and_sampled(SAMPLED), model("gemma3")
+    some, ours = greedy_and_sampled(SAMPLED), model("gemma3", capacity=SHORT)
     pages(ours).poison_free()
     decode(engine(ours, None, options(Mode.PLAIN)), some[::-1])
     assert outputs(some) == plain_texts("gemma3", sampling=SAMPLED, both=True)
@@ -303,7 +306,7 @@ def test_paged_texts_equal_plain_ones_without_drafts() -> None:
 def test_paged_sequences_resume_from_their_tokens() -> None:
     whole = plain_texts(sampling=SAMPLED)
     resumed = resumed_after(5, whole, sequences(sampling=SAMPLED))
-    decode(engine(model(), drafter("model"), options(Mode.PAPER)), resumed)
+    decode(engine(model(capacity=SHORT), drafter("model"), options(Mode.PAPER)), resumed)
     assert outputs(resumed) == whole
 
 
@@ -312,11 +315,11 @@ def test_shared_prefixes_change_no_text_in_paged_kv(prefill_rows: int) -> None:
     system = [2 + i % 37 for i in range(40)]
     prompts = [[*system, 7, 8], [*system, 9], [*system[:25], 11, 12, 13], [*system, 7, 8], [20, 21], system]
     alone = sequences(prompts, max_tokens=4)
-    dense = engine(model(paged=False), None, options(Mode.PLAIN, prefill_rows=64))
+    dense = engine(shared_target(), None, options(Mode.PLAIN, prefill_rows=64))
     for sequence in alone:
         decode(dense, [sequence])
         dense.forget(sequence.slot)
-    ours = model()
+    ours = model(capacity=SHORT)
     running = engine(ours, drafter("model"), options(Mode.PAPER, prefill_rows=prefill_rows))
     for _ in range(2):  # the second time from cached prefixes
         together = sequences(prompts, max_tokens=4)
@@ -329,8 +332,8 @@ def test_shared_prefixes_change_no_text_in_paged_kv(prefill_rows: int) -> None:
 def test_blocks_add_up_under_random_arrivals_and_cancellations(seed: int) -> None:
     rng = random.Random(seed)
     # Enough for two or three sequences, and for cached prefixes until their memory is needed.
-    ours = model(slots=4, kv_tokens=160)
-    draft = model(seed=1, slots=4)
+    ours = model(slots=4, kv_tokens=160, capacity=SHORT)
+    draft = model(seed=1, slots=4, capacity=SHORT)
     running = engine(
         ours, ModelDrafter(draft, "model", VOCAB), options(Mode.PAPER, max_sequences=4, kv_tokens=160, page_tokens=16)
     )

@@ -36,7 +36,7 @@ from worker.engine.shards.shard import Shard, parts_of
 SHAPE = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 1}
 SYSTEM = [2 + i % 37 for i in range(20)]  # more than a page, and not a whole number of pages
 PROMPTS = [[*SYSTEM, 7, 8], [3, 4, 5], [*SYSTEM, 9]]
-PAGES: dict[str, Any] = {"slots": 4, "capacity": 96, "paged": True, "kv_tokens": 5 * 16}
+PAGES: dict[str, Any] = {"slots": 4, "capacity": 96, "paged": True, "kv_tokens": 7 * 16}
 
 
 @dataclass
@@ -79,7 +79,7 @@ def write(target: PackedModel) -> Written:
 
     target.forward = watched  # type: ignore[method-assign]
     target.copy_prefix = copied  # type: ignore[method-assign, assignment]
-    some = greedy_and_sampled(Sampling(temperature=0.9, top_k=20, top_p=0.95), PROMPTS, max_tokens=16)
+    some = greedy_and_sampled(Sampling(temperature=0.9, top_k=20, top_p=0.95), PROMPTS, max_tokens=12)
     chosen = options(Mode.PAPER, kv_tokens=PAGES["kv_tokens"], page_tokens=16, prefill_rows=50, max_context=80)
     draft = packed(tiny("llama", **SHAPE), slots=4, capacity=160)  # the same weights, in float32
     running = engine(target, ModelDrafter(draft, "draft", draft.config.vocab_size), chosen)
