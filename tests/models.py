@@ -74,10 +74,14 @@ ARCHITECTURES: dict[str, Callable[[dict[str, Any]], PreTrainedModel]] = {
 
 def tiny(architecture: str = "llama", seed: int = 0, vocab: int = VOCAB, **shape: int) -> PreTrainedModel:
     """Return a random float32 model of an architecture; the same seed gives the same weights."""
-    made = _tiny(architecture, seed, vocab, **shape)
-    model = _copied(made, {})
-    assert isinstance(model, PreTrainedModel)
-    return model
+    return copied(_tiny(architecture, seed, vocab, **shape))
+
+
+def copied(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of a model, to change."""
+    made = _copied(model, {})
+    assert isinstance(made, PreTrainedModel)
+    return made
 
 
 def _copied(module: Module, copies: dict[int, Any]) -> Module:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from pydantic.fields import FieldInfo
+from transformers import PreTrainedModel
 
 from jobs.errors import SetupError
 from jobs.settings import read_settings
-from tests.models import save_tiny
-from worker.loading import model_store
+from tests.models import copied, save_tiny
+from worker.engine.model.loading import load
+from worker.loading import loader, model_store
 from worker.loading.loader import load_engine
 from worker.node.supervisor import is_needed, supervise
 from worker.settings import WorkerSettings
@@ -49,7 +52,7 @@ def test_the_values_are_found_in_the_classes() -> None:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,16 @@ READ: set[str] = set()
 LOADED: list[dict[str, Any]] = []  # the fields that a load has read, with their values
 
 
+@cache
+def load_weights(path: str, **given: Any) -> PreTrainedModel:
+    return load(path, **given)
+
+
+def load_copy(path: str, **given: Any) -> PreTrainedModel:
+    """Load a model like `load`, but once: most settings change what is made of it, and not the model."""
+    return load(path, **given) if given["offload"] else copied(load_weights(path, **given))
+
+
 def load_once(settings: WorkerSettings) -> None:
     """Load the engine, unless a load that read the same values has succeeded: most settings are of other processes."""
     if any(all(getattr(settings, name) == value for name, value in read.items()) for read in LOADED):
@@ -87,6 +100,7 @@ def test_every_documented_value_of_every_setting_starts(
     given: dict[str, Any] = {"target": tiny, "cache_dir": cache_dir, "max_sequences": 2, "max_context": 64, name: value}
     for setting, said in given.items():
         monkeypatch.setenv(f"BASIC_{setting.upper()}", str(said))
+    monkeypatch.setattr(loader, "load", load_copy)
     monkeypatch.setattr(model_store, "_pull_from_hub", lambda hub_id: pytest.fail(f"{hub_id} is not on this machine"))
     assert model_store.main() == 0
     settings = read_settings(WorkerSettings)
