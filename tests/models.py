@@ -35,6 +35,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.backend import fuse_layers
+from worker.engine.model.loading import load
 from worker.engine.model.packed_model import PackedModel
 from worker.engine.segments import KvMove, Segment
 
@@ -82,6 +83,19 @@ def copied(model: PreTrainedModel) -> PreTrainedModel:
     made = _copied(model, {})
     assert isinstance(made, PreTrainedModel)
     return made
+
+
+def load_copy(path: str, **given: Any) -> PreTrainedModel:
+    """Load a model like `worker.engine.model.loading.load`, but once per process: each caller gets a copy.
+
+    Not for models with longrope, whose parts know each other.
+    """
+    return load(path, **given) if given["offload"] else copied(_loaded(path, **given))
+
+
+@cache
+def _loaded(path: str, **given: Any) -> PreTrainedModel:
+    return load(path, **given)
 
 
 def _copied(module: Module, copies: dict[int, Any]) -> Module:

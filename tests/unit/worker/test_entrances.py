@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 import worker
 from jobs.errors import UnsupportedParameter
 from jobs.messages import COMPLETIONS_ENDPOINT
-from jobs.schema_check import upgrade_schema
-from tests.models import byte_tokenizer, save_tiny, tiny
+from tests.databases import write_migrated
+from tests.models import byte_tokenizer, load_copy, save_tiny, tiny
 from worker import benchmark, seed, start
 from worker.bench import grid, mixed_lengths, schema_validity
 from worker.bench.host_costs import __main__ as host_costs
@@ -26,6 +26,7 @@ from worker.bench.host_costs.arrivals import KINDS
 from worker.benchmark import OWN_MODES
 from worker.cli import commands
 from worker.engine.cpu.kernels import kernels
+from worker.engine.model.loading import load
 from worker.engine.options import Mode
 from worker.generate import generate as decoded
 from worker.generate import request_for, resident_model
@@ -50,6 +51,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def environment(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BASIC_TARGET", str(model_dir))
     monkeypatch.setenv("BASIC_MAX_CONTEXT", "300")
+    monkeypatch.setattr(loader, "load", load_copy)
     monkeypatch.setattr(loader, "load_engine", lambda settings, *_, **__: resident_model(settings))
 
 
@@ -182,7 +184,7 @@ def test_the_benchmark_measures_both_engines_on_the_same_tokens(tmp_path: Path) 
         "--modes",
         modes,
         "--max-tokens",
-        "12",
+        "6",
         "--runs",
         "1",
     ]
@@ -200,6 +202,7 @@ def test_the_grid_has_a_cell_for_every_batch_draft_and_temperature(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grid, "_MIN_CELL_S", 0.0)
+    monkeypatch.setattr(grid, "_MIN_PROMPTS", 2)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": PROMPT}) + "\n")
     arguments = ["bench", "--grid", "--batch", "1,2", "--max-tokens", "3", "--runs", "1", "--json"]
@@ -252,21 +255,21 @@ def test_a_model_that_is_refused_ends_every_process_that_loads_it_with_a_sentenc
     done = CliRunner().invoke(commands, ["generate", PROMPT, "--target", str(broken)])
     assert done.exit_code == 78
     assert "is damaged or truncated" in done.stderr.splitlines()[-1]
-    upgrade_schema(f"sqlite:///{tmp_path}/jobs.sqlite3")
+    write_migrated(tmp_path / "jobs.sqlite3")
     monkeypatch.setenv("BASIC_DATABASE_URL", f"sqlite:///{tmp_path}/jobs.sqlite3")
     assert start.run(WorkerSettings(target=str(broken))) == 78
     assert "is damaged or truncated" in capsys.readouterr().err.splitlines()[-1]
 
 
 def save_longrope(directory: Path) -> Any:
-    """Save a tiny model with longrope, 64 original positions of 512; return it as transformers loads it."""
+    """Save a tiny model with longrope, 32 original positions of 512; return it as transformers loads it."""
     rope = {
         "rope_type": "longrope",
         "rope_theta": 10_000.0,
-        "original_max_position_embeddings": 64,
+        "original_max_position_embeddings": 32,
         "short_factor": [1.1] * 16,
         "long_factor": [4.0] * 16,
-        "factor": 8.0,
+        "factor": 16.0,
     }
     model = tiny(vocab=258)
     model.config.rope_parameters = rope
@@ -280,22 +283,22 @@ def test_a_text_has_the_factors_of_longrope_that_its_request_alone_says(
 ) -> None:
     """Those of transformers for texts that stay below the original positions, and that are above from the start."""
     monkeypatch.delenv("BASIC_MAX_CONTEXT")
+    monkeypatch.setattr(loader, "load", load)
     own, said = save_longrope(tmp_path / "long"), list[str]()
     settings = WorkerSettings(target=str(tmp_path / "long"), dtype="float32", draft="suffix", max_sequences=2)
     loaded = load_engine(settings, said.append)
     assert loaded.options.max_context == 512
-    assert any("more than 64 tokens, prompt and max_tokens together" in sentence for sentence in said)
+    assert any("more than 32 tokens, prompt and max_tokens together" in sentence for sentence in said)
     assert loaded.numerics.parts["rotary"] == "factors by text"
-    prompts = {PROMPT: (None, 20), PROMPT * 7: (30,)}
-    for prompt, limits in prompts.items():
-        for max_tokens, mode in product(limits, Mode):
+    for prompt, max_tokens in ((PROMPT, None), (PROMPT, 10), (PROMPT * 4, 12)):
+        ids = loaded.codec.tokenizer(prompt, return_tensors="pt").input_ids
+        assert (len(ids[0]) > 32) == (prompt != PROMPT)
+        longest = 32 if max_tokens is None else len(ids[0]) + max_tokens
+        with torch.no_grad():
+            exact = own.generate(ids, max_length=longest, do_sample=False, eos_token_id=256, pad_token_id=0)
+        for mode in Mode:
             request = request_for("long", prompt, max_tokens=max_tokens)
             done = decoded(loaded, request, endpoint=COMPLETIONS_ENDPOINT, mode=mode)
-            ids = torch.tensor([done.prompt_token_ids])
-            assert (len(ids[0]) > 64) == (prompt != PROMPT)
-            longest = 64 if max_tokens is None else len(ids[0]) + max_tokens
-            with torch.no_grad():
-                exact = own.generate(ids, max_length=longest, do_sample=False, eos_token_id=256, pad_token_id=0)
             assert [*done.prompt_token_ids, *done.token_ids] == exact[0].tolist(), (max_tokens, mode)
 
 

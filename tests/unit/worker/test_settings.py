@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from pydantic.fields import FieldInfo
-from transformers import PreTrainedModel
 
 from jobs.errors import SetupError
 from jobs.settings import read_settings
-from tests.models import copied, save_tiny
-from worker.engine.model.loading import load
+from tests.models import load_copy, save_tiny
 from worker.loading import loader, model_store
 from worker.loading.loader import load_engine
 from worker.node.supervisor import is_needed, supervise
@@ -73,16 +70,6 @@ READ: set[str] = set()
 LOADED: list[dict[str, Any]] = []  # the fields that a load has read, with their values
 
 
-@cache
-def load_weights(path: str, **given: Any) -> PreTrainedModel:
-    return load(path, **given)
-
-
-def load_copy(path: str, **given: Any) -> PreTrainedModel:
-    """Load a model like `load`, but once: most settings change what is made of it, and not the model."""
-    return load(path, **given) if given["offload"] else copied(load_weights(path, **given))
-
-
 def load_once(settings: WorkerSettings) -> None:
     """Load the engine, unless a load that read the same values has succeeded: most settings are of other processes."""
     if any(all(getattr(settings, name) == value for name, value in read.items()) for read in LOADED):
@@ -100,7 +87,7 @@ def test_every_documented_value_of_every_setting_starts(
     given: dict[str, Any] = {"target": tiny, "cache_dir": cache_dir, "max_sequences": 2, "max_context": 64, name: value}
     for setting, said in given.items():
         monkeypatch.setenv(f"BASIC_{setting.upper()}", str(said))
-    monkeypatch.setattr(loader, "load", load_copy)
+    monkeypatch.setattr(loader, "load", load_copy)  # most settings change what is made of the model, and not it
     monkeypatch.setattr(model_store, "_pull_from_hub", lambda hub_id: pytest.fail(f"{hub_id} is not on this machine"))
     assert model_store.main() == 0
     settings = read_settings(WorkerSettings)
