@@ -13,9 +13,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from tests.heads import TOKENS, block_network, network, packed_block, tapped, with_block
-from tests.models import packed, tiny
+from tests.models import tiny
 from tests.unit.worker.engine.grammar.grammars import OBJECT, WIDTH, bound_by, constrained_engine, vocabulary
-from tests.unit.worker.engine.harness import FLAT_COSTS, decode, engine, options, outputs, resumed_after, sequences
+from tests.unit.worker.engine.harness import (
+    FLAT_COSTS,
+    decode,
+    engine,
+    options,
+    outputs,
+    plain_texts,
+    resumed_after,
+    sequences,
+)
 from worker.drafters.block import BlockDrafter
 from worker.drafters.block_beam import BeamPaths, expand_beams, make_paths
 from worker.drafters.block_network import BlockNetwork
@@ -93,7 +102,7 @@ def test_compiled_growth_gets_what_a_layer_offers(sampling: Sampling) -> None:
     find = drafter.source
     drafter.source = lambda *given: sources.append(find(*given)) or sources[-1]  # type: ignore[method-assign, func-returns-value]
     both[1][1].source = lambda *_: None  # type: ignore[method-assign]
-    texts = [sequences(sampling=sampling, max_tokens=20) for _ in both]
+    texts = [sequences(sampling=sampling, max_tokens=12) for _ in both]
     for some in texts:
         some[0].sampling = Sampling()  # beside those that draw
     steps = [decode(engine(*one, options(Mode.PAPER)), some) for one, some in zip(both, texts, strict=True)]
@@ -190,12 +199,10 @@ def test_as_many_depths_are_foreseen_as_most_trees_have_lately_and_one_more() ->
 @pytest.mark.parametrize("mode", [Mode.PAPER, Mode.OPT_TREE])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8), Sampling(repetition_penalty=1.3)])
 def test_text_with_a_block_drafter_is_the_text_without(sampling: Sampling, mode: Mode) -> None:
-    plain = sequences(sampling=sampling)
-    decode(engine(packed(tiny("llama")), None, options(Mode.PLAIN)), plain)
     target, drafter = with_block(tiny("llama"))
     drafted = sequences(sampling=sampling)
     decode(engine(target, MixedDrafter(drafter, SuffixDrafter()), options(mode)), drafted)
-    assert outputs(drafted) == outputs(plain)
+    assert outputs(drafted) == plain_texts(sampling=sampling)
 
 
 def test_a_block_drafter_proposes_the_same_in_a_batch_as_alone() -> None:

@@ -35,7 +35,7 @@ TAPS = 2  # of the tiny target's two layers
 def texts() -> list[Text]:
     """Return texts of a tiny target."""
     target = tapped(tiny("llama"))
-    some = sequences([[2 + i, *prompt] for i in range(3) for prompt in PROMPTS], max_tokens=20)
+    some = sequences([[2 + i, *prompt] for i in range(2) for prompt in PROMPTS], max_tokens=20)
     decode(engine(target, None, options(Mode.PLAIN)), some)
     return [Text(tuple(s.ids), s.num_prompt, greedy=True) for s in some]
 
@@ -90,13 +90,14 @@ def test_an_interrupted_training_ends_with_the_same_weights(
     dataset: FeatureDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = trained(dataset, tmp_path / "whole", [])
-    monkeypatch.setattr(trainer, "_CHECKPOINT_S", 0.0)  # checkpoint after every update
+    monkeypatch.setattr(trainer, "_CHECKPOINT_S", 0.0)
+    monkeypatch.setattr(trainer, "_CLOCK_UPDATES", 5)  # the first of the second epoch
 
     class Interrupted(Exception):
         pass
 
     def interrupt(report: Report) -> None:
-        if report.update == 9:
+        if report.update == 6:
             raise Interrupted
 
     loss = head_loss()
@@ -105,7 +106,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(
         train(loss, loss.network, dataset, RECIPE, tmp_path / "parts", lambda: 1.0, interrupt)
     reports: list[Report] = []
     rest = trained(dataset, tmp_path / "parts", reports, measured=(2, 3, 4))
-    assert reports[0].update == 9  # the ninth update was not in the checkpoint
+    assert reports[0].update == 6  # the sixth update was not in the checkpoint
     for name, weight in whole.network.state_dict().items():
         assert torch.equal(weight, rest.network.state_dict()[name]), name
 
