@@ -42,7 +42,9 @@ def test_padding_of_either_vocabulary_is_never_drafted_fed_or_emitted(
     plain, drafted = sequences(sampling=sampling), sequences(sampling=sampling)
     decode(engine(padded(of_target, 0, DEFINED), None, options(Mode.PLAIN)), plain)
     drafter = ModelDrafter(padded(of_draft, 1, None), "draft", DEFINED)
-    results = decode(engine(padded(of_target, 0, DEFINED), drafter, options(Mode.PAPER, threshold=0.0, max_depth=3)), drafted)
+    results = decode(
+        engine(padded(of_target, 0, DEFINED), drafter, options(Mode.PAPER, threshold=0.0, max_depth=3)), drafted
+    )
     assert outputs(drafted) == outputs(plain)
     assert max(max(ids) for ids in outputs(drafted)) < DEFINED
     assert sum(r.stats.tree_nodes for r in results) > 0

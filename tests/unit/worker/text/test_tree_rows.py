@@ -6,7 +6,7 @@ from sqlalchemy import select
 
 from storage.models import DecodeStep, DraftTree, StepRank
 from storage.session import Database
-from tests.unit.worker.serving.test_runner import Worker, submit
+from tests.unit.worker.serving.test_runner import AT_END, DRAFTED, Worker, submit
 from worker.engine.stats import TracedTree
 from worker.text.tree_rows import tree_row
 
@@ -44,14 +44,14 @@ def test_trees_of_the_first_steps_are_stored_and_match_the_step_statistics(datab
 
 
 def test_every_tree_marks_the_tokens_that_the_target_sampled(database: Database) -> None:
-    submit(database, "one", "two")
-    Worker(database, "a").run()
+    submit(database, DRAFTED, "two")
+    Worker(database, "a", interval_s=AT_END).run()
 
     with database.read() as session:
         steps = session.scalars(select(DecodeStep)).all()
         ranks = session.scalars(select(StepRank)).all()
 
-    assert any(step.tree_nodes for step in steps)
+    assert any(step.accepted_tokens for step in steps)
     for step in steps:
         assert (step.reached is not None) == (step.tree_nodes > 0)
         drawn = [rank for _, rank in step.reached or [] if rank is not None]
