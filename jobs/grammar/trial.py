@@ -67,8 +67,15 @@ def _read(matcher: LLMatcher, seed: int) -> str | None:
         mask = b"" if matcher.is_error() else matcher.compute_bitmask()
         if matcher.is_error():
             return matcher.get_error().splitlines()[0]
-        allowed = [byte for byte in range(256) if mask[byte >> 3] >> (byte & 7) & 1]
-        if not allowed:
+        likely = _likely_bytes(mask)
+        if not likely:
             return None if matcher.is_accepting() or matcher.is_stopped() else "no text is complete"
-        matcher.consume_token(choices.choice([byte for byte in allowed if byte in _FREQUENT] or allowed))
+        matcher.consume_token(choices.choice(likely))
     return None
+
+
+@lru_cache(maxsize=1024)  # few masks repeat through a text, and listing the bytes of one takes longer than all else
+def _likely_bytes(mask: bytes) -> tuple[int, ...]:
+    """Return the frequent bytes of a mask; all of them if none is frequent."""
+    allowed = [byte for byte in range(256) if mask[byte >> 3] >> (byte & 7) & 1]
+    return tuple([byte for byte in allowed if byte in _FREQUENT] or allowed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import cache
 from typing import Any
 
 from llguidance import LLMatcher
@@ -40,13 +41,19 @@ def random_text(matcher: LLMatcher, seed: int) -> str | None:
     for _ in range(_MAX_BYTES):
         if copy.is_accepting() and (copy.is_stopped() or choices.random() < 0.5):
             return text.decode()
-        mask = copy.compute_bitmask()
-        allowed = [byte for byte in range(256) if mask[byte >> 3] >> (byte & 7) & 1]
-        ends = [byte for byte in allowed if byte in b'"}]']
-        usual = [byte for byte in allowed if byte in b'0123456789abcxyzAB_-. ,:+/{["tfn\\']
+        allowed, ends, usual = _bytes_of(copy.compute_bitmask())
         share = choices.random()
         some = ends if share < 0.35 and ends else usual if share < 0.93 and usual else allowed
         byte = choices.choice(some)
         copy.consume_token(byte)
         text.append(byte)
     return None
+
+
+@cache
+def _bytes_of(mask: bytes) -> tuple[list[int], list[int], list[int]]:
+    """The bytes of a mask: all, those that end something, and usual ones."""
+    allowed = [byte for byte in range(256) if mask[byte >> 3] >> (byte & 7) & 1]
+    ends = [byte for byte in allowed if byte in b'"}]']
+    usual = [byte for byte in allowed if byte in b'0123456789abcxyzAB_-. ,:+/{["tfn\\']
+    return allowed, ends, usual
