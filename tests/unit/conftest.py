@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
+from typing import Any
 
 import pytest
+from _pytest.logging import catching_logs
 from _pytest.runner import runtestprotocol
 from typer import testing
 from typer.main import get_command
 
 testing._get_command = cache(get_command)  # type: ignore[attr-defined]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Search the loggers that do not propagate once: pytest searches all 500, six times per test."""
+    loggers = [each for each in logging.root.manager.loggerDict.values() if isinstance(each, logging.Logger)]
+    apart = [logger for logger in loggers if not logger.propagate]
+    search = catching_logs.__enter__
+
+    def enter(self: catching_logs[Any]) -> Any:
+        if self.level is not None:
+            return search(self)
+        self.attached_loggers = [logging.root, *apart]
+        for logger in self.attached_loggers:
+            logger.addHandler(self.handler)
+        return self.handler
+
+    catching_logs.__enter__ = enter  # type: ignore[method-assign]
 
 
 @pytest.hookimpl(tryfirst=True)
