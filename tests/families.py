@@ -197,7 +197,7 @@ def verdict(kind: str, dtype: torch.dtype = torch.float32) -> Verdict:
         try:
             model = load(folder, dtype=dtype, device=CPU)
             fuse_layers(model)
-            packed = PackedModel(model, slots=4, capacity=160)
+            packed = PackedModel(model, slots=len(PROMPTS), capacity=160)
         except ModelRefused as refused:
             return Verdict(False, fused, _short(str(refused), folder, type(own).__name__, kind))
     found = differences(own.to(dtype), packed)  # type: ignore[arg-type]  # transformers wraps nn.Module.to
@@ -302,7 +302,7 @@ def _generated(own: Any, prompt: list[int], count: int) -> list[int]:
 
 def _texts(packed: PackedModel, drafter: SuffixDrafter | None) -> list[list[int]]:
     mode = Mode.PLAIN if drafter is None else Mode.PAPER
-    options = dataclasses.replace(_OPTIONS, mode=mode, max_sequences=4 if drafter is None else 3)
+    options = dataclasses.replace(_OPTIONS, mode=mode, max_sequences=len(PROMPTS) if drafter is None else 3)
     running = Engine(packed, drafter, options, CostModel({1: 10.0, 64: 11.0}))
     some = [
         Sequence(i, list(prompt), len(prompt), 14, Sampling(key=noise_key(7, i)), frozenset())

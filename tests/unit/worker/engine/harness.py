@@ -20,7 +20,7 @@ from worker.engine.sequence import Sequence as EngineSequence
 from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.draft_tree import Forest
 from worker.engine.speculation.drafting import Drafter
-from worker.engine.stats import StepResult
+from worker.engine.stats import StepBatch, StepResult
 
 OPTIONS = EngineOptions(max_sequences=4, max_context=256, prefill_rows=7, nodes=12, threshold=0.1, max_depth=5)
 FLAT_COSTS = CostModel({1: 10.0, 64: 11.0})  # trees are nearly free: they are always worth growing
@@ -96,12 +96,17 @@ def engine(target: LanguageModel, drafter: Drafter | None, chosen: EngineOptions
 
 def decode(running: Engine, some: Sequence[EngineSequence]) -> list[StepResult]:
     """Run sequences to their end and return every step result."""
+    return [result for batch in finish(running, some) for result in batch]
+
+
+def finish(running: Engine, some: Sequence[EngineSequence]) -> list[StepBatch]:
+    """Run sequences to their end and return the results of each step."""
     for sequence in some:
         running.add(sequence)
-    results: list[StepResult] = []
+    batches = []
     while running.busy:
-        results += running.step()
-    return results
+        batches.append(running.step())
+    return batches
 
 
 @cache

@@ -76,7 +76,8 @@ def test_text_is_the_same_with_and_without_sharing(
         no_sharing.setattr("worker.engine.model.backend.kernels", lambda dtype: None)
     no_sharing.setattr(prefix_sharing, "MIN_SHARED_PREFIX", 16)
     together = greedy_and_sampled(SAMPLED, PROMPTS, 5)
-    running = engine(packed(tiny(architecture)), draft, options(Mode.PAPER, prefill_rows=prefill_rows))
+    chosen = options(Mode.PAPER, prefill_rows=prefill_rows, max_sequences=len(PROMPTS))
+    running = engine(packed(tiny(architecture), slots=len(PROMPTS)), draft, chosen)
     decode(running, together)
     assert outputs(together) == alone
     again = greedy_and_sampled(SAMPLED, PROMPTS, 5)

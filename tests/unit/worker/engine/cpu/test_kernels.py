@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from tests.models import ARCHITECTURES, packed, tiny
-from tests.unit.worker.engine.harness import decode, drafter, engine, options, outputs, sequences
+from tests.unit.worker.engine.harness import all_at_once, decode, drafter, engine, options, outputs, sequences
 from worker.engine.cpu.fused_layers import FusedLayers, fuse
 from worker.engine.cpu.huge_pages import HugePages
 from worker.engine.cpu.kernels import Kernels, kernels
@@ -34,6 +36,9 @@ def quick(architecture: str, dtype: torch.dtype = torch.float32) -> PackedModel:
     model = tiny(architecture).to(dtype)  # type: ignore[arg-type]
     fuse_layers(model)
     return packed(model, capacity=160)
+
+
+shared = cache(quick)  # for tests that write what they read
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -103,7 +108,8 @@ def test_the_kernels_give_the_logits_of_torch_attention(architecture: str) -> No
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_fused_model_writes_the_same_text(architecture: str) -> None:
     plain, fast = sequences(), sequences()
-    decode(engine(packed_without_kernels(architecture), None, options(Mode.PLAIN)), plain)
+    at_once = all_at_once(Mode.PLAIN, prefill_rows=64)
+    decode(engine(packed_without_kernels(architecture, slots=len(plain)), None, at_once), plain)
     decode(engine(quick(architecture), drafter("suffix"), options(Mode.PAPER)), fast)
     assert outputs(fast) == outputs(plain)
 
@@ -115,7 +121,7 @@ def test_a_row_has_the_same_bits_alone_in_a_batch_and_in_a_tree(
     architecture: str, dtype: torch.dtype, length: int
 ) -> None:
     """Decode the path 1-3-4 of the tree token by token, then as part of the tree beside other sequences."""
-    model = quick(architecture, dtype)
+    model = shared(architecture, dtype)
     for slot in range(3):
         model.forward([chain(slot, 0, TEXT[:length], keep_last=True)])
     shown = tree(1, length)
@@ -133,7 +139,7 @@ def test_a_row_has_the_same_bits_alone_in_a_batch_and_in_a_tree(
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
 def test_a_prompt_read_in_chunks_leaves_the_same_bits(architecture: str, chunk: int) -> None:
     """Rows of one text attend together, each up to its own position; the chunks split them elsewhere."""
-    model = quick(architecture, torch.bfloat16)
+    model = shared(architecture, torch.bfloat16)
     whole = model.forward([chain(0, 0, TEXT, keep_last=True)])
     for start in range(0, len(TEXT), chunk):
         pieces = model.forward([chain(1, start, TEXT[start : start + chunk], keep_last=True)])
@@ -179,10 +185,10 @@ def test_an_accepted_path_moves_down_in_all_layers() -> None:
     assert torch.equal(*after)
 
 
-def packed_without_kernels(architecture: str) -> PackedModel:
+def packed_without_kernels(architecture: str, slots: int = 4) -> PackedModel:
     model = tiny(architecture)
     model.set_attn_implementation("basic_packed")
-    return PackedModel(model, slots=4, capacity=160, cpu_kernels=False)
+    return PackedModel(model, slots=slots, capacity=160, cpu_kernels=False)
 
 
 def tree(slot: int, prefix: int) -> Segment:

@@ -25,6 +25,7 @@ if importlib.util.find_spec("triton") is not None:
     _broadcast, _cast = TritonSemantic.broadcast_impl_value, TritonSemantic.cast
     _operands, _constant = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.scalar_constant
     _type_of = TritonSemantic.to_tensor_type
+    _unwrap = language.core._unwrap_if_constexpr
     _check_size = interpreter.TensorHandle.__post_init__
     _builtin_code = builtin(lambda: None).__code__  # of every function that `builtin` wraps
 
@@ -88,6 +89,11 @@ def _init_tensor(self: Any, handle: Any, kind: Any) -> None:
 def _are_equal(self: Any, other: Any) -> bool:
     """Compare types; most are one object, whose name need not be compared."""
     return self is other or _equal_types(self, other)
+
+
+def _unwrapped(value: Any) -> Any:
+    """Return the value of a constant; most arguments are tensors, which are their own."""
+    return value if type(value) is tensor else _unwrap(value)
 
 
 _typed: dict[tuple[str, str], Any] = {}
@@ -202,6 +208,7 @@ def _language_is_patched_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     monkeypatch.setattr(interpreter, "_get_np_dtype", _np_dtype)
     monkeypatch.setattr(interpreter, "_patch_lang", patch_lang)
     monkeypatch.setattr(interpreter, "_patch_builtin", _patch_builtin)
+    monkeypatch.setattr(language.core, "_unwrap_if_constexpr", _unwrapped)
     monkeypatch.setattr(block_type, "__init__", _init_block)
     monkeypatch.setattr(tensor, "__init__", _init_tensor)
     monkeypatch.setattr(dtype, "__eq__", _are_equal)

@@ -78,7 +78,7 @@ def test_texts_of_both_kinds_with_one_prefix_share_none_of_it_and_drafts_change_
 
     def texts() -> list[Sequence]:
         prompts = [LONG[:20], LONG[:20], LONG[:20], LONG]
-        return [Sequence(i, list(ids), len(ids), 9, Sampling(), long=i % 2 == 1) for i, ids in enumerate(prompts)]
+        return [Sequence(i, list(ids), len(ids), 6, Sampling(), long=i % 2 == 1) for i, ids in enumerate(prompts)]
 
     plain, drafted = texts(), texts()
     for sequence in plain:
@@ -93,7 +93,7 @@ def test_texts_of_both_kinds_with_one_prefix_share_none_of_it_and_drafts_change_
     for sequence in (plain[0], plain[3]):  # below the original positions, and above them from the start
         with torch.no_grad():
             ids = torch.tensor([sequence.ids[: sequence.num_prompt]])
-            exact = own.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
+            exact = own.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
         assert sequence.ids == exact[0].tolist()
 
 

@@ -19,7 +19,9 @@ from tests.unit.worker.engine.harness import (
     decode,
     drafter,
     engine,
+    finish,
     greedy_and_sampled,
+    noise_key,
     options,
     outputs,
     plain_texts,
@@ -34,7 +36,7 @@ from tests.unit.worker.engine.sampling.test_sampling import (
     two_step_logits,
 )
 from worker.engine.options import Mode
-from worker.engine.sampling.parameters import Sampling, noise_key
+from worker.engine.sampling.parameters import Sampling
 from worker.engine.sequence import Sequence
 from worker.engine.speculation import verifier
 from worker.engine.speculation.draft_tree import Candidates, Forest
@@ -90,13 +92,13 @@ def test_every_node_is_adjusted_by_its_own_path_as_transformers_would_step_by_st
 def test_plain_greedy_text_equals_transformers_generate_under_its_processors() -> None:
     model: Any = tiny()
     bias = ((4, 2.0), (9, -3.0))
-    some = sequences(sampling=Sampling(repetition_penalty=1.3, logit_bias=bias), max_tokens=12)
+    some = sequences(sampling=Sampling(repetition_penalty=1.3, logit_bias=bias))
     decode(engine(shared_target(), None, options(Mode.PLAIN)), some)
     model.generation_config.eos_token_id = None
     for sequence, prompt in zip(some, PROMPTS, strict=True):
         out = model.generate(
             torch.tensor([prompt]),
-            max_new_tokens=12,
+            max_new_tokens=MAX_TOKENS,
             do_sample=False,
             pad_token_id=0,
             repetition_penalty=1.3,
@@ -157,7 +159,7 @@ def test_two_tokens_follow_the_adjusted_joint_law(sampling: Sampling, filters: S
 
     running = two_step_engine(EveryToken() if drafted else None)
     some = [Sequence(i, list(prompt), 2, 3, replace(chosen, key=noise_key(i, 0))) for i in range(count)]
-    decode(running, some)
+    finish(running, some)
     counts = np.zeros((4, 4))
     for sequence in some:
         first, second, _ = sequence.output_ids

@@ -21,7 +21,7 @@ from transformers import (
 
 from tests.goodness_of_fit import chi_square_p, kolmogorov_p
 from tests.models import TableModel
-from tests.unit.worker.engine.harness import decode, options
+from tests.unit.worker.engine.harness import finish, options
 from worker.drafters.suffix.drafter import SuffixDrafter
 from worker.engine.engine import Engine
 from worker.engine.options import Mode
@@ -158,7 +158,7 @@ def test_two_tokens_follow_the_joint_law_with_any_draft(drafter: Drafter | None)
     running = two_step_engine(drafter)
     count = 800
     some = [Sequence(i, [2, 0], 2, 3, Sampling(1.0, key=noise_key(i, 0))) for i in range(count)]
-    decode(running, some)
+    finish(running, some)
     counts = np.zeros((4, 4))
     for sequence in some:
         first, second, _ = sequence.output_ids
