@@ -90,7 +90,7 @@ def load_copy(path: str, **given: Any) -> PreTrainedModel:
 
     Not for models with longrope, whose parts know each other.
     """
-    return load(path, **given) if given["offload"] else copied(_loaded(path, **given))
+    return load(path, **given) if given.get("offload") else copied(_loaded(path, **given))
 
 
 @cache

@@ -224,7 +224,10 @@ def test_the_host_costs_of_a_step_are_the_sum_of_its_parts(capsys: pytest.Captur
         assert {"schedule", "plan", "pack", "layout", "walk", "results", "hand over"} <= set(line["parts_ms"])
 
 
-def test_the_costs_of_arrivals_are_those_of_all_steps_until_they_decode(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_costs_of_arrivals_are_those_of_all_steps_until_they_decode(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gc.collect", lambda: 0)  # of all tests of this process: they would take far longer
     host_costs.main(arrivals=9, runs=1, as_json=True)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["prompts"] for line in lines] == list(KINDS)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.models import tiny
+from worker.bench import gpu_steps
 from worker.bench.gpu_steps import (
     ExchangeKind,
     Floor,
@@ -22,6 +23,11 @@ from worker.bench.gpu_steps import (
 from worker.engine.model.architecture import kv_bytes_per_token
 from worker.engine.shards.exchange import PeerSums
 from worker.planning.shapes import shape_from_config
+
+
+@pytest.fixture(autouse=True)
+def small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gpu_steps._COPY_BYTES, "cpu", 1 << 20)
 
 
 def test_every_number_of_rows_is_timed_without_trees_and_with_them(

@@ -27,7 +27,7 @@ from worker.training.replay import ReplayTarget, replay
 from worker.training.self_generated import Text
 from worker.training.trainer import Report, train
 
-RECIPE = Recipe(epochs=4, rows=2, held_out=2, unroll=2, learning_rate=1e-2)
+RECIPE = Recipe(epochs=3, rows=2, held_out=2, unroll=2, learning_rate=1e-2)
 TAPS = 2  # of the tiny target's two layers
 
 
