@@ -57,7 +57,7 @@ def test_answers_with_the_cache_are_those_without(
 def test_a_copy_is_published_as_one_text_and_ends_its_job(database: Database) -> None:
     for job_id in ("first", "second"):
         submit(database, "the cat", job_id=job_id, identities=["same"])
-        worker = Worker(database, job_id, scope=SCOPE)
+        worker = Worker(database, job_id, interval_s=AT_END, scope=SCOPE)
         worker.run()
     assert [(event.type, event.seq) for event in worker.events] == [
         ("started", 0),
@@ -74,9 +74,9 @@ def test_duplicates_of_a_request_that_moves_to_another_worker_take_its_answer(da
     submit(database, *["the cat"] * 4, identities=["same"] * 4)
     first = Worker(database, "a", scope=SCOPE)
     for _ in range(3):
-        first.runner.run_once(notified=True)
+        first.runner.run_once(notified=first.work_waits())
     first.runner.hand_back()
-    Worker(database, "b", scope=SCOPE).run()
+    Worker(database, "b", interval_s=AT_END, scope=SCOPE).run()
     assert counts(database, "batch_1") == ("completed", 4, 3)
     assert len(set(answers_of_texts(database))) == 1
 
@@ -91,5 +91,5 @@ def test_an_answer_that_cannot_be_copied_is_decoded(database: Database, monkeypa
 
     monkeypatch.setattr(cached_answers, "copy_answers", broken)
     submit(database, *["the cat"] * 3, identities=["same"] * 3)
-    Worker(database, "a", scope=SCOPE).run()
+    Worker(database, "a", interval_s=AT_END, scope=SCOPE).run()
     assert counts(database, "batch_1") == ("completed", 3, 0)

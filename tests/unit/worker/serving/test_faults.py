@@ -114,7 +114,7 @@ def test_nan_logits_of_one_request_are_that_requests_error(database: Database) -
         return torch.full((258,), torch.nan) if ord("!") in prefix and len(prefix) > 10 else words(prefix)
 
     submit(database, "one", "two!", "three", temperature=1.0)
-    Worker(database, "a", law).run()
+    Worker(database, "a", law, interval_s=AT_END).run()
     assert statuses(database) == {0: ("completed", None), 1: ("failed", "engine_error"), 2: ("completed", None)}
 
 
@@ -197,7 +197,7 @@ def test_other_requests_are_decoded_and_leases_renewed_while_a_prompt_is_tokeniz
     submit(database, "short", job_id="chat", priority=1)
     worker = Worker(database, "a")
     for _ in range(200):
-        worker.runner.run_once(notified=True)
+        worker.runner.run_once(notified=worker.work_waits())
         if (0, 0) in texts(database):
             break
     assert (0, 0) in texts(database), "the short request waited for the long ones"
@@ -230,7 +230,7 @@ def test_prompts_that_are_slow_to_tokenize_block_no_slot(database: Database, mon
     worker.runner.run_once(notified=True)
     submit(database, "short", job_id="later")
     for _ in range(200):
-        worker.runner.run_once(notified=True)
+        worker.runner.run_once(notified=worker.work_waits())
         if texts(database):
             break
     assert texts(database), "three long prompts filled an engine of three places"

@@ -77,7 +77,7 @@ def test_an_answer_that_another_worker_continues_is_the_same(database: Database,
     submit(database, **asked)
     leaving = Worker(database, "b")
     for _ in range(turns):
-        leaving.runner.run_once(notified=True)
+        leaving.runner.run_once(notified=leaving.work_waits())
     leaving.runner.hand_back()
     with database.read() as session:
         assert session.scalars(select(Request).where(Request.job_id == "batch_1")).one().status == "queued"

@@ -119,14 +119,14 @@ class Worker:
 
     def run(self, turns: int = 500) -> None:
         for _ in range(turns):
-            self.runner.run_once(notified=self._work_waits())
+            self.runner.run_once(notified=self.work_waits())
             if not self.runner.busy:
-                self.runner.run_once(notified=self._work_waits())
+                self.runner.run_once(notified=self.work_waits())
                 if not self.runner.busy:
                     return
         raise AssertionError(f"still busy after {turns} turns")
 
-    def _work_waits(self) -> bool:
+    def work_waits(self) -> bool:
         """Return whether a claim would find requests; this query is much cheaper than an empty claim."""
         with closing(self.database.engine.raw_connection()) as connection:
             waits = connection.cursor().execute("SELECT 1 FROM requests WHERE status = 'queued' LIMIT 1")
@@ -197,7 +197,7 @@ def lapse_leases(database: Database) -> None:
 
 def test_every_request_gets_its_output_and_the_job_completes(database: Database) -> None:
     submit(database, "one", "two", "three", "four", "five")
-    Worker(database, "a").run()
+    Worker(database, "a", interval_s=AT_END).run()
     assert len(texts(database)) == 5
     with database.read() as session:
         job = session.scalars(select(JobRow)).one()
@@ -261,7 +261,7 @@ def test_a_request_continues_from_its_checkpoint_when_its_worker_dies(
     submit(database, "one", "two", temperature=temperature)
     dying, heir = Worker(database, "b"), Worker(database, "c", interval_s=AT_END)
     for _ in range(turns):
-        dying.runner.run_once(notified=True)
+        dying.runner.run_once(notified=dying.work_waits())
     lapse_leases(database)
     heir.run()
     assert heir.model.forwards
@@ -278,7 +278,7 @@ def test_a_text_that_is_resumed_on_another_kind_of_device_names_both(database: D
     submit(database, "one", "two")
     dying = Worker(database, "b", numerics="fp_gpu")
     for _ in range(3):
-        dying.runner.run_once(notified=True)
+        dying.runner.run_once(notified=dying.work_waits())
     lapse_leases(database)
     Worker(database, "c", interval_s=AT_END, numerics="fp_cpu").run()
     submit(database, "one", job_id="batch_2", max_tokens=2)
@@ -295,7 +295,7 @@ def test_a_verification_computes_the_same_texts_without_drafts_also_of_a_text_th
     submit(database, "one", "two", DRAFTED, temperature=temperature, n=2)
     dying = Worker(database, "b", numerics="fp_1")
     for _ in range(3):
-        dying.runner.run_once(notified=True)
+        dying.runner.run_once(notified=dying.work_waits())
     lapse_leases(database)
     Worker(database, "c", interval_s=AT_END, numerics="fp_1").run()
     with database.read() as session:
@@ -335,7 +335,7 @@ def test_penalties_survive_the_death_of_a_worker(
     submit(database, "one", "two", temperature=temperature, **PENALTIES)
     dying = Worker(database, "b")
     for _ in range(turns):
-        dying.runner.run_once(notified=True)
+        dying.runner.run_once(notified=dying.work_waits())
     lapse_leases(database)
     heir = Worker(database, "c", interval_s=AT_END)
     heir.run()
@@ -371,7 +371,7 @@ def test_a_text_ends_before_its_stop_string_also_in_an_accepted_path_and_resumed
     submit(database, *prompts, max_tokens=60, stop=stop)
     dying, heir = Worker(database, "b", law), Worker(database, "c", law, interval_s=AT_END if turns else 0.0)
     for _ in range(turns):
-        dying.runner.run_once(notified=True)
+        dying.runner.run_once(notified=dying.work_waits())
     lapse_leases(database)
     heir.run()
     assert texts(database) == {key: said.partition(stop[-1])[0] for key, said in whole.items()}
@@ -400,7 +400,7 @@ def test_logprobs_of_all_tokens_are_stored_across_workers(database: Database, st
     submit(database, *prompts, job_id="resumed", logprobs=3, stop=stop)
     dying = Worker(database, "b")
     for _ in range(2):
-        dying.runner.run_once(notified=True)
+        dying.runner.run_once(notified=dying.work_waits())
     with database.read() as session:
         assert list(session.scalars(select(Partial))), "nothing was committed before the worker died"
     lapse_leases(database)
@@ -426,7 +426,7 @@ def test_requests_that_want_no_logprobs_have_none(database: Database) -> None:
 
 def test_a_slot_is_free_again_after_a_stop_string(database: Database) -> None:
     submit(database, *"abcdefgh", stop="cat", max_tokens=60)
-    worker = Worker(database, "a")
+    worker = Worker(database, "a", interval_s=AT_END)
     worker.run()
     assert len(texts(database)) == 8
     assert not any("cat" in said for said in texts(database).values())
@@ -458,7 +458,7 @@ def test_a_worker_that_lost_its_leases_writes_nothing(database: Database) -> Non
     submit(database, "one")
     stale, owner = Worker(database, "a"), Worker(database, "b")
     for _ in range(3):
-        stale.runner.run_once(notified=True)
+        stale.runner.run_once(notified=stale.work_waits())
     lapse_leases(database)
     owner.run()
     published = len(stale.events)
@@ -471,7 +471,7 @@ def test_a_released_request_is_continued_without_counting_an_attempt(database: D
     submit(database, "one")
     leaving = Worker(database, "a")
     for _ in range(3):
-        leaving.runner.run_once(notified=True)
+        leaving.runner.run_once(notified=leaving.work_waits())
     leaving.runner.hand_back()
     with database.read() as session:
         request = session.scalars(select(Request)).one()
@@ -483,7 +483,7 @@ def test_a_released_request_is_continued_without_counting_an_attempt(database: D
 
 def test_a_prompt_that_does_not_fit_fails_alone(database: Database) -> None:
     submit(database, "x" * 500, "short")
-    worker = Worker(database, "a")
+    worker = Worker(database, "a", interval_s=AT_END)
     worker.run()
     with database.read() as session:
         failed, done = session.scalars(select(Request).order_by(Request.request_index))
@@ -500,7 +500,7 @@ def test_a_cancelled_job_stops_at_the_next_flush(database: Database) -> None:
     submit(database, "one", "two", "three", "four", "five")
     worker = Worker(database, "a")
     for _ in range(3):
-        worker.runner.run_once(notified=True)
+        worker.runner.run_once(notified=worker.work_waits())
     with database.write() as session:
         assert writes.request_cancel(session, "batch_1") == "cancelling"
     worker.run()
@@ -536,7 +536,7 @@ def test_a_request_keeps_its_plan_when_its_worker_dies_and_another_model_continu
     recommended = {"top_k": 1, "max_tokens": len(REASONED)}
     dying = Worker(database, "b", reasons, codec=reasoning_codec(sampling_defaults=recommended))
     for _ in range(turns):
-        dying.runner.run_once(notified=True)
+        dying.runner.run_once(notified=dying.work_waits())
     with database.read() as session:
         begun = bool(session.scalar(select(func.count()).select_from(Partial)))
         row = session.scalars(select(Request)).one()
@@ -610,7 +610,7 @@ def test_requests_of_an_ended_job_are_dropped_at_the_next_flush(database: Databa
     submit(database, "one", "two", "three")
     worker = Worker(database, "a")
     for _ in range(3):
-        worker.runner.run_once(notified=True)
+        worker.runner.run_once(notified=worker.work_waits())
     with database.write() as session:
         if ending == "cancelled":
             writes.request_cancel(session, "batch_1")
@@ -632,10 +632,10 @@ def test_interactive_requests_have_reserved_slots_when_a_batch_fills_the_engine(
     submit(database, "one", "two", "three", "four", max_tokens=100)
     worker = Worker(database, "a", reserved=1, interval_s=3600.0)
     for _ in range(3):
-        worker.runner.run_once(notified=True)
+        worker.runner.run_once(notified=worker.work_waits())
     submit(database, "now", job_id="chat", priority=1, max_tokens=5)
     for _ in range(12):
-        worker.runner.run_once(notified=True)
+        worker.runner.run_once(notified=worker.work_waits())
     with database.read() as session:
         statuses = dict(session.execute(select(JobRow.id, JobRow.status)).all())
     assert statuses == {"chat": "completed", "batch_1": "in_progress"}, "and its end was not kept for the next flush"

@@ -30,7 +30,7 @@ def compared(database: Database, job_id: str = "batch_1") -> list[CheckedRequest
 
 def run_until_it_compares(worker: Worker) -> None:
     for _ in range(500):
-        worker.runner.run_once(notified=worker._work_waits())
+        worker.runner.run_once(notified=worker.work_waits())
         if worker.engine.busy and not worker.runner.stats["requests"]:
             return
     raise AssertionError("it never compared anything")
@@ -135,7 +135,7 @@ def test_texts_of_the_job_are_not_drafts_of_its_speedup_check(
     worker = Worker(database, "a", interval_s=AT_END)
     run_until_it_compares(worker)
     for _ in range(8):
-        worker.runner.run_once(notified=True)
+        worker.runner.run_once(notified=worker.work_waits())
     first = set(groups)
     worker.runner.hand_back()
     groups.clear()
@@ -150,11 +150,11 @@ def test_texts_of_the_job_are_not_drafts_of_its_speedup_check(
 def test_the_sample_of_a_job_is_always_the_same(database: Database, tmp_path: Path) -> None:
     prompts = [f"prompt {n}" for n in range(9)]
     submit(database, *prompts, compare_plain=3, max_tokens=2)
-    Worker(database, "a", interval_s=AT_END).run(2_000)
+    Worker(database, "a", max_sequences=9, interval_s=AT_END).run(2_000)
     (tmp_path / "other").mkdir()
     with on_sqlite(tmp_path / "other") as other:
         submit(other, *prompts, compare_plain=3, max_tokens=2)
-        Worker(other, "b", interval_s=AT_END).run(2_000)
+        Worker(other, "b", max_sequences=9, interval_s=AT_END).run(2_000)
         again = [row.request_index for row in compared(other)]
     assert [row.request_index for row in compared(database)] == again
     assert len(again) == 3

@@ -95,7 +95,7 @@ def test_leases_are_not_renewed_and_nothing_is_claimed_while_the_engine_does_not
     submit(database, "one", max_tokens=30)
     worker = Worker(database, "a")
     for _ in range(3):
-        worker.runner.run_once(notified=True)
+        worker.runner.run_once(notified=worker.work_waits())
     worker.requests.notify()
     worker.requests.admit()  # a claim after the last report
     with database.write() as session:
@@ -144,11 +144,11 @@ def test_an_engine_that_waits_for_its_turn_runs_no_step_and_keeps_its_leases(
     access = Denied()
     worker = Worker(database, "a", access=access)
     for _ in range(3):
-        worker.runner.run_once(notified=True)
+        worker.runner.run_once(notified=worker.work_waits())
     with database.write() as session:
         session.execute(text("UPDATE requests SET lease_expires_at = 1 WHERE status = 'running'"))
     for _ in range(3):
-        worker.runner.run_once(notified=True)
+        worker.runner.run_once(notified=worker.work_waits())
     assert worker.model.forwards == 0
     assert [expiry for expiry in expiries(database) if expiry is None or expiry <= 1] == []
     access.granted = True
@@ -166,7 +166,7 @@ def test_results_of_a_lost_lease_are_not_those_of_the_next_claim(database: Datab
     submit(database, "one", job_id="again")
     worker = Worker(database, "a")
     for _ in range(3):
-        worker.runner.run_once(notified=True)
+        worker.runner.run_once(notified=worker.work_waits())
     for _ in range(5):
         worker.engine.run_once()  # results that are not read yet
     lapse_leases(database)
