@@ -12,7 +12,7 @@ from storage.models import CheckedRequest, ChoiceOutput, DecodeStep, JobRow
 from storage.session import Database
 from storage.statistics import job_stats
 from tests.databases import on_sqlite
-from tests.unit.worker.serving.test_runner import AT_END, Worker, submit, texts
+from tests.unit.worker.serving.test_runner import AT_END, DRAFTED, Worker, submit, texts
 from worker.engine.stats import StepResult
 from worker.serving import speedup_check
 
@@ -92,7 +92,7 @@ def plain(variant: speedup_check._Variant) -> bool:
 def test_plain_steps_have_as_many_sequences_as_those_with_drafts(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One text ends long before the others; after that, both variants must have the same batch size."""
+    """One text is drafted, and ends long before the others; then both variants must have the same batch size."""
     taken: list[tuple[bool, int]] = []
     take = speedup_check._Variant.take
 
@@ -102,7 +102,7 @@ def test_plain_steps_have_as_many_sequences_as_those_with_drafts(
         take(variant, result)
 
     monkeypatch.setattr(speedup_check._Variant, "take", noted)
-    submit(database, "one", "two", "the cat and the", compare_plain=3, max_tokens=14, stop=["dog"])
+    submit(database, "one", "two", DRAFTED, compare_plain=3, max_tokens=14, stop=["dog"])
     with database.write() as session:
         session.execute(
             text("UPDATE requests SET body = json_set(body, '$.sampling.stop', json('[]')) WHERE request_index < 2")
