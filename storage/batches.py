@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final
 
 from sqlalchemy import ColumnElement, and_, case, delete, func, or_, select, update
@@ -191,6 +192,7 @@ def end_batch(session: Session, claim: BatchClaim, end: BatchEnd, lease_s: float
     return status
 
 
+@cache
 def _needs_processor() -> ColumnElement[bool]:
     unread = and_(JobRow.status.in_(UNREAD_JOB_STATUSES), JobRow.validated_at.is_(None))
     decided = and_(JobRow.status == "cancelling", ~has_open_requests())

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 import platformdirs
 from pydantic import AfterValidator, Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 Directory = Annotated[Path, AfterValidator(Path.expanduser)]  # expands a ~ that no shell has expanded
 
@@ -43,6 +43,18 @@ class StorageSettings(BaseSettings):
     database_url: str = Field(
         "", description="SQLAlchemy URL; empty: SQLite `basic.sqlite3` in the data directory.", repr=False
     )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read no .env file: there is none, and looking for each field in it takes 40 % of the time."""
+        return init_settings, env_settings, file_secret_settings
 
     @property
     def resolved_database_url(self) -> str:
