@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -61,6 +63,14 @@ def trained(
     return loss
 
 
+@cache
+def undisturbed(dataset: FeatureDataset) -> tuple[HeadLoss, list[Report]]:
+    """Train as the recipe says, once for all laws that compare with it."""
+    reports: list[Report] = []
+    with TemporaryDirectory() as folder:
+        return trained(dataset, Path(folder), reports), reports
+
+
 def test_an_example_has_the_text_and_the_targets_features(texts: list[Text], dataset: FeatureDataset) -> None:
     assert len(dataset) == len(texts)
     for number, text in enumerate(texts):
@@ -78,9 +88,8 @@ def test_existing_features_are_reused(texts: list[Text], tmp_path: Path) -> None
     assert before == {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
 
 
-def test_the_loss_falls(dataset: FeatureDataset, tmp_path: Path) -> None:
-    reports: list[Report] = []
-    trained(dataset, tmp_path, reports)
+def test_the_loss_falls(dataset: FeatureDataset) -> None:
+    _, reports = undisturbed(dataset)
     assert reports[-1].update == reports[-1].updates
     assert reports[-1].loss < 0.95 * reports[0].loss  # a running mean, first updates included
     assert reports[-1].accuracy[0] > reports[0].accuracy[0]
@@ -89,7 +98,7 @@ def test_the_loss_falls(dataset: FeatureDataset, tmp_path: Path) -> None:
 def test_an_interrupted_training_ends_with_the_same_weights(
     dataset: FeatureDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = trained(dataset, tmp_path / "whole", [])
+    whole, _ = undisturbed(dataset)
     monkeypatch.setattr(trainer, "_CHECKPOINT_S", 0.0)
     monkeypatch.setattr(trainer, "_CLOCK_UPDATES", 5)  # the first of the second epoch
 
