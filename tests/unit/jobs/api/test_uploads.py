@@ -159,7 +159,7 @@ def test_a_large_submission_continues_where_it_was_interrupted(
     api: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(uploads, "user_state_path", lambda _: tmp_path)
-    content = CONTENT[: len(CONTENT) // 20]
+    content = CONTENT[: len(CONTENT) // 100]
     monkeypatch.setattr(uploads, "PART_BYTES", -(-len(content) // 6))
     monkeypatch.setattr(async_client, "PARTED_BYTES", len(content) // 2)
 
