@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from functools import cache
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,22 @@ from jobs.settings import JobsSettings
 from storage.session import Database
 from tests.databases import on_shared_sqlite, write_migrated
 
+_NUMBERS = count()
+
 
 @pytest.fixture(autouse=True)
-def _environment_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Remove settings of the user's environment."""
+def _environment_of_its_own(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Remove settings of the user's environment. A test that asks for no folder gets the name of a new one."""
+    if "tmp_path" in request.fixturenames:
+        folder = request.getfixturevalue("tmp_path")
+    else:
+        folder = tmp_path_factory.getbasetemp() / f"data-{next(_NUMBERS)}"
     for name in os.environ:
         if name.startswith("BASIC_"):
             monkeypatch.delenv(name)
-    monkeypatch.setenv("BASIC_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("BASIC_DATA_DIR", str(folder))
 
 
 @pytest.fixture
