@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -132,9 +133,19 @@ def _tiny(architecture: str, seed: int, vocab: int, **shape: int) -> PreTrainedM
 
 def save_tiny(directory: Path, architecture: str = "llama", seed: int = 0, **shape: int) -> Path:
     """Save a tiny random float32 model with a byte tokenizer; return its directory."""
-    tiny(architecture, seed, vocab=TOKENIZER_VOCAB, **shape).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in _saved(architecture, seed, **shape).items():
+        (directory / name).write_bytes(content)
     return directory
+
+
+@cache
+def _saved(architecture: str, seed: int, **shape: int) -> dict[str, bytes]:
+    """Return the files of a model, which transformers writes once per process."""
+    with TemporaryDirectory() as folder:
+        tiny(architecture, seed, vocab=TOKENIZER_VOCAB, **shape).save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def packed(model: PreTrainedModel, slots: int = 5, capacity: int = 512) -> PackedModel:

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -166,7 +167,7 @@ def _shards(model: PreTrainedModel, shards: Sequence[Shard]) -> list[PreTrainedM
     """Return the shards of a model, read from its files as each rank does."""
     made = []
     with TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        save_file(model.state_dict(), Path(folder) / "model.safetensors")
         for shard in shards:
             part: Any = type(model)(shard_config(model.config, shard.ranks))
             part = part.to(model.dtype)

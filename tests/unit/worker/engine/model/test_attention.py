@@ -28,6 +28,7 @@ from worker.engine.segments import Segment, chain
 HEADS, LENGTH = 4, 20
 CPU = torch.device("cpu")
 Plan = Callable[[Sequence[Segment]], AttentionPlan]
+Rows = tuple[Tensor, Tensor, Tensor]  # queries, keys and values [heads, n, dim]
 OPTIONS = {
     "softcap": AttentionOptions(0.7, softcap=1.5),
     "sinks": AttentionOptions(0.4, sinks=torch.tensor([0.5, -1.0, 3.0, 20.0])),
@@ -75,8 +76,9 @@ def tree() -> Segment:
     return Segment(0, LENGTH, LENGTH, np.arange(4), LENGTH + seen.sum(1) - 1, seen, np.arange(4))
 
 
-def by_formula(query: Tensor, keys: Tensor, values: Tensor, options: AttentionOptions) -> Tensor:
-    """Return the attention [heads, dim] of one row over the entries [kv_heads, n, dim] that it sees, itself last."""
+def by_formula(seen: Rows, options: AttentionOptions) -> Tensor:
+    """Return the attention [heads, dim] of one row over the rows [heads, n, dim] that it sees, itself last."""
+    query, keys, values = seen[0][:, -1], *seen[1:]
     group, first = HEADS // len(keys), 0 if options.window is None else max(0, keys.shape[1] - options.window)
     keys, values = (x[:, first:].repeat_interleave(group, 0) for x in (keys, values))
     scores = torch.einsum("hd,hnd->hn", query, keys) * options.scaling
@@ -87,7 +89,13 @@ def by_formula(query: Tensor, keys: Tensor, values: Tensor, options: AttentionOp
     return torch.einsum("hn,hnd->hd", weights / total.unsqueeze(1), values)
 
 
-def stored(rows: tuple[Tensor, Tensor, Tensor], in_fp8: bool) -> tuple[Tensor, Tensor, Tensor]:
+def joined(prompt: Rows, below: Rows, own: Tensor) -> Rows:
+    """Return the rows of a prompt, and those below it that a row of a tree sees."""
+    query, keys, values = (torch.cat([x[:, :LENGTH], y[:, own]], 1) for x, y in zip(prompt, below, strict=True))
+    return query, keys, values
+
+
+def stored(rows: Rows, in_fp8: bool) -> Rows:
     """Return queries, and keys and values as they are read."""
     query, *both = rows
     key, value = (decoded(*encoded(x), torch.float32) if in_fp8 else x for x in both)
@@ -101,7 +109,7 @@ def check(plan: Plan, options: AttentionOptions, in_fp8: bool, of: KvLayout = AP
     """
     random, mixed = torch.Generator().manual_seed(0), of.latent_dim or of.dim
 
-    def rows(count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def rows(count: int) -> Rows:
         query, key, value = (torch.randn(n, count, of.dim, generator=random) for n in (HEADS, of.kv_heads, of.kv_heads))
         return query, key, key if of.latent_dim else value
 
@@ -109,17 +117,15 @@ def check(plan: Plan, options: AttentionOptions, in_fp8: bool, of: KvLayout = AP
     beside = [chain(0, 0, TEXT[:LENGTH], keep_last=True), chain(1, 0, TEXT[:3], keep_last=True)]
     ours = plan(beside).attend(0, *prompt, options)[:LENGTH]
     prompt = stored(prompt, in_fp8)
-    for row in range(LENGTH):
-        exact = by_formula(prompt[0][:, row], prompt[1][:, : row + 1], prompt[2][:, : row + 1], options)
-        torch.testing.assert_close(ours[row, :, :mixed], exact[:, :mixed], rtol=1e-4, atol=1e-5)
+    query, keys, values = prompt
+    exact = [by_formula((query[:, :n], keys[:, :n], values[:, :n]), options) for n in range(1, LENGTH + 1)]
+    torch.testing.assert_close(ours[..., :mixed], torch.stack(exact)[..., :mixed], rtol=1e-4, atol=1e-5)
     shown = tree()
     ours = plan([shown]).attend(0, *below, options)
     below = stored(below, in_fp8)
     assert shown.visible is not None
-    for row, seen in enumerate(torch.from_numpy(shown.visible)):
-        keys, values = (torch.cat([prompt[i][:, :LENGTH], below[i][:, seen]], 1) for i in (1, 2))
-        exact = by_formula(below[0][:, row], keys, values, options)
-        torch.testing.assert_close(ours[row, :, :mixed], exact[:, :mixed], rtol=1e-4, atol=1e-5)
+    exact = [by_formula(joined(prompt, below, own), options) for own in torch.from_numpy(shown.visible)]
+    torch.testing.assert_close(ours[..., :mixed], torch.stack(exact)[..., :mixed], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -36,6 +37,7 @@ def rope(size: int) -> dict[str, Any]:
     return kind | factors | {"factor": 8.0}
 
 
+@cache
 def both(kind: str, paged: bool = False) -> tuple[Any, PackedModel]:
     """Return transformers' model, and ours as a worker loads it."""
     own = families.model_of(kind, rope_parameters=rope(8), original_max_position_embeddings=ORIGINAL)
