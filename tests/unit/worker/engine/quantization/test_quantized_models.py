@@ -13,7 +13,7 @@ from tests.heads import with_head
 from tests.models import packed, tiny
 from tests.unit.worker.engine.bits import check_rows, check_threads
 from tests.unit.worker.engine.cpu.test_kernels import compiled
-from tests.unit.worker.engine.harness import decode, drafter, engine, options, outputs, sequences
+from tests.unit.worker.engine.harness import all_at_once, decode, drafter, engine, options, outputs, sequences
 from worker.engine.cpu.packed_linear import PackedLinear
 from worker.engine.model.backend import fuse_layers, stored_bytes
 from worker.engine.model.packed_model import PackedModel
@@ -149,14 +149,20 @@ def test_bits_do_not_depend_on_the_number_of_threads(form: str) -> None:
     check_threads(quick(form))
 
 
+@cache
+def plain_texts(form: str, sampling: Sampling) -> list[list[int]]:
+    some = sequences(sampling=sampling)
+    decode(engine(quick(form), None, all_at_once(Mode.PLAIN)), some)
+    return outputs(some)
+
+
 @pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("kind", ["suffix", "same"])
 @pytest.mark.parametrize("form", METHODS)
 def test_drafts_never_change_the_text_of_quantised_weights(form: str, kind: str, sampling: Sampling) -> None:
-    plain, drafted = sequences(sampling=sampling), sequences(sampling=sampling)
-    decode(engine(quick(form), None, options(Mode.PLAIN)), plain)
+    drafted = sequences(sampling=sampling)
     results = decode(engine(quick(form), drafter(kind), options(Mode.PAPER, max_sequences=2)), drafted[::-1])
-    assert outputs(drafted) == outputs(plain)
+    assert outputs(drafted) == plain_texts(form, sampling)
     assert any(result.stats.tree_nodes for result in results), "no tree was verified, so nothing was tested"
 
 
