@@ -45,7 +45,7 @@ def model(store: str, seed: int = 0, kv_tokens: int | None = None) -> PackedMode
     if store == "fused":
         return packed(network)
     network.set_attn_implementation(ATTENTION_NAME)
-    return PackedModel(network, slots=4, capacity=512, cpu_kernels=False, paged=store == "paged", kv_tokens=kv_tokens)
+    return PackedModel(network, slots=4, capacity=96, cpu_kernels=False, paged=store == "paged", kv_tokens=kv_tokens)
 
 
 def mixed() -> list[Sequence]:
