@@ -176,7 +176,7 @@ def _upsert(session: Session, model: type[Base], sums: _Sums) -> None:
     """Add sums to existing rows. Ordered by key, so that two transactions that update the same rows can't deadlock."""
     keys, names = _KEYS[model], _SUMS[model]
     rows = [dict(zip((*keys, *names), (*key, *sums[key]), strict=True)) for key in sorted(sums)]
-    session.execute(_addition(dialect_of(session), model), rows)
+    session.connection().execute(_addition(dialect_of(session), model), rows)
 
 
 @cache  # every flush that ends a choice adds to each table
