@@ -212,7 +212,7 @@ class _Running:
     ids: list[int]
 
     def step(self, tree: Children) -> list[int]:
-        """Add the tokens of one step: those of the tree that hold, and the next one. Return them."""
+        """Add the tokens of one step, the accepted ones of the tree and the next one; return them."""
         written, node, end = len(self.sequence.ids), -1, len(self.sequence.ids)
         while end < len(self.ids) - 1 and (node, self.ids[end]) in tree:
             node = tree[(node, self.ids[end])]

@@ -38,7 +38,7 @@ class TrainableDraft(Protocol):
 
     @property
     def network(self) -> nn.Module:
-        """Part of `loss` whose weights are the draft."""
+        """The part of `loss` whose weights are the draft."""
 
     def drafter(self, hidden: HiddenStates) -> Drafter:
         """Return a drafter with a copy of the current weights."""

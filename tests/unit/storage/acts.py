@@ -228,6 +228,8 @@ def _sums() -> tuple[list[tuple[Select[Any], Select[Any]]], Select[Any]]:
             select(func.sum(DecodeStep.emitted_tokens)).where(computed),
         ),
         (select(func.sum(StepMinute.tokens)), select(func.sum(DecodeStep.emitted_tokens)).where(later)),
+        (select(func.sum(StepMinute.tree_nodes)), select(func.sum(DecodeStep.tree_nodes)).where(later)),
+        (select(func.sum(StepMinute.accepted_tokens)), select(func.sum(DecodeStep.accepted_tokens)).where(later)),
         (select(func.sum(StepBatchSize.tree_nodes)), select(func.sum(DecodeStep.tree_nodes)).where(later)),
         (
             select(func.sum(StepDepth.accepted_tokens * StepDepth.steps)),
