@@ -75,10 +75,11 @@ def test_a_copy_is_named_in_job_usage_outputs_and_metrics(settings: JobsSettings
 def test_no_key_gets_the_answers_of_another_and_a_key_can_do_without(
     settings: JobsSettings, database: Database
 ) -> None:
-    mine, theirs, without = (a_key(database) for _ in range(3))
+    without = a_key(database)
     with database.write() as session:
-        last = keys.list_keys(session)[-1]
-        keys.change_cache(session, last.id, False)
+        (only,) = keys.list_keys(session)
+        keys.change_cache(session, only.id, False)
+    mine, theirs = a_key(database), a_key(database)
     with client(settings, database) as api:
         found = [identity(database, submit(api, key)) for key in (mine, mine, theirs, without)]
     assert found[0] == found[1] != found[2] is not None
