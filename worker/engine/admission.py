@@ -26,9 +26,10 @@ class Admission:
 
     def num_fitting(self, running: Collection[EngineSequence], candidates: Sequence[EngineSequence]) -> int:
         """Return how many of `candidates`, the first ones, fit beside the running sequences; one fits if none runs."""
-        if self._longest_tokens([*running, *candidates]) <= self._slots.pages * self._slots.page_tokens:
+        everything = [*running, *candidates]
+        if self._longest_tokens(everything) <= self._slots.pages * self._slots.page_tokens:
             return len(candidates)
-        now, final = self._pages([*running, *candidates])
+        now, final = self._pages(everything)
         if peak_pages(now, final) <= self._slots.pages:  # as most often
             return len(candidates)
         low, high = int(not running), len(candidates) - 1

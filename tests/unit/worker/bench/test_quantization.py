@@ -6,7 +6,8 @@ from math import inf
 
 import torch
 
-from tests.unit.worker.engine.cpu.test_kernels import TEXT, quick
+from tests.unit.worker.engine.bits import TEXT
+from tests.unit.worker.engine.cpu.test_kernels import quick
 from tests.unit.worker.engine.quantization.test_quantized_models import quick as quantized
 from worker.bench.quantization.measure import measure_distances, measure_steps
 

@@ -1,13 +1,25 @@
-"""Laws of the bits of a row, for models that store weights or KV in fewer bytes."""
+"""Laws of the bits of a row, for any model and KV, and the text and the tree that they read."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from tests.unit.worker.engine.cpu.test_kernels import TEXT, tree
 from worker.engine.model.packed_model import PackedModel
-from worker.engine.segments import KvMove, chain
+from worker.engine.segments import KvMove, Segment, chain
+
+TEXT = [int(i) for i in np.random.default_rng(0).integers(2, 60, 90)]
+
+
+def tree(slot: int, prefix: int) -> Segment:
+    """Return a tree: root 0 has children 1 and 2; 1 has child 3, 2 has child 5, 3 has child 4."""
+    parents = [-1, 0, 0, 1, 3, 2]
+    visible = np.eye(6, dtype=np.bool_)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            visible[node] |= visible[parent]
+    depth = visible.sum(1) - 1
+    return Segment(slot, prefix, prefix, np.array([7, 8, 9, 10, 11, 12]), prefix + depth, visible, np.arange(6))
 
 
 def check_rows(model: PackedModel) -> None:

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from tests.models import packed, tiny
 from tests.shards import Absent, ThreadChannel, on_ranks
-from tests.unit.worker.engine.cpu.test_kernels import TEXT, compiled
+from tests.unit.worker.engine.bits import TEXT
+from tests.unit.worker.engine.cpu.test_kernels import compiled
 from tests.unit.worker.engine.harness import decode, engine, greedy_and_sampled, options, outputs
 from worker.drafters.model import ModelDrafter
 from worker.engine.errors import RankLost

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from functools import cache
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from tests.models import ARCHITECTURES, packed, tiny
+from tests.unit.worker.engine.bits import TEXT, check_moves, tree
 from tests.unit.worker.engine.harness import all_at_once, decode, drafter, engine, options, outputs, sequences
 from worker.engine.cpu.fused_layers import FusedLayers, fuse
 from worker.engine.cpu.huge_pages import HugePages
@@ -19,9 +19,7 @@ from worker.engine.cpu.packed_linear import PackedLinear
 from worker.engine.model.backend import fuse_layers
 from worker.engine.model.packed_model import PackedModel
 from worker.engine.options import Mode
-from worker.engine.segments import KvMove, Segment, chain
-
-TEXT = [int(i) for i in np.random.default_rng(0).integers(2, 60, 90)]
+from worker.engine.segments import chain
 
 
 def compiled(dtype: torch.dtype = torch.float32) -> Kernels:
@@ -174,29 +172,10 @@ def test_logits_in_use_are_not_overwritten_and_unused_buffers_are_reused() -> No
 
 
 def test_an_accepted_path_moves_down_in_all_layers() -> None:
-    model = quick("llama")
-    for slot in range(2):
-        model.forward([chain(slot, 0, TEXT[:33], keep_last=True)])
-    shown = tree(0, 33)
-    model.forward([shown])
-    model.compact([KvMove(0, 34, 33 + np.array([1, 3, 4]))])
-    model.forward([chain(1, 33, [int(shown.ids[node]) for node in (0, 1, 3, 4)], keep_last=True)])
-    after = [model.forward([chain(slot, 37, [5], keep_last=True)]) for slot in range(2)]
-    assert torch.equal(*after)
+    check_moves(quick("llama"))
 
 
 def packed_without_kernels(architecture: str, slots: int = 4) -> PackedModel:
     model = tiny(architecture)
     model.set_attn_implementation("basic_packed")
     return PackedModel(model, slots=slots, capacity=160, cpu_kernels=False)
-
-
-def tree(slot: int, prefix: int) -> Segment:
-    """Return a tree: root 0 has children 1 and 2; 1 has child 3, 2 has child 5, 3 has child 4."""
-    parents = [-1, 0, 0, 1, 3, 2]
-    visible = np.eye(6, dtype=np.bool_)
-    for node, parent in enumerate(parents):
-        if parent >= 0:
-            visible[node] |= visible[parent]
-    depth = visible.sum(1) - 1
-    return Segment(slot, prefix, prefix, np.array([7, 8, 9, 10, 11, 12]), prefix + depth, visible, np.arange(6))

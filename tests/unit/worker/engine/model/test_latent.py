@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from tests import families
 from tests.models import packed
-from tests.unit.worker.engine.bits import check_moves, check_rows, check_threads
-from tests.unit.worker.engine.cpu.test_kernels import TEXT, compiled
+from tests.unit.worker.engine.bits import TEXT, check_moves, check_rows, check_threads
+from tests.unit.worker.engine.cpu.test_kernels import compiled
 from worker.engine.kv.fp8 import store_kv_in_fp8
 from worker.engine.model.architecture import kv_bytes_per_token, latent_dim_of
 from worker.engine.model.backend import fuse_layers, stored_bytes

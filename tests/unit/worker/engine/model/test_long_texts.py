@@ -13,7 +13,7 @@ from torch import Tensor
 from jobs.messages import SamplingParameters
 from tests import families
 from tests.models import byte_tokenizer
-from tests.unit.worker.engine.cpu.test_kernels import TEXT
+from tests.unit.worker.engine.bits import TEXT
 from tests.unit.worker.engine.harness import decode, engine, options, outputs
 from worker.bench.interleaved import SlotRange
 from worker.drafters.suffix.drafter import SuffixDrafter

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.models import packed, save_tiny
-from tests.unit.worker.engine.cpu.test_kernels import TEXT, compiled
+from tests.unit.worker.engine.bits import TEXT
+from tests.unit.worker.engine.cpu.test_kernels import compiled
 from tests.unit.worker.engine.quantization.test_quantized_models import rows_of
 from worker.engine.errors import ModelRefused
 from worker.engine.model.backend import fuse_layers, stored_bytes
